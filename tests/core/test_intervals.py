@@ -1,0 +1,128 @@
+"""Wilson and Clopper-Pearson against SciPy; the bootstrap's coverage, clusters and seed."""
+
+import pytest
+import torch
+from scipy.stats import beta, binom, binomtest
+
+from trl_cmdp.core import bootstrap_interval, clopper_pearson_interval, wilson_interval
+
+
+INTERVALS = [(wilson_interval, "wilson"), (clopper_pearson_interval, "exact")]
+COUNTS = [(k, n) for n in (1, 2, 7, 30) for k in range(n + 1)] + [(k, 512) for k in (0, 1, 13, 256, 499, 511, 512)]
+
+
+@pytest.mark.parametrize(("interval", "method"), INTERVALS)
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.999])
+def test_equals_scipy(interval, method, confidence):
+    """Both bounds, k = 0 and k = n included."""
+    for k, n in COUNTS:
+        expected = binomtest(k, n).proportion_ci(confidence, method)
+        # SciPy's own root of the exact tail is good to 1e-8 or so.
+        assert interval(k, n, confidence) == pytest.approx((expected.low, expected.high), rel=1e-7, abs=1e-12)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 1 - 1e-6])
+def test_clopper_pearson_equals_the_beta_quantiles(confidence):
+    """The closed form of the same bounds, to ten digits."""
+    alpha = (1 - confidence) / 2
+    for k, n in COUNTS:
+        low, high = clopper_pearson_interval(k, n, confidence)
+        assert low == pytest.approx(beta.ppf(alpha, k, n - k + 1) if k else 0.0, rel=1e-10, abs=1e-15)
+        assert high == pytest.approx(beta.isf(alpha, k + 1, n - k) if k < n else 1.0, rel=1e-10)
+
+
+@pytest.mark.parametrize(("interval", "method"), INTERVALS)
+@pytest.mark.parametrize("k", [0, 1, 50_000, 99_999, 100_000])
+def test_large_n(interval, method, k):
+    """A hundred thousand trials neither overflow nor lose the digits that matter."""
+    expected = binomtest(k, 100_000).proportion_ci(0.95, method)
+    assert interval(k, 100_000) == pytest.approx((expected.low, expected.high), rel=1e-7, abs=1e-12)
+
+
+@pytest.mark.parametrize(("interval", "method"), INTERVALS)
+def test_bounds_hold_the_rate_and_touch_the_ends(interval, method):
+    """0 ≤ lower ≤ k/n ≤ upper ≤ 1, exactly 0 at k = 0 and exactly 1 at k = n."""
+    for k, n in COUNTS:
+        for confidence in (0.01, 0.95, 1 - 1e-9):
+            low, high = interval(k, n, confidence)
+            assert 0 <= low <= k / n <= high <= 1
+            assert (low == 0) == (k == 0)
+            assert (high == 1) == (k == n)
+
+
+def test_clopper_pearson_always_covers():
+    """For every true rate, the probability that the interval holds it is at least the confidence level."""
+    n, confidence = 25, 0.9
+    intervals = [clopper_pearson_interval(k, n, confidence) for k in range(n + 1)]
+    for rate in torch.linspace(0.01, 0.99, 99).tolist():
+        coverage = sum(binom.pmf(k, n, rate) for k, (low, high) in enumerate(intervals) if low <= rate <= high)
+        assert coverage >= confidence
+
+
+@pytest.mark.parametrize(("interval", "method"), INTERVALS)
+@pytest.mark.parametrize(
+    ("k", "n", "confidence"), [(-1, 5, 0.95), (6, 5, 0.95), (0, 0, 0.95), (1, 5, 0.0), (1, 5, 1.0)]
+)
+def test_rate_errors(interval, method, k, n, confidence):
+    """Counts that are no rate and levels that are none are errors."""
+    with pytest.raises(ValueError, match=r"k=|confidence"):
+        interval(k, n, confidence)
+
+
+def test_bootstrap_equals_the_normal_interval_of_a_large_sample():
+    """mean ± z·std/√n for independent observations."""
+    values = torch.randn(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    low, high = bootstrap_interval(values, confidence=0.9, num_resamples=4000)
+    half = 1.645 * values.std().item() / 2000**0.5
+    assert low == pytest.approx(values.mean().item() - half, abs=0.1 * half)
+    assert high == pytest.approx(values.mean().item() + half, abs=0.1 * half)
+
+
+def test_bootstrap_coverage():
+    """Over repeated experiments of 40 clusters, the interval holds the true mean about as often as it says."""
+    generator = torch.Generator().manual_seed(0)
+    clusters = torch.arange(40).repeat_interleave(4)
+    held = held_without = 0
+    for trial in range(200):
+        values = torch.randn(40, generator=generator).repeat_interleave(4) + 0.3 * torch.randn(
+            160, generator=generator
+        )
+        low, high = bootstrap_interval(values, clusters, confidence=0.9, num_resamples=400, seed=trial)
+        held += low <= 0 <= high
+        low, high = bootstrap_interval(values, confidence=0.9, num_resamples=400, seed=trial)
+        held_without += low <= 0 <= high
+    assert 0.83 <= held / 200 <= 0.95
+    assert held_without / 200 < 0.7  # what ignoring the clusters would claim
+
+
+def test_bootstrap_resamples_whole_clusters():
+    """Duplicating every observation within its cluster adds nothing; unequal clusters weigh by their size."""
+    generator = torch.Generator().manual_seed(0)
+    values, clusters = torch.randn(30, generator=generator), torch.arange(30)
+    once = bootstrap_interval(values, clusters, num_resamples=500)
+    labels = (clusters.repeat_interleave(3) * 7 - 5).flip(0)  # any integers, in any order
+    assert bootstrap_interval(values.repeat_interleave(3).flip(0), labels, num_resamples=500) == pytest.approx(once)
+    assert bootstrap_interval(values, num_resamples=500) == once
+    # Of the clusters {1} and {0, 0, 0}, resamples have means 1, 1/4 and 0 with probabilities 1/4, 1/2 and 1/4.
+    low, high = bootstrap_interval(
+        torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([0, 1, 1, 1]), confidence=0.4, num_resamples=2000
+    )
+    assert (low, high) == (0.25, 0.25)
+
+
+def test_bootstrap_is_deterministic():
+    """The same seed gives the same interval, another seed another, and the global generator is not touched."""
+    values = torch.randn(50)
+    state = torch.get_rng_state()
+    first = bootstrap_interval(values, num_resamples=1500, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert bootstrap_interval(values, num_resamples=1500, seed=3) == first
+    assert bootstrap_interval(values, num_resamples=1500, seed=4) != first
+    assert bootstrap_interval(torch.full((5,), 0.25)) == (0.25, 0.25)
+
+
+@pytest.mark.parametrize(("values", "confidence"), [([], 0.95), ([[1.0]], 0.95), ([1.0], 0.0), ([1.0], 1.0)])
+def test_bootstrap_errors(values, confidence):
+    """No observations, a matrix, or a level that is none."""
+    with pytest.raises(ValueError, match=r"values|confidence"):
+        bootstrap_interval(torch.tensor(values), confidence=confidence)

@@ -1,0 +1,150 @@
+"""The budget: what a rollout costs, what its prefixes cost, and where it leaves the limit."""
+
+from typing import Literal
+
+import torch
+
+
+CostScope = Literal["mean", "sum", "worst_prefix"]
+CreditAssignment = Literal["trajectory", "token"]
+
+
+def rollout_cost(costs: torch.Tensor, mask: torch.Tensor, scope: CostScope = "mean") -> torch.Tensor:
+    """
+    Cost C(x, y) of a rollout over its completion tokens, in the unit of the scope.
+
+    Args:
+        costs (`torch.Tensor`):
+            Per-token costs c_t of shape `(B, T)`, in nats. Masked positions never contribute, whatever they hold.
+        mask (`torch.Tensor`):
+            Mask of shape `(B, T)`, nonzero on the completion tokens that count.
+        scope (`str`, *optional*, defaults to `"mean"`):
+            `"mean"`: (1/L) Σ_t c_t. `"sum"`: Σ_t c_t (2509.22921 as printed). `"worst_prefix"`: max_t (1/t) Σ_{k≤t} c_k
+            (2610.00332).
+
+    Returns:
+        `torch.Tensor`: Costs of shape `(B,)`; 0 for a rollout without tokens that count.
+    """
+    _check_scope(scope)
+    kept = _masked(costs, mask)
+    counts = (mask != 0).sum(-1)  # (B,)
+    if scope == "sum":
+        return kept.sum(-1)
+    if scope == "mean":
+        return kept.sum(-1) / counts.clamp(min=1)
+    running = _running_mean(kept, mask).amax(-1)
+    return torch.where(counts > 0, running, torch.zeros_like(running))
+
+
+def prefix_cost(costs: torch.Tensor, mask: torch.Tensor, scope: CostScope = "mean") -> torch.Tensor:
+    """
+    Cost P_t of the tokens before each position, in the unit of the scope.
+
+    Args:
+        costs (`torch.Tensor`):
+            Per-token costs of shape `(B, T)`, in nats.
+        mask (`torch.Tensor`):
+            Mask of shape `(B, T)`, nonzero on the completion tokens that count.
+        scope (`str`, *optional*, defaults to `"mean"`):
+            As in [`rollout_cost`].
+
+    Returns:
+        `torch.Tensor`: Costs of shape `(B, T)`; position t holds the cost of the counted tokens *before* t, and 0
+        where there are none.
+    """
+    _check_scope(scope)
+    kept = _masked(costs, mask)
+    if scope == "sum":
+        through = kept.cumsum(-1)
+    elif scope == "mean":
+        through = kept.cumsum(-1) / (mask != 0).cumsum(-1).clamp(min=1)
+    else:
+        through = _running_mean(kept, mask).cummax(-1).values
+        through = torch.where((mask != 0).cumsum(-1) > 0, through, torch.zeros_like(through))
+    return torch.cat([torch.zeros_like(through[:, :1]), through[:, :-1]], dim=-1)
+
+
+def infeasible_steps(
+    costs: torch.Tensor, mask: torch.Tensor, cost_limit: float, scope: CostScope = "mean"
+) -> torch.Tensor:
+    """
+    Steps whose own reward is the penalty: P_t > d before the last token, C(y) > d at the last one.
+
+    Args:
+        costs (`torch.Tensor`):
+            Per-token costs of shape `(B, T)`, in nats.
+        mask (`torch.Tensor`):
+            Mask of shape `(B, T)`, nonzero on the completion tokens that count.
+        cost_limit (`float`):
+            Limit d, in the unit of the scope.
+        scope (`str`, *optional*, defaults to `"mean"`):
+            As in [`rollout_cost`].
+
+    Returns:
+        `torch.Tensor`: Booleans of shape `(B, T)`, `False` on masked positions.
+    """
+    violated = (rollout_cost(costs, mask, scope) > cost_limit).unsqueeze(-1)  # (B, 1)
+    step_violated = torch.where(last_token(mask), violated, prefix_cost(costs, mask, scope) > cost_limit)
+    return step_violated & (mask != 0)
+
+
+def violation_weights(
+    costs: torch.Tensor,
+    mask: torch.Tensor,
+    cost_limit: float,
+    scope: CostScope = "mean",
+    credit_assignment: CreditAssignment = "trajectory",
+) -> torch.Tensor:
+    """
+    Weights w_t of the differentiated divergence Σ_t w_t ∇D(π(.|s_t), μ(.|s_t)): the part of ∇J that comes from π
+    inside the penalty, up to the scope's 1/length (docs/math.md, "The two parts of the gradient").
+
+    Args:
+        costs (`torch.Tensor`):
+            Per-token costs of shape `(B, T)`, in nats.
+        mask (`torch.Tensor`):
+            Mask of shape `(B, T)`, nonzero on the completion tokens that count.
+        cost_limit (`float`):
+            Limit d, in the unit of the scope.
+        scope (`str`, *optional*, defaults to `"mean"`):
+            As in [`rollout_cost`].
+        credit_assignment (`str`, *optional*, defaults to `"trajectory"`):
+            `"trajectory"`: 1 on every token of a rollout whose cost exceeds the limit. `"token"`: 1 on the
+            [`infeasible_steps`].
+
+    Returns:
+        `torch.Tensor`: Weights of shape `(B, T)`, 0 on masked positions.
+    """
+    _check_credit_assignment(credit_assignment)
+    if credit_assignment == "token":
+        weights = infeasible_steps(costs, mask, cost_limit, scope)
+    else:
+        weights = (rollout_cost(costs, mask, scope) > cost_limit).unsqueeze(-1) & (mask != 0)
+    return weights.to(costs.dtype)
+
+
+def last_token(mask: torch.Tensor) -> torch.Tensor:
+    """Booleans of shape `(B, T)`, `True` on the last token that counts of each rollout that has one."""
+    counted = mask != 0
+    return counted & (counted.cumsum(-1) == counted.sum(-1, keepdim=True))
+
+
+def _masked(costs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    # `where`, not a product: NaN and inf at masked positions must not survive.
+    return torch.where(mask != 0, costs, torch.zeros_like(costs))
+
+
+def _running_mean(kept: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean cost of the tokens up to and including each position, −inf where a position holds no token."""
+    running = kept.cumsum(-1) / (mask != 0).cumsum(-1).clamp(min=1)
+    return running.masked_fill(mask == 0, -torch.inf)
+
+
+def _check_scope(scope: str) -> None:
+    if scope not in ("mean", "sum", "worst_prefix"):
+        raise ValueError(f"`cost_scope` must be 'mean', 'sum' or 'worst_prefix', got {scope!r}.")
+
+
+def _check_credit_assignment(credit_assignment: str) -> None:
+    if credit_assignment not in ("trajectory", "token"):
+        raise ValueError(f"`credit_assignment` must be 'trajectory' or 'token', got {credit_assignment!r}.")
