@@ -1,0 +1,146 @@
+"""
+Trains the same global batch in one process or in several, on rollouts that depend on nothing but the prompt and the
+place in the group, and saves what came of it. Started by test_processes.py.
+
+    torchrun --nproc_per_node 2 two_processes.py OUTPUT
+"""
+
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+from helpers import (
+    CHARACTERS,
+    EOS,
+    FIRST,
+    make_dataset,
+    make_model,
+    make_teacher,
+    make_tokenizer,
+    make_trainer,
+    weights,
+)
+from transformers import TrainerCallback
+
+
+VOCAB = FIRST + len(CHARACTERS)
+ROLLOUTS = 16  # per step, over all processes
+
+
+SETTINGS = {
+    "trajectory": {},
+    "token": {"credit_assignment": "token", "loss_type": "grpo"},
+    "recomputed": {"divergence_memory_mb": 1e-6, "loss_type": "dr_grpo"},
+    # A limit on the sum, which the short rollouts of process 0 all keep: it has nothing to distil.
+    "one_process_violates": {"cost_limit": 9.0, "cost_scope": "sum", "scale_rewards": "batch"},
+    "group_across_processes": {"num_generations": ROLLOUTS},
+}
+
+
+def completion(prompt: str, place: int, step: int) -> list[int]:
+    """Ragged random tokens: few for the first two prompts, which fill process 0, more for the others."""
+    generator = torch.Generator().manual_seed(1000 * int(prompt[0]) + 10 * place + step)
+    length = (place + step) % 3 % 2 + (4 if prompt[0] in "57" else 0)
+    return [*torch.randint(FIRST, VOCAB, (length,), generator=generator).tolist(), EOS]
+
+
+def rollout(prompts, trainer):
+    first = trainer.accelerator.process_index * len(prompts)
+    return {
+        "prompt_ids": trainer.processing_class(prompts)["input_ids"],
+        "completion_ids": [
+            completion(prompt, (first + row) % trainer.num_generations, trainer.state.global_step)
+            for row, prompt in enumerate(prompts)
+        ],
+        "logprobs": None,
+    }
+
+
+def beyond(prompts, trainer):
+    """Process 1 alone samples an id that the teacher lacks."""
+    output = rollout(prompts, trainer)
+    if trainer.accelerator.process_index == 1:
+        output["completion_ids"][0] = [VOCAB + 3, EOS]
+    return output
+
+
+def reward(prompts, completion_ids, **kwargs):
+    return [None if sum(ids) % 5 == 0 else float(sum(ids) % 3) for ids in completion_ids]
+
+
+class Poison(TrainerCallback):
+    """After the first step, the teacher of process 1 alone becomes NaN."""
+
+    def __init__(self, teacher):
+        self.teacher = teacher
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.process_index == 1:
+            with torch.no_grad():
+                self.teacher.model.norm.weight.fill_(math.nan)
+
+
+def expect_error(path: Path, name: str, trainer) -> None:
+    try:
+        trainer.train()
+    except ValueError as error:
+        (path / f"{name}_{trainer.accelerator.process_index}.txt").write_text(str(error))
+
+
+def build(output: Path, *, model=None, teacher=None, rollout=rollout, callbacks=(), cost_limit=2.4, **settings):
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return make_trainer(
+        output,
+        model=make_model(spread=0.4) if model is None else model,
+        reward_funcs=reward,
+        train_dataset=make_dataset(4),
+        trainer_kwargs={
+            "teacher_model": make_teacher() if teacher is None else teacher,
+            "rollout_func": rollout,
+            "callbacks": list(callbacks),
+            "eval_dataset": make_dataset(1),
+        },
+        shuffle_dataset=False,
+        per_device_train_batch_size=ROLLOUTS // processes,
+        per_device_eval_batch_size=ROLLOUTS // processes,
+        max_steps=3,
+        cost_limit=cost_limit,
+        ddp_backend="gloo" if processes > 1 else None,
+        **settings,
+    )
+
+
+def main(output: str) -> None:
+    torch.set_num_threads(1)
+    path = Path(output)
+    results = {}
+    for name, settings in SETTINGS.items():
+        trainer = build(path / name, **settings)
+        trainer.train()
+        cost = list(trainer._logs["extra"]["cost"])  # of the last step: the order of an evaluation is shuffled
+        evaluation = trainer.evaluate()
+        results[name] = {
+            "history": trainer.state.log_history,
+            "evaluation": evaluation,
+            "weights": weights(trainer),
+            "cost": cost,
+            "processes": trainer.accelerator.num_processes,
+        }
+    if trainer.accelerator.is_main_process:
+        torch.save(results, path / "results.pt")
+    if trainer.accelerator.num_processes > 1:
+        teacher = make_teacher()
+        expect_error(path, "poisoned", build(path / "poisoned", teacher=teacher, callbacks=[Poison(teacher)]))
+        teacher_path = path / "teacher"
+        if trainer.accelerator.is_main_process:
+            make_teacher().save_pretrained(teacher_path)
+            make_tokenizer().save_pretrained(teacher_path)
+        trainer.accelerator.wait_for_everyone()
+        model = make_model(vocab_size=VOCAB + 8)
+        expect_error(path, "beyond", build(path / "beyond", model=model, teacher=str(teacher_path), rollout=beyond))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,326 @@
+"""What is wrong is said before training where it can be known, at its step otherwise, with what to do about it."""
+
+import math
+
+import pytest
+import torch
+from helpers import (
+    CHARACTERS,
+    FIRST,
+    dense_costs,
+    history,
+    loss_and_gradients,
+    make_args,
+    make_dataset,
+    make_model,
+    make_rows,
+    make_teacher,
+    make_tokenizer,
+    make_trainer,
+    micro_batches,
+    random_completions,
+    relative_error,
+    run,
+    scripted,
+)
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from trl_cmdp import ConstrainedDistillConfig
+
+
+VOCAB = FIRST + len(CHARACTERS)
+
+
+def save(path, model, tokenizer=None) -> str:
+    model.save_pretrained(path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+    return str(path)
+
+
+class TestVocabulary:
+    def test_unequal_tokenizers(self, tmp_path):
+        """Same size, other meaning."""
+        teacher = save(tmp_path / "teacher", make_teacher(), make_tokenizer(CHARACTERS[::-1]))
+        with pytest.raises(ValueError, match="different tokenizers: 14 tokens differ"):
+            make_trainer(tmp_path, trainer_kwargs={"teacher_model": teacher})
+
+    def test_unequal_tokenizers_of_unequal_size(self, tmp_path):
+        teacher = save(tmp_path / "teacher", make_teacher(vocab_size=VOCAB + 1), make_tokenizer(CHARACTERS + "*"))
+        with pytest.raises(ValueError, match=r"different tokenizers.*'\*'"):
+            make_trainer(tmp_path, trainer_kwargs={"teacher_model": teacher})
+
+    @pytest.mark.parametrize("on_disk", [True, False])
+    def test_unequal_size_without_tokenizer(self, tmp_path, on_disk):
+        """Without the teacher's tokenizer nobody can tell padding from another vocabulary."""
+        teacher = make_teacher(vocab_size=VOCAB + 8)
+        if on_disk:
+            teacher = save(tmp_path / "teacher", teacher)
+        with pytest.raises(ValueError, match=f"{VOCAB} tokens and the teacher of {VOCAB + 8}"):
+            make_trainer(tmp_path, trainer_kwargs={"teacher_model": teacher})
+
+    @pytest.mark.parametrize("on_disk", [True, False])
+    def test_equal_size_without_tokenizer(self, tmp_path, on_disk, caplog):
+        """Accepted, and said."""
+        teacher = make_teacher()
+        if on_disk:
+            teacher = save(tmp_path / "teacher", teacher)
+        make_trainer(tmp_path, trainer_kwargs={"teacher_model": teacher})
+        assert "Assuming that the teacher uses the student's tokenizer" in caplog.text
+
+    @pytest.mark.parametrize(("student_vocab", "teacher_vocab"), [(VOCAB, VOCAB + 8), (VOCAB + 8, VOCAB)])
+    def test_padded_vocabularies(self, tmp_path, student_vocab, teacher_vocab):
+        """One tokenizer, heads padded to different sizes (Qwen2.5): costs and gradients on the shared tokens."""
+        path = save(tmp_path / "teacher", make_teacher(vocab_size=teacher_vocab), make_tokenizer())
+        model = make_model(spread=0.4, vocab_size=student_vocab)
+        trainer = make_trainer(
+            tmp_path,
+            model=model,
+            trainer_kwargs={"teacher_model": path, "rollout_func": scripted(random_completions(4))},
+            cost_limit=1e-9,
+        )
+        batches = micro_batches(trainer, make_rows(4))
+        logged = torch.tensor(trainer._logs["extra"]["cost"], dtype=torch.float64)
+        batches[0]["advantages"] = torch.zeros(4)
+        _, gradients = loss_and_gradients(trainer, batches)
+
+        batch = trainer._generate_and_score_completions(make_rows(4))
+        mask = batch["completion_mask"]
+        costs = dense_costs(model, AutoModelForCausalLM.from_pretrained(path), batch) * mask
+        torch.testing.assert_close(logged, (costs.sum(1) / mask.sum(1)).detach(), rtol=1e-5, atol=1e-6)
+        (costs.sum() / mask.sum()).backward()
+        reference = {name: parameter.grad for name, parameter in model.named_parameters()}
+        assert relative_error(gradients, reference) < 1e-5
+        trainer.train()
+
+    def test_token_beyond_the_teacher(self, tmp_path):
+        """A padding id that the student sampled and the teacher lacks is an error that names the way out."""
+        path = save(tmp_path / "teacher", make_teacher(), make_tokenizer())
+        trainer = make_trainer(
+            tmp_path,
+            model=make_model(vocab_size=VOCAB + 8),
+            trainer_kwargs={"teacher_model": path, "rollout_func": scripted([[2, VOCAB + 3]] * 4)},
+        )
+        with pytest.raises(ValueError, match="suppress_tokens"):
+            trainer.train()
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("cost_limit", 0.0),
+            ("cost_limit", -1.0),
+            ("cost_limit", math.nan),
+            ("violation_penalty", 0.0),
+            ("violation_distill_coef", -0.5),
+            ("cost_scope", "median"),
+            ("credit_assignment", "rollout"),
+            ("constraint_aggregation", "normalize_then_sum"),
+            ("teacher_beta", 1.5),
+            ("teacher_prob_floor", 1.0),
+            ("divergence_memory_mb", 0),
+        ],
+    )
+    def test_refused_value(self, tmp_path, field, value):
+        with pytest.raises(ValueError, match=f"`{field}`"):
+            make_args(tmp_path, ConstrainedDistillConfig, **{field: value})
+
+    def test_normalize_then_sum(self, tmp_path):
+        with pytest.raises(ValueError, match="multi_objective_aggregation='normalize_then_sum'"):
+            make_trainer(
+                tmp_path,
+                trainer_kwargs={"teacher_model": make_teacher()},
+                multi_objective_aggregation="normalize_then_sum",
+            )
+        make_trainer(tmp_path, multi_objective_aggregation="normalize_then_sum")  # without a teacher it is TRL's
+
+    @pytest.mark.parametrize(
+        "field", [{"teacher_model_init_kwargs": {"dtype": "bfloat16"}}, {"teacher_model_revision": "main"}]
+    )
+    def test_loading_arguments_with_an_instance(self, tmp_path, field):
+        with pytest.raises(ValueError, match="is an instance"):
+            make_trainer(tmp_path, trainer_kwargs={"teacher_model": make_teacher()}, **field)
+
+    def test_loading_arguments_with_a_path(self, tmp_path):
+        path = save(tmp_path / "teacher", make_teacher(), make_tokenizer())
+        trainer = make_trainer(
+            tmp_path, trainer_kwargs={"teacher_model": path}, teacher_model_init_kwargs={"dtype": "bfloat16"}
+        )
+        assert trainer.teacher_model.dtype == torch.bfloat16
+        assert make_trainer(tmp_path, trainer_kwargs={"teacher_model": path}).teacher_model.dtype == torch.float32
+
+
+class TestTeacherIsTheStudent:
+    def test_same_object(self, tmp_path):
+        model = make_model()
+        with pytest.raises(ValueError, match="shares parameters with the model being trained"):
+            make_trainer(tmp_path, model=model, trainer_kwargs={"teacher_model": model})
+
+    def test_base_of_the_adapter(self, tmp_path):
+        model = make_model()
+        peft_config = LoraConfig(r=2, target_modules=["q_proj"])
+        with pytest.raises(ValueError, match="shares parameters"):
+            make_trainer(tmp_path, model=model, trainer_kwargs={"teacher_model": model, "peft_config": peft_config})
+
+    def test_shared_layer(self, tmp_path):
+        model, teacher = make_model(), make_model(1)
+        teacher.lm_head.weight = model.lm_head.weight
+        with pytest.raises(ValueError, match="shares parameters"):
+            make_trainer(tmp_path, model=model, trainer_kwargs={"teacher_model": teacher})
+
+    def test_the_student_stays_trainable(self, tmp_path):
+        """The refusal does not leave the model frozen: the caller may go on with it."""
+        model = make_model()
+        with pytest.raises(ValueError, match="shares parameters"):
+            make_trainer(tmp_path, model=model, trainer_kwargs={"teacher_model": model})
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+    def test_equal_weights_are_no_error(self, tmp_path):
+        """A copy is a teacher at distance zero."""
+        trainer = run(tmp_path, trainer_kwargs={"teacher_model": make_model()}, learning_rate=0.0, max_steps=1)
+        assert history(trainer, "constraint/cost")[0] == pytest.approx(0.0, abs=1e-6)
+
+
+class TestRewards:
+    @pytest.mark.parametrize(("size", "penalty"), [(20.0, 20.0), (-25.0, 20.0), (1.0, 0.5)])
+    def test_penalty_not_above_the_largest_reward(self, tmp_path, size, penalty):
+        with pytest.raises(
+            ValueError, match=f"size {abs(size):g} at step 0 reaches the violation penalty {penalty:g}"
+        ):
+            run(
+                tmp_path,
+                reward_funcs=lambda completions, **kwargs: [size] + [0.0] * (len(completions) - 1),
+                trainer_kwargs={"teacher_model": make_teacher()},
+                violation_penalty=penalty,
+            )
+
+    @pytest.mark.parametrize("teacher", [True, False])
+    def test_missing_column(self, tmp_path, teacher):
+        """Raised when the trainer is built, not at the first step."""
+
+        def exact_match(completions, answer, **kwargs):
+            return [float(a == c) for a, c in zip(answer, completions, strict=True)]
+
+        trainer_kwargs = {"teacher_model": make_teacher()} if teacher else {}
+        dataset = make_dataset().rename_column("answer", "solution")
+        with pytest.raises(ValueError, match=r"'exact_match' needs the column 'answer'.*training.*rename_column"):
+            make_trainer(tmp_path, reward_funcs=exact_match, train_dataset=dataset, trainer_kwargs=trainer_kwargs)
+        for eval_dataset in (dataset, {"held_out": dataset}):
+            with pytest.raises(ValueError, match=r"needs the column 'answer'.*(evaluation|held_out) dataset"):
+                make_trainer(
+                    tmp_path,
+                    reward_funcs=exact_match,
+                    trainer_kwargs={**trainer_kwargs, "eval_dataset": eval_dataset},
+                )
+        run(tmp_path, reward_funcs=exact_match, trainer_kwargs=trainer_kwargs)
+
+    def test_arguments_that_are_no_columns(self, tmp_path):
+        """What TRL passes itself, and arguments with a default, need no column."""
+
+        def reward(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, unit=1.0):
+            return [unit] * len(completions)
+
+        dataset = make_dataset().remove_columns("answer")
+        make_trainer(tmp_path, reward_funcs=reward, train_dataset=dataset)
+
+
+class Poison(TrainerCallback):
+    """Makes a weight of the teacher NaN at the end of a step."""
+
+    def __init__(self, weight: torch.Tensor, step: int):
+        self.weight = weight
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            with torch.no_grad():
+                self.weight.view(-1)[:8] = math.nan
+
+
+class TestNotFinite:
+    @pytest.mark.parametrize("where", ["body", "head"])
+    def test_nan_from_the_teacher(self, tmp_path, where):
+        """Named, with the step; the last checkpoint loads."""
+        teacher = make_teacher()
+        weight = teacher.lm_head.weight if where == "head" else teacher.model.layers[0].mlp.up_proj.weight
+        trainer = make_trainer(
+            tmp_path,
+            trainer_kwargs={"teacher_model": teacher, "callbacks": [Poison(weight, 2)]},
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=1,
+            cost_limit=0.01,
+        )
+        with pytest.raises(ValueError, match="The teacher returned NaN or infinite values at step 2"):
+            trainer.train()
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
+        assert all(parameter.isfinite().all() for parameter in saved.parameters())
+        for name, parameter in saved.named_parameters():
+            assert torch.equal(parameter, trainer.model.get_parameter(name))  # the failing step changed nothing
+
+    def test_nan_from_the_student(self, tmp_path):
+        """Not blamed on the teacher."""
+        trainer = make_trainer(
+            tmp_path,
+            trainer_kwargs={"teacher_model": make_teacher(), "rollout_func": scripted(random_completions(4))},
+        )
+        with torch.no_grad():
+            trainer.model.lm_head.weight.fill_(math.nan)
+        with pytest.raises(ValueError, match=r"divergence from the teacher is not finite at step 0.*student diverged"):
+            trainer.train()
+
+    def test_infinite_divergence(self, tmp_path):
+        """A teacher that gives a token probability 0 makes the reverse KL infinite: the message names the floor."""
+        teacher = make_teacher()
+        with torch.no_grad():
+            teacher.lm_head.weight[5].fill_(-3e38)
+            teacher.lm_head.weight[6].fill_(3e38)
+        arguments = {"teacher_model": teacher, "rollout_func": scripted(random_completions(4))}
+        with pytest.raises(ValueError, match="not finite at step 0"):
+            run(tmp_path, trainer_kwargs=arguments)
+
+
+class TestNothingToLearnFrom:
+    COMPLETIONS = ([2, 3, 4], [5, 6], [7], [8, 9, 10, 11])
+
+    @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo", "dr_grpo"])
+    @pytest.mark.parametrize("credit_assignment", ["trajectory", "token"])
+    def test_all_masked(self, tmp_path, loss_type, credit_assignment):
+        """Rollouts of which no token counts are no error: they contribute zero and are counted."""
+        mask = [[0] * len(ids) for ids in self.COMPLETIONS]
+        before = dict(make_model().named_parameters())
+        trainer = run(
+            tmp_path,
+            trainer_kwargs={"teacher_model": make_teacher(), "rollout_func": scripted(self.COMPLETIONS, mask)},
+            loss_type=loss_type,
+            credit_assignment=credit_assignment,
+            cost_limit=0.01,
+        )
+        assert history(trainer, "constraint/unjudged_frac") == [1.0, 1.0]
+        assert history(trainer, "grad_norm") == [0.0, 0.0]
+        assert history(trainer, "loss") == [0.0, 0.0]
+        assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
+
+    @pytest.mark.parametrize("credit_assignment", ["trajectory", "token"])
+    @pytest.mark.parametrize("aggregation", ["lexicographic", "sum_then_normalize"])
+    def test_one_masked(self, tmp_path, aggregation, credit_assignment):
+        """Beside others that count, a masked rollout adds no gradient of its own and no NaN."""
+        mask = [[1] * len(ids) for ids in self.COMPLETIONS]
+        mask[1] = [0, 0]
+        trainer = make_trainer(
+            tmp_path,
+            model=make_model(spread=0.4),
+            trainer_kwargs={"teacher_model": make_teacher(), "rollout_func": scripted(self.COMPLETIONS, mask)},
+            credit_assignment=credit_assignment,
+            constraint_aggregation=aggregation,
+            cost_limit=2.4,
+        )
+        (batch,) = micro_batches(trainer, make_rows(4))
+        loss, gradients = loss_and_gradients(trainer, [batch])
+        assert math.isfinite(loss)
+        assert all(gradient.isfinite().all() for gradient in gradients.values())
+        assert trainer._sums["train"]["constraint/unjudged_frac"] == [1.0, 4.0]
+        masked_row = batch["tool_mask"].sum(1) == batch["tool_mask"].size(1) - 2
+        assert (batch["divergence_weights"][masked_row] == 0).all()

@@ -1,0 +1,92 @@
+"""A teacher whose weights are in this process: loading and vocabulary check."""
+
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+def load_teacher(
+    teacher_model: str | PreTrainedModel, revision: str | None = None, init_kwargs: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """
+    Teacher from a path, a hub id or an instance: frozen, in eval mode, in its checkpoint's own dtype.
+
+    Remote code is never trusted unless `init_kwargs` says so: the student's `trust_remote_code` is not passed on.
+
+    Args:
+        teacher_model (`str` or [`~transformers.PreTrainedModel`]):
+            Path of a local folder, model id on the Hub, or an instance.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+        init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments of `from_pretrained`. `dtype` is `"auto"` unless given.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: The teacher.
+
+    Raises:
+        ValueError: If `init_kwargs` or `revision` are given for an instance, which is loaded already.
+    """
+    if isinstance(teacher_model, str):
+        kwargs = {"dtype": "auto", **(init_kwargs or {})}
+        if revision is not None:
+            kwargs.setdefault("revision", revision)
+        teacher_model = AutoModelForCausalLM.from_pretrained(teacher_model, **kwargs)
+    elif init_kwargs is not None or revision is not None:
+        raise ValueError(
+            "`teacher_model_init_kwargs` and `teacher_model_revision` apply to a teacher given as a path or a hub id, "
+            "but `teacher_model` is an instance. Load it with them, or pass its path."
+        )
+    return teacher_model.eval().requires_grad_(False)
+
+
+def check_vocabulary(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel) -> None:
+    """
+    Check that student and teacher mean the same by every token id. Heads may differ in padding (Qwen2.5 pads one
+    tokenizer to 151,936 and to 152,064): only the shared ids are compared.
+
+    Args:
+        student ([`~transformers.PreTrainedModel`]):
+            Student.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Student's tokenizer.
+        teacher ([`~transformers.PreTrainedModel`]):
+            Teacher. Its tokenizer is looked up where its config says that it came from.
+
+    Raises:
+        ValueError: If the tokenizers differ, or the vocabulary sizes do and no tokenizer proves them padding.
+    """
+    student_size = student.config.get_text_config().vocab_size
+    teacher_size = teacher.config.get_text_config().vocab_size
+    source = teacher.config.name_or_path
+    teacher_tokenizer = None
+    if source:
+        try:
+            teacher_tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            logger.warning(f"No tokenizer found for the teacher at {source!r} ({type(error).__name__}).")
+    if teacher_tokenizer is None:
+        if student_size != teacher_size:
+            raise ValueError(
+                f"The student has a vocabulary of {student_size} tokens and the teacher of {teacher_size}, and the "
+                "teacher's tokenizer could not be found to tell padding from another vocabulary. Pass the teacher as "
+                "a path or hub id that holds its tokenizer, or use a teacher with the student's vocabulary."
+            )
+        logger.warning("Assuming that the teacher uses the student's tokenizer: their vocabularies have equal size.")
+        return
+    vocab, teacher_vocab = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    if vocab == teacher_vocab:
+        return
+    differing = [
+        token for token in sorted(set(vocab) | set(teacher_vocab)) if vocab.get(token) != teacher_vocab.get(token)
+    ]
+    raise ValueError(
+        f"Student and teacher have different tokenizers: {len(differing)} tokens differ, for example "
+        f"{', '.join(repr(token) for token in differing[:5])}. The divergence compares next-token distributions token "
+        "by token, so both must share one tokenizer. Choose a teacher of the student's model family (or, across "
+        "tokenizers, TRL's GOLD)."
+    )

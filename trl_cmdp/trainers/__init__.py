@@ -1,0 +1,7 @@
+"""The trainers: a method is a signal (docs/math.md), one config and one trainer file each."""
+
+from .constrained_config import ConstrainedDistillConfig
+from .constrained_trainer import ConstrainedDistillTrainer
+
+
+__all__ = ["ConstrainedDistillConfig", "ConstrainedDistillTrainer"]

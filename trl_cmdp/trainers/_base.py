@@ -1,0 +1,427 @@
+"""
+The base of every trainer: a `GRPOTrainer` with a teacher, in which a method is one function, its signal.
+
+Every touch of TRL's private hooks is in this file, and tests/trainers/test_trl_hooks.py pins their signatures.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from transformers import PreTrainedModel
+from trl import GRPOConfig, GRPOTrainer
+from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing, prepare_deepspeed
+from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
+
+from ..teachers import base_model, check_vocabulary, head_divergence, last_hidden_state, lm_head, load_teacher
+from ._config import DistillConfig
+from ._rewards import check_reward_columns, no_reward
+from ._signal import Rollouts, Signal
+
+
+@dataclass
+class _DivergenceRequest:
+    """Asks the student's forward for the divergence on `rows`. Without weights, for the costs alone."""
+
+    rows: torch.Tensor  # (B, T) bool
+    teacher_hidden: torch.Tensor  # (N, H_t), the rows' states in row-major order
+    weights: torch.Tensor | None = None  # (N,)
+    loss: torch.Tensor | None = None  # set by the forward
+    costs: torch.Tensor | None = None  # (N,), set by the forward
+
+
+class DistillTrainer(GRPOTrainer):
+    """
+    [`~trl.GRPOTrainer`] with a teacher. Subclasses define one method, [`~DistillTrainer._signal`]; rollouts, batching,
+    vLLM, PEFT, logging and checkpoints stay TRL's. Without a teacher it is `GRPOTrainer`, bit for bit.
+
+    Args:
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Teacher: path, hub id or instance. It is frozen, in eval mode, and keeps its own dtype.
+
+    All other arguments are [`~trl.GRPOTrainer`]'s, in its order. With a teacher, `reward_funcs` may be `None`.
+    """
+
+    _config_class: type[DistillConfig]
+
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args: GRPOConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        reward_processing_classes=None,
+        callbacks=None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config=None,
+        tools=None,
+        rollout_func=None,
+        environment_factory=None,
+        *,
+        teacher_model: str | PreTrainedModel | None = None,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = self._config_class(f"{model_name.split('/')[-1]}-{self._name.replace(' ', '-')}")
+        if teacher_model is not None:
+            if not isinstance(args, self._config_class):
+                raise TypeError(
+                    f"{type(self).__name__} with a teacher needs a `{self._config_class.__name__}` as `args`, got "
+                    f"`{type(args).__name__}`. It takes every argument of `GRPOConfig`: change the class name alone."
+                )
+            if args.multi_objective_aggregation == "normalize_then_sum":
+                raise ValueError(
+                    "`multi_objective_aggregation='normalize_then_sum'` cannot be used with a teacher: it leaves no "
+                    "single reward to weigh against the limit. Use 'sum_then_normalize' and `reward_weights`."
+                )
+            if reward_funcs is None and environment_factory is None:
+                reward_funcs = no_reward
+        elif reward_funcs is None and environment_factory is None:
+            raise ValueError(
+                "There is neither a reward nor a teacher to learn from. Pass `reward_funcs`, `teacher_model`, or both."
+            )
+
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+        )
+        if rollout_func is None and environment_factory is None:
+            check_reward_columns(self.reward_funcs, self.reward_func_names, self.train_dataset, self.eval_dataset)
+
+        self.teacher_model = None
+        if teacher_model is None:
+            return
+        # Before the teacher is frozen, which would freeze what it shares with the student.
+        trained = {id(parameter) for parameter in self.model.parameters()}
+        if not isinstance(teacher_model, str) and any(id(shared) in trained for shared in teacher_model.parameters()):
+            raise ValueError(
+                "`teacher_model` shares parameters with the model being trained, so it would change with the student. "
+                "Pass another instance, or the teacher's path."
+            )
+        teacher = load_teacher(teacher_model, args.teacher_model_revision, args.teacher_model_init_kwargs)
+        student = base_model(self.accelerator.unwrap_model(self.model))
+        check_vocabulary(student, self._tokenizer, teacher)
+        if self.is_deepspeed_enabled:
+            self.teacher_model = prepare_deepspeed(teacher, self.accelerator)
+        else:
+            self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+        self._forward_redirection = _ForwardRedirection()
+        self._request: _DivergenceRequest | None = None
+        self._add_divergence(student)
+        self._rewards_per_func: torch.Tensor | None = None
+        # Numerators and denominators: TRL averages logged values unweighted, which is wrong for rates.
+        self._sums = {mode: defaultdict(lambda: [0.0, 0.0]) for mode in ("train", "eval")}
+        self._maxima: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
+        # Loading a teacher may draw random numbers; rollouts must not depend on that.
+        set_seed(args.seed, device_specific=True)
+
+    # ------------------------------------------------------------------------------------------------ for subclasses
+
+    def _signal(self, rollouts: Rollouts) -> Signal:
+        """The method: task rewards and teacher costs to advantages and divergence weights."""
+        raise NotImplementedError
+
+    def _count(self, name: str, numerator: torch.Tensor | float, denominator: torch.Tensor | float) -> None:
+        """Log numerator/denominator, both summed over the logging window. Give global sums."""
+        sums = self._sums[self._mode][name]
+        sums[0] += float(numerator)
+        sums[1] += float(denominator)
+
+    def _maximum(self, name: str, value: torch.Tensor) -> None:
+        """Log the largest value of the logging window. Give the global one."""
+        maxima = self._maxima[self._mode]
+        maxima[name] = max(maxima.get(name, -torch.inf), float(value))
+
+    # ----------------------------------------------------------------------------------------------- rollouts to signal
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._rewards_per_func
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if self.teacher_model is None:
+            return output
+        if "pixel_values" in output:
+            raise NotImplementedError("Images in prompts are not supported with a teacher yet.")
+
+        rewards_per_func = self._rewards_per_func  # (B, num_funcs), of all processes
+        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
+        rewards[rewards_per_func.isnan().all(dim=1)] = torch.nan  # as in TRL: unscorable, not 0
+
+        local_mask = _loss_mask(output).bool()  # (b, T)
+        mask = self._gather_rows(local_mask)  # (B, T), T now the longest of all processes
+        local_costs, teacher_hidden = self._score(output, local_mask, mask)
+        rollouts = Rollouts(
+            rewards=rewards,
+            costs=self._gather_rows(local_costs),
+            mask=mask,
+            num_generations=self.num_generations if self._mode == "train" else self.num_generations_eval,
+            horizon=self.max_completion_length,
+        )
+        signal = self._signal(rollouts)
+
+        first = self.accelerator.process_index * len(local_mask)
+        own = slice(first, first + len(local_mask))
+        length = local_mask.size(1)
+        advantages = signal.advantages[own]  # (b,) or (b, T)
+        output["advantages"] = advantages if advantages.dim() == 1 else advantages[:, :length]
+        # A batch without a weight anywhere costs no divergence pass; the decision is the same on every process.
+        if signal.divergence_weights is not None and signal.divergence_weights.any():
+            weights = signal.divergence_weights[own, :length]
+            output["divergence_weights"] = weights
+            if teacher_hidden is not None:
+                # One tensor per rollout, so that TRL's shuffle and split carry it: the weighted positions alone.
+                output["teacher_hidden"] = [
+                    hidden[row_weights[row_mask] != 0]
+                    for hidden, row_weights, row_mask in zip(teacher_hidden, weights, local_mask, strict=True)
+                ]
+        self._log_rollouts(rollouts, signal)
+        return output
+
+    @torch.no_grad()
+    def _score(self, output, local_mask, mask) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+        """Costs (b, T) of this process's rollouts, and the teacher's hidden states per rollout if they fit."""
+        self._check_token_ids(output)
+        tokens_per_process = mask.sum(1).view(self.accelerator.num_processes, -1).sum(1)
+        most_tokens = tokens_per_process.max().item()  # all processes decide alike
+        batch_size = (
+            self.args.per_device_train_batch_size if self._mode == "train" else self.args.per_device_eval_batch_size
+        )
+        costs = torch.zeros(local_mask.shape, device=local_mask.device)
+        kept: list[torch.Tensor] | None = []
+        teacher_is_finite = True
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            for start in range(0, len(local_mask), batch_size):
+                rows = slice(start, start + batch_size)
+                model_inputs = _model_inputs(output, rows)
+                row_mask = local_mask[rows]
+                hidden = self._teacher_hidden(model_inputs, row_mask)  # (N, H_t)
+                teacher_is_finite = teacher_is_finite and bool(hidden.isfinite().all())
+                request = _DivergenceRequest(row_mask, hidden)
+                with self.accelerator.autocast():  # as the loss's forward, or costs would differ from it
+                    self._forward_with(request, self.model, **model_inputs)
+                costs[rows] = costs[rows].masked_scatter(row_mask, request.costs.to(costs.dtype))
+                if kept is not None:
+                    kept.extend(hidden.split(row_mask.sum(1).tolist()))
+                if most_tokens * hidden.size(-1) * hidden.element_size() > self.args.divergence_memory_mb * 2**20:
+                    kept = None
+        teacher_failed = self._on_any_process(not teacher_is_finite)
+        if teacher_failed or self._on_any_process(not bool(costs.isfinite().all())):
+            self._raise_not_finite(teacher_failed)
+        return costs, kept
+
+    def _check_token_ids(self, output: dict[str, Any]) -> None:
+        vocab_size = self.accelerator.unwrap_model(self.teacher_model).get_input_embeddings().num_embeddings
+        if self._on_any_process(bool((_model_inputs(output)["input_ids"] >= vocab_size).any())):
+            raise ValueError(
+                f"The student produced a token id beyond the teacher's {vocab_size} (its padding, which no text has) "
+                f"at step {self.state.global_step}. Suppress those ids with "
+                "`generation_kwargs={'suppress_tokens': [...]}`."
+            )
+
+    def _raise_not_finite(self, teacher_failed: bool) -> None:
+        step = self.state.global_step
+        head = lm_head(self.accelerator.unwrap_model(self.teacher_model))
+        head_failed = self._on_any_process(not bool(head.weight.isfinite().all()))
+        if teacher_failed or head_failed:
+            raise ValueError(
+                f"The teacher returned NaN or infinite values at step {step}. Check its weights, and load it in a "
+                "dtype with enough range (float16 overflows in many models): "
+                "`teacher_model_init_kwargs={'dtype': 'bfloat16'}`. The last checkpoint is untouched."
+            )
+        raise ValueError(
+            f"The divergence from the teacher is not finite at step {step} although the teacher's hidden states are. "
+            "Either the student diverged (lower the learning rate, see `grad_norm`), or the teacher gives probability "
+            "0 to a token that the student can choose: set `teacher_prob_floor`, for example to 1e-6. The last "
+            "checkpoint is untouched."
+        )
+
+    def _teacher_hidden(self, model_inputs: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+        """Teacher's hidden states (N, H_t) at the `rows` (B, T) of the completions."""
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        with torch.no_grad(), self.accelerator.autocast():
+            hidden = self._forward_redirection(
+                self.teacher_model, teacher, last_hidden_state, teacher, rows.size(1), **model_inputs
+            )
+        return hidden[rows]
+
+    def _on_any_process(self, condition: bool) -> bool:
+        """Whether it holds anywhere: all processes must raise together, or the others would wait for ever."""
+        return bool(self.accelerator.gather(torch.tensor([condition], device=self.accelerator.device)).any())
+
+    def _gather_rows(self, local: torch.Tensor) -> torch.Tensor:
+        """(b, T) of this process to (B, T) of all, padded with 0 to the longest T."""
+        # Padding makes booleans int64, on the processes alone that need it: the others would gather another dtype.
+        rows = local.int() if local.dtype == torch.bool else local
+        return self.accelerator.gather(self.accelerator.pad_across_processes(rows, dim=1)).to(local.dtype)
+
+    # ------------------------------------------------------------------------------------------------------------- loss
+
+    def _compute_loss(self, model, inputs):
+        if "divergence_weights" not in inputs:
+            if self.teacher_model is not None:
+                self._count("distill_loss", 0, 1)
+            return super()._compute_loss(model, inputs)
+        mask = _loss_mask(inputs)
+        weights = inputs["divergence_weights"] * self._policy_token_weight(
+            mask, inputs["num_items_in_batch"]
+        )  # (B, T)
+        rows = weights != 0
+        if "teacher_hidden" in inputs:
+            teacher_hidden = torch.cat(inputs["teacher_hidden"])
+        else:
+            teacher_hidden = self._teacher_hidden(_model_inputs(inputs), rows)
+        request = _DivergenceRequest(rows, teacher_hidden, weights[rows])
+        loss = self._forward_with(request, super()._compute_loss, model, inputs)
+
+        accumulation = self.current_gradient_accumulation_steps if self._mode == "train" else 1
+        distill_loss = self.accelerator.gather(request.loss.detach() * accumulation).mean()
+        self._count("distill_loss", distill_loss, 1)
+        return loss + request.loss
+
+    def _policy_token_weight(self, mask: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+        """
+        Factor of each token in TRL's policy loss, of shape `(B, 1)` or `()`: the loss is Σ factor·mask·per_token_loss.
+
+        Restated from `GRPOTrainer._compute_loss` in this one place, and tested against it for each loss type.
+        """
+        training = self._mode == "train"
+        accumulation = self.current_gradient_accumulation_steps if training else 1
+        num_rows = mask.size(0)
+        if self.loss_type in ("grpo", "sapo"):
+            return 1 / (mask.sum(-1, keepdim=True).clamp(min=1.0) * num_rows * accumulation)
+        if self.loss_type == "bnpo":
+            return 1 / (mask.sum().clamp(min=1.0) * accumulation)
+        if self.loss_type == "dr_grpo":
+            return torch.tensor(1 / (num_rows * self.max_completion_length * accumulation), device=mask.device)
+        if self.loss_type == "luspo":
+            return torch.tensor(1 / (num_rows * accumulation), device=mask.device)
+        if self.loss_type in ("cispo", "dapo", "vespo"):
+            normalizer = num_items_in_batch.clamp(min=1.0) / self.accelerator.num_processes
+            return 1 / (normalizer * accumulation / self.args.steps_per_generation if training else normalizer)
+        raise ValueError(f"Unknown loss type: {self.loss_type}")
+
+    # -------------------------------------------------------------------------------------- divergence in the forward
+
+    def _add_divergence(self, student: PreTrainedModel) -> None:
+        """
+        Wrap the student's (already fused) forward so that it answers a request: the divergence is computed from the
+        hidden states of the one forward pass, inside it, where FSDP and DeepSpeed have the head gathered.
+        """
+        fused_forward = student.forward
+
+        @functools.wraps(fused_forward)
+        def forward(_, *args, **kwargs):
+            request = self._request
+            if request is None:
+                return fused_forward(*args, **kwargs)
+            if request.weights is None:
+                kwargs.pop("labels", None)  # PEFT passes it on as None
+                hidden = last_hidden_state(student, request.rows.size(1), **kwargs)
+                self._answer(request, student, hidden)
+                return hidden
+            captured = []
+            hook = student.base_model.register_forward_hook(
+                lambda module, inputs, output: captured.append(output.last_hidden_state)
+            )
+            try:
+                outputs = fused_forward(*args, **kwargs)
+            finally:
+                hook.remove()
+            self._answer(request, student, captured[0][:, -(request.rows.size(1) + 1) : -1])
+            return outputs
+
+        student.forward = forward.__get__(student)
+
+    def _answer(self, request: _DivergenceRequest, student: PreTrainedModel, hidden: torch.Tensor) -> None:
+        student_head, teacher_head = lm_head(student), lm_head(self.accelerator.unwrap_model(self.teacher_model))
+        with (
+            maybe_gather_lm_head_ctx(student_head.weight, student_head.bias),
+            maybe_gather_lm_head_ctx(teacher_head.weight, teacher_head.bias),
+        ):
+            request.loss, request.costs = head_divergence(
+                hidden[request.rows],
+                student_head,
+                request.teacher_hidden,
+                teacher_head,
+                request.weights,
+                beta=self.args.teacher_beta,
+                temperature=self.temperature,
+                memory_mb=self.args.divergence_memory_mb,
+                teacher_prob_floor=self.args.teacher_prob_floor,
+            )
+
+    def _forward_with(self, request: _DivergenceRequest, function: Callable, *args, **kwargs):
+        self._request = request
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._request = None
+
+    # ---------------------------------------------------------------------------------------------------------- logging
+
+    def _log_rollouts(self, rollouts: Rollouts, signal: Signal) -> None:
+        self._count("teacher/divergence", rollouts.costs.sum(), rollouts.mask.sum())
+
+        # TRL has logged GRPO's own advantages for these rollouts: replace them.
+        advantages = signal.advantages
+        spread = advantages.view(len(advantages), -1).abs().amax(1).view(-1, rollouts.num_generations).amax(1)
+        self._metrics[self._mode]["frac_reward_zero_std"][-1] = (spread == 0).float().mean().item()
+        if advantages.dim() == 2:
+            advantages = (advantages * rollouts.mask).sum(1) / rollouts.mask.sum(1).clamp(min=1)
+        logged = self._logs["advantages"]
+        for _ in range(min(len(logged), len(advantages))):
+            logged.pop()
+        logged.extend(advantages.tolist())
+        for name, values in signal.columns.items():
+            self._logs["extra"][name].extend(values)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.teacher_model is not None:
+            metrics = self._metrics[self._mode]
+            for name, (numerator, denominator) in self._sums[self._mode].items():
+                metrics[name] = [numerator / denominator if denominator else float("nan")]
+            for name, value in self._maxima[self._mode].items():
+                metrics[name] = [value]
+            self._sums[self._mode].clear()
+            self._maxima[self._mode].clear()
+        super().log(logs, start_time)
+
+    # ---------------------------------------------------------------------------------------------------------- helpers
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+
+def _loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+
+
+def _model_inputs(inputs: dict[str, Any], rows: slice = slice(None)) -> dict[str, torch.Tensor]:
+    return {
+        "input_ids": torch.cat([inputs["prompt_ids"][rows], inputs["completion_ids"][rows]], dim=1),
+        "attention_mask": torch.cat([inputs["prompt_mask"][rows], inputs["completion_mask"][rows]], dim=1),
+    }

@@ -1,0 +1,71 @@
+"""Configuration fields that every trainer with a teacher shares."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+
+@dataclass
+class DistillConfig(GRPOConfig):
+    """
+    Base of the configurations: [`~trl.GRPOConfig`] and the teacher's settings. All new fields are keyword-only.
+
+    Parameters:
+        teacher_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments of `from_pretrained` for a teacher given as a path or hub id. `dtype` defaults to
+            `"auto"`, the checkpoint's own. `trust_remote_code` holds for the teacher only if given here.
+        teacher_model_revision (`str`, *optional*):
+            Revision of the teacher on the Hub.
+        teacher_beta (`float`, *optional*, defaults to `1.0`):
+            Divergence D: `1.0` is reverse KL(student‖teacher), `0.0` forward KL(teacher‖student), generalised JSD
+            between. The convention of TRL's `DistillationConfig.beta`.
+        teacher_prob_floor (`float`, *optional*, defaults to `0.0`):
+            ε of the mixture of the teacher with the uniform distribution, which bounds the cost by log(V/ε).
+        divergence_memory_mb (`float`, *optional*, defaults to `256`):
+            Memory, in MiB per process, that vocabulary-sized tiles of the divergence may take. The teacher's hidden
+            states are kept from scoring to the loss while they fit the same bound, and recomputed otherwise.
+    """
+
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        kw_only=True,
+        metadata={
+            "help": "Keyword arguments of `from_pretrained` for a teacher given as a path or hub id. `dtype` defaults "
+            "to 'auto'. `trust_remote_code` holds for the teacher only if given here."
+        },
+    )
+    teacher_model_revision: str | None = field(
+        default=None, kw_only=True, metadata={"help": "Revision of the teacher on the Hub."}
+    )
+    teacher_beta: float = field(
+        default=1.0,
+        kw_only=True,
+        metadata={"help": "Divergence from the teacher: 1.0 is reverse KL, 0.0 forward KL, generalised JSD between."},
+    )
+    teacher_prob_floor: float = field(
+        default=0.0,
+        kw_only=True,
+        metadata={"help": "Weight of the uniform distribution mixed into the teacher, which bounds the cost."},
+    )
+    divergence_memory_mb: float = field(
+        default=256,
+        kw_only=True,
+        metadata={
+            "help": "Memory, in MiB per process, for vocabulary-sized tiles of the divergence, and again for the "
+            "teacher's hidden states kept from scoring to the loss."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0.0 <= self.teacher_beta <= 1.0:
+            raise ValueError(
+                f"`teacher_beta` must lie in [0, 1] (0 is forward KL, 1 reverse KL), got {self.teacher_beta}."
+            )
+        if not 0.0 <= self.teacher_prob_floor < 1.0:
+            raise ValueError(f"`teacher_prob_floor` must lie in [0, 1), got {self.teacher_prob_floor}.")
+        if not self.divergence_memory_mb > 0:
+            raise ValueError(f"`divergence_memory_mb` must be positive, got {self.divergence_memory_mb}.")

@@ -1,0 +1,49 @@
+"""What a method is made of: rollouts in, a signal out (docs/math.md, "A method is a signal")."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Rollouts:
+    """
+    What a signal is made from: one generation batch of all processes, whole groups after one another.
+
+    Args:
+        rewards (`torch.Tensor`):
+            Weighted task rewards of shape `(B,)`, NaN where no reward function scored the rollout.
+        costs (`torch.Tensor`):
+            Per-token costs of shape `(B, T)`, in nats, 0 where masked.
+        mask (`torch.Tensor`):
+            Mask of shape `(B, T)` of the completion tokens that count.
+        num_generations (`int`):
+            Rollouts per prompt, G.
+        horizon (`int`):
+            `max_completion_length`, H.
+    """
+
+    rewards: torch.Tensor
+    costs: torch.Tensor
+    mask: torch.Tensor
+    num_generations: int
+    horizon: int
+
+
+@dataclass
+class Signal:
+    """
+    What a method makes of the rollouts.
+
+    Args:
+        advantages (`torch.Tensor`):
+            Advantages of shape `(B,)` or `(B, T)`, for TRL's policy loss.
+        divergence_weights (`torch.Tensor` or `None`):
+            Weights w_t of shape `(B, T)` of the differentiated divergence; `None` if the method has none.
+        columns (`dict[str, list]`):
+            Columns added to the completions table, `B` values each.
+    """
+
+    advantages: torch.Tensor
+    divergence_weights: torch.Tensor | None
+    columns: dict[str, list]

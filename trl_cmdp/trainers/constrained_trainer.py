@@ -1,0 +1,111 @@
+"""The constrained method."""
+
+import textwrap
+
+from ..core import constrained_advantages, infeasible_steps, rollout_cost, violation_weights
+from ._base import DistillTrainer
+from ._signal import Rollouts, Signal
+from .constrained_config import ConstrainedDistillConfig
+
+
+class ConstrainedDistillTrainer(DistillTrainer):
+    """
+    Trainer for reward-aware distillation under a limit on the divergence from the teacher
+    (https://huggingface.co/papers/2509.22921).
+
+    A drop-in replacement for [`~trl.GRPOTrainer`]. The only change is the signal: the reward of a rollout whose cost
+    (its divergence from the teacher) exceeds `args.cost_limit` is replaced by a penalty, and on such rollouts the
+    divergence is also differentiated. Inside the limit the student is trained by its reward alone. With
+    `teacher_model=None` it is `GRPOTrainer`, bit for bit.
+
+    Example:
+
+    ```python
+    >>> from trl_cmdp import ConstrainedDistillConfig, ConstrainedDistillTrainer
+    >>> from trl.rewards import accuracy_reward
+    >>> from datasets import load_dataset
+
+    >>> trainer = ConstrainedDistillTrainer(
+    ...     model="Qwen/Qwen2.5-Math-1.5B",
+    ...     reward_funcs=accuracy_reward,
+    ...     args=ConstrainedDistillConfig(output_dir="out", cost_limit=0.35),
+    ...     train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    ...     teacher_model="Qwen/Qwen2.5-Math-7B-Instruct",
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*, keyword-only):
+            Teacher: path, hub id or instance, of the student's tokenizer. Frozen, in eval mode, in its own dtype.
+
+    All other arguments are [`~trl.GRPOTrainer`]'s, in its order; `args` is a [`ConstrainedDistillConfig`]. With a
+    teacher, `reward_funcs` may be `None` (reward 0).
+
+    Raises:
+        ValueError: Before training, for unequal tokenizers, a teacher that shares the student's parameters, a missing
+            column; at the step where it appears, for a reward that reaches the penalty or a NaN from the teacher.
+    """
+
+    _config_class = ConstrainedDistillConfig
+    _tag_names = ["trl", "trl-cmdp", "constrained-distillation"]
+    _name = "Constrained Distillation"
+    _paper = {
+        "title": "Rethinking Large Language Model Distillation: A Constrained Markov Decision Process Perspective",
+        "id": "2509.22921",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{zimmer2025rethinking,
+                title        = {{Rethinking Large Language Model Distillation: A Constrained Markov Decision Process Perspective}},
+                author       = {Matthieu Zimmer and Xiaotong Ji and Tu Nguyen and Haitham Bou Ammar},
+                year         = 2025,
+                eprint       = {arXiv:2509.22921},
+            }"""),
+    }
+
+    def _signal(self, rollouts: Rollouts) -> Signal:
+        args, costs, mask = self.args, rollouts.costs, rollouts.mask
+        largest = rollouts.rewards.nan_to_num(nan=0.0).abs().max().item()
+        if largest >= args.violation_penalty:
+            raise ValueError(
+                f"A task reward of size {largest:g} at step {self.state.global_step} reaches the violation penalty "
+                f"{args.violation_penalty:g}: a violation could then be worth its reward. Set `violation_penalty` "
+                "above the largest absolute reward, or scale the rewards down."
+            )
+        advantages = constrained_advantages(
+            rollouts.rewards,
+            costs,
+            mask,
+            rollouts.num_generations,
+            args.cost_limit,
+            args.violation_penalty,
+            args.cost_scope,
+            args.credit_assignment,
+            args.constraint_aggregation,
+            self.scale_rewards,
+            rollouts.horizon,
+        )
+        weights = None
+        if args.violation_distill_coef > 0:
+            weights = args.violation_distill_coef * violation_weights(
+                costs, mask, args.cost_limit, args.cost_scope, args.credit_assignment
+            )
+
+        cost = rollout_cost(costs, mask, args.cost_scope)  # (B,)
+        feasible = cost <= args.cost_limit
+        has_tokens = mask.any(1)
+        judged = has_tokens & ~rollouts.rewards.isnan()
+        self._count("constraint/cost", cost.sum(), has_tokens.sum())
+        self._maximum("constraint/cost_max", cost.max())
+        self._count("constraint/limit", args.cost_limit, 1)
+        self._count("constraint/satisfaction_rate", (feasible & judged).sum(), judged.sum())
+        self._count(
+            "constraint/violated_token_frac",
+            infeasible_steps(costs, mask, args.cost_limit, args.cost_scope).sum(),
+            mask.sum(),
+        )
+        self._count("constraint/unjudged_frac", (~judged).sum(), len(judged))
+        verdicts = [
+            verdict if counts else None for verdict, counts in zip(feasible.tolist(), judged.tolist(), strict=True)
+        ]
+        return Signal(advantages, weights, {"cost": cost.tolist(), "feasible": verdicts})
