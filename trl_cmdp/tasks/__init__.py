@@ -1,0 +1,1 @@
+"""Tasks: datasets together with the functions that verify their answers."""
