@@ -1,0 +1,116 @@
+"""Sampling rollouts, as the trainers do: same prompt format, same end of a completion."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """
+    One completion of one prompt.
+
+    Args:
+        prompt (`str` or `list[dict[str, str]]`):
+            Prompt, text or messages.
+        completion (`str`):
+            Completion as text, without special tokens.
+        prompt_ids (`list[int]`):
+            Tokens of the prompt.
+        completion_ids (`list[int]`):
+            Tokens of the completion, the end-of-sequence token included where there is one.
+    """
+
+    prompt: str | list[dict[str, str]]
+    completion: str
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+
+def sample_rollouts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[dict[str, str]]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    greedy: bool = False,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: Callable[[int, int], Any] | None = None,
+) -> list[Rollout]:
+    """
+    One rollout per prompt, from the full distribution at `temperature` (no top-k, no top-p), or greedy.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to sample from. Put in eval mode for the call.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer, with a padding token.
+        prompts (`Sequence[str | list[dict[str, str]]]`):
+            Prompts: text, or messages for the chat template.
+        max_new_tokens (`int`):
+            Longest completion.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature.
+        greedy (`bool`, *optional*, defaults to `False`):
+            Take the most likely token instead of sampling.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Prompts generated at a time. Part of what the seed means: another size draws other samples.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the sampling. The global random state is left as it was.
+        progress (`Callable[[int, int], Any]`, *optional*):
+            Called with (done, total) after each batch.
+
+    Returns:
+        `list[Rollout]`: Rollouts in the order of the prompts.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ValueError("The tokenizer has no padding token. Set `tokenizer.pad_token`, for example to its EOS.")
+    eos_ids = _eos_ids(model, tokenizer)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=not greedy,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=eos_ids,
+        disable_compile=True,
+        **({} if greedy else {"temperature": temperature, "top_k": 0, "top_p": 1.0}),
+    )
+    training = model.training
+    model.eval()
+    rollouts: list[Rollout] = []
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        torch.manual_seed(seed)
+        for start in range(0, len(prompts), batch_size):
+            batch = list(prompts[start : start + batch_size])
+            batch_ids = [_prompt_ids(tokenizer, prompt) for prompt in batch]
+            inputs = tokenizer.pad({"input_ids": batch_ids}, padding=True, padding_side="left", return_tensors="pt")
+            inputs = inputs.to(model.device)
+            output = model.generate(**inputs, generation_config=config)  # type: ignore[operator]
+            completions = output[:, inputs["input_ids"].size(1) :].tolist()
+            for prompt, prompt_ids, ids in zip(batch, batch_ids, completions, strict=True):
+                end = next((i + 1 for i, token in enumerate(ids) if token in eos_ids), len(ids))
+                text = str(tokenizer.decode(ids[:end], skip_special_tokens=True))
+                rollouts.append(Rollout(prompt, text, prompt_ids, ids[:end]))
+            if progress is not None:
+                progress(len(rollouts), len(prompts))
+    model.train(training)
+    return rollouts
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    encoded: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that the model declares to end a completion, and the tokenizer's."""
+    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    return [*ids, *([] if tokenizer.eos_token_id in ids else [tokenizer.eos_token_id])]
