@@ -1,0 +1,230 @@
+"""
+What the teacher costs: the constrained trainer's step against its lower bound.
+
+    python benchmarks/overhead.py            # or `make bench`; writes benchmarks/results/overhead.json
+
+The ratio is (constrained step) / (plain GRPO step + one teacher forward + one student scoring forward), all timed in
+this one run, in alternating rounds, on completions of fixed length. The two forwards are TRL's own scoring forward
+(log-probabilities through the fused head, no gradient) with the teacher's and with the student's weights. Printed with
+generation and without it (what both trainers spend in `_generate` taken off), with every rollout violating the limit,
+the most that the method ever does, and with none.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from trl_cmdp import ConstrainedDistillConfig, ConstrainedDistillTrainer
+from trl_cmdp.tasks.arithmetic import demo_model_path, load_problems
+
+
+NUM_GENERATIONS = 8
+CASES = {
+    # name: (batch of rollouts, completion length, models)
+    "demo": (128, 32, lambda: (_embedded("student"), _embedded("teacher"))),
+    "vocabulary-49k": (16, 64, lambda: (_wide_vocabulary(0), _wide_vocabulary(1))),
+}
+
+
+def _embedded(name):
+    return AutoModelForCausalLM.from_pretrained(demo_model_path(name))
+
+
+def _wide_vocabulary(seed):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=2,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+    )
+
+
+class StepTimer(TrainerCallback):
+    """Seconds of each optimizer step, and of the generation in it."""
+
+    def __init__(self):
+        self.steps, self.generation, self._in_generation = [], [], 0.0
+
+    def watch(self, trainer):
+        generate = trainer._generate
+
+        def timed(prompts):
+            start = time.perf_counter()
+            output = generate(prompts)
+            self._in_generation += time.perf_counter() - start
+            return output
+
+        trainer._generate = timed
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        # The batch is prepared, and so generated, inside the step.
+        self._start, self._in_generation = time.perf_counter(), 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(time.perf_counter() - self._start)
+        self.generation.append(self._in_generation)
+
+
+def reward(completions, **kwargs):
+    return [float(len(completion) % 2) for completion in completions]
+
+
+def timed_training(trainer_class, config_class, models, batch, length, steps, teacher, **fields):
+    student, tokenizer = models
+    timer = StepTimer()
+    with tempfile.TemporaryDirectory() as folder:
+        args = config_class(
+            output_dir=folder,
+            per_device_train_batch_size=batch,
+            num_generations=NUM_GENERATIONS,
+            max_completion_length=length,
+            generation_kwargs={"min_new_tokens": length},  # fixed length
+            max_steps=steps + 1,
+            learning_rate=0.0,  # the same work at every step
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            logging_strategy="no",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            **fields,
+        )
+        prompts = load_problems((steps + 1) * batch // NUM_GENERATIONS, "train", 0)["prompt"]
+        trainer = trainer_class(
+            student,
+            reward,
+            args,
+            Dataset.from_dict({"prompt": prompts}),
+            processing_class=tokenizer,
+            callbacks=[timer],
+            **({} if teacher is None else {"teacher_model": teacher}),
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        timer.watch(trainer)
+        trainer.train()
+    return timer.steps[1:], timer.generation[1:]  # the first step warms up
+
+
+@torch.no_grad()
+def timed_scoring(model, batch, length, repeats):
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    prompt_length = len(load_problems(1, "train", 0)["prompt"][0])
+    input_ids = torch.randint(3, 15, (batch, prompt_length + length))
+    labels = input_ids.clone()
+    labels[:, :prompt_length] = -100
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        model(input_ids, attention_mask=torch.ones_like(input_ids), labels=labels, fused_lm_head=True)
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
+
+
+def measure(name, rounds, steps):
+    batch, length, build = CASES[name]
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path("student"))
+    ratios = {key: [] for key in ("violating", "violating, no generation", "feasible", "feasible, no generation")}
+    seconds = {
+        key: [] for key in ("grpo", "violating", "feasible", "generation", "teacher forward", "student forward")
+    }
+    for _ in range(rounds):
+        student, teacher = build()
+        forwards = {
+            "teacher forward": statistics.median(timed_scoring(build()[1], batch, length, steps)),
+            "student forward": statistics.median(timed_scoring(build()[0], batch, length, steps)),
+        }
+        plain, plain_generation = timed_training(
+            GRPOTrainer, GRPOConfig, (build()[0], tokenizer), batch, length, steps, None
+        )
+        grpo, generation = statistics.median(plain), statistics.median(plain_generation)
+        bound = grpo + sum(forwards.values())
+        for key, limit in (("violating", 1e-9), ("feasible", 1e9)):
+            student, teacher = build()
+            constrained, constrained_generation = timed_training(
+                ConstrainedDistillTrainer,
+                ConstrainedDistillConfig,
+                (student, tokenizer),
+                batch,
+                length,
+                steps,
+                teacher,
+                cost_limit=limit,
+            )
+            step = statistics.median(constrained)
+            ratios[key].append(step / bound)
+            without = step - statistics.median(constrained_generation)
+            ratios[f"{key}, no generation"].append(without / (bound - generation))
+            seconds[key].append(step)
+        seconds["grpo"].append(grpo)
+        seconds["generation"].append(generation)
+        for key, value in forwards.items():
+            seconds[key].append(value)
+    return {
+        "rollouts": batch,
+        "completion_length": length,
+        "ratio": {key: statistics.median(values) for key, values in ratios.items()},
+        "ratio_range": {key: [min(values), max(values)] for key, values in ratios.items()},
+        "seconds": {key: statistics.median(values) for key, values in seconds.items()},
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="alternating rounds")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps in a round")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "overhead.json")
+    arguments = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+
+    results = {}
+    table = Table(title="(constrained step) / (GRPO step + teacher forward + student scoring forward)")
+    for column in ("models", "rollouts × tokens", "violating", "  no generation", "feasible", "  no generation "):
+        table.add_column(column)
+    for name in CASES:
+        print(f"measuring {name} ...", flush=True)
+        results[name] = measure(name, arguments.rounds, arguments.steps)
+        ratios = [f"{value:.3f}" for value in results[name]["ratio"].values()]
+        table.add_row(name, f"{results[name]['rollouts']} × {results[name]['completion_length']}", *ratios)
+    Console().print(table)
+    record = {
+        "command": "python benchmarks/overhead.py",
+        "rounds": arguments.rounds,
+        "steps": arguments.steps,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "trl": trl.__version__,
+        },
+        "results": results,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
