@@ -104,7 +104,7 @@ def make_trainer(
     **args,
 ) -> GRPOTrainer:
     """Trainer on fresh minute models. `trainer_kwargs` go to the trainer, all other keywords to its arguments."""
-    config_class = GRPOConfig if trainer_class is GRPOTrainer else ConstrainedDistillConfig
+    config_class = GRPOConfig if trainer_class is GRPOTrainer else trainer_class._config_class
     return trainer_class(
         make_model() if model is None else model,
         reward_funcs,

@@ -5,11 +5,21 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from .trainers import ConstrainedDistillConfig, ConstrainedDistillTrainer
+    from .trainers import (
+        ConstrainedDistillConfig,
+        ConstrainedDistillTrainer,
+        LagrangianDistillConfig,
+        LagrangianDistillTrainer,
+    )
 
 __version__ = "0.1.0"
 
-__all__ = ["ConstrainedDistillConfig", "ConstrainedDistillTrainer"]
+__all__ = [
+    "ConstrainedDistillConfig",
+    "ConstrainedDistillTrainer",
+    "LagrangianDistillConfig",
+    "LagrangianDistillTrainer",
+]
 
 
 # Importing TRL takes seconds. `trl_cmdp.core` and the command line's help should not wait for it.

@@ -16,6 +16,9 @@ HOOKS = {
     "_generate_and_score_completions": "(self, inputs)",
     "_compute_loss": "(self, model, inputs)",
     "_prepare_inputs": "(self, generation_batch)",
+    "_save_checkpoint": "(self, model, trial)",
+    "_load_optimizer_and_scheduler": "(self, checkpoint)",
+    "_get_output_dir": "(self, trial)",
     "log": "(self, logs, start_time=None)",
 }
 IMPORTS = {

@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..tasks.arithmetic import demo_model_path, load_problems
 
+    # Renamings inside transformers, which no argument of the demo can answer.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     # The models are so small that a second thread costs more in waiting than it gives.

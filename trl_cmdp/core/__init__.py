@@ -1,6 +1,6 @@
 """The mathematics, on plain tensors: torch and the standard library only."""
 
-from .advantages import constrained_advantages
+from .advantages import constrained_advantages, group_advantages
 from .budget import infeasible_steps, prefix_cost, rollout_cost, violation_weights
 from .divergence import chunked_divergence, token_divergence
 from .intervals import bootstrap_interval, clopper_pearson_interval, wilson_interval
@@ -16,6 +16,7 @@ __all__ = [
     "chunked_divergence",
     "clopper_pearson_interval",
     "constrained_advantages",
+    "group_advantages",
     "infeasible_steps",
     "modified_reward",
     "prefix_cost",

@@ -14,6 +14,27 @@ ScaleRewards = Literal["group", "batch", "none"]
 _STD_EPSILON = 1e-4  # TRL's
 
 
+def group_advantages(
+    rewards: torch.Tensor, num_generations: int, scale_rewards: ScaleRewards = "group"
+) -> torch.Tensor:
+    """
+    GRPO's advantages (2402.03300), exactly as TRL computes them.
+
+    Args:
+        rewards (`torch.Tensor`):
+            Rewards of shape `(B,)`, whole groups of `num_generations` after one another. NaN where a rollout could
+            not be scored: it is left out, and its advantage is 0.
+        num_generations (`int`):
+            Rollouts per prompt, G.
+        scale_rewards (`str`, *optional*, defaults to `"group"`):
+            `"group"`, `"batch"` or `"none"`, as in TRL.
+
+    Returns:
+        `torch.Tensor`: Advantages of shape `(B,)`.
+    """
+    return _standardize(rewards, rewards, num_generations, scale_rewards).nan_to_num(nan=0.0)
+
+
 def constrained_advantages(
     rewards: torch.Tensor,
     costs: torch.Tensor,
@@ -92,12 +113,12 @@ def constrained_advantages(
 
     if constraint_aggregation == "lexicographic":
         in_budget = torch.where(feasible, scored, torch.nan)  # (B,)
-        z = _standardize(in_budget, in_budget, num_generations, scale_rewards).nan_to_num(nan=0.0)  # (B,)
+        z = group_advantages(in_budget, num_generations, scale_rewards)  # (B,)
 
     if credit_assignment == "trajectory":
         if constraint_aggregation == "sum_then_normalize":
             whole = modified_reward(scored, costs, mask, cost_limit, penalty, scope)  # (B,)
-            return _standardize(whole, whole, num_generations, scale_rewards).nan_to_num(nan=0.0)
+            return group_advantages(whole, num_generations, scale_rewards)
         return _lexicographic(z, cost, feasible, penalty, num_generations, scale_rewards)
 
     if horizon is None:

@@ -2,6 +2,13 @@
 
 from .constrained_config import ConstrainedDistillConfig
 from .constrained_trainer import ConstrainedDistillTrainer
+from .lagrangian_config import LagrangianDistillConfig
+from .lagrangian_trainer import LagrangianDistillTrainer
 
 
-__all__ = ["ConstrainedDistillConfig", "ConstrainedDistillTrainer"]
+__all__ = [
+    "ConstrainedDistillConfig",
+    "ConstrainedDistillTrainer",
+    "LagrangianDistillConfig",
+    "LagrangianDistillTrainer",
+]

@@ -5,22 +5,29 @@ Every touch of TRL's private hooks is in this file, and tests/trainers/test_trl_
 """
 
 import functools
+import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing, prepare_deepspeed
 from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
+from ..core import infeasible_steps, rollout_cost
 from ..teachers import base_model, check_vocabulary, head_divergence, last_hidden_state, lm_head, load_teacher
 from ._config import DistillConfig
 from ._rewards import check_reward_columns, no_reward
 from ._signal import Rollouts, Signal
+
+
+_METHOD_STATE_FILE = "trl_cmdp_state.json"
 
 
 @dataclass
@@ -47,6 +54,7 @@ class DistillTrainer(GRPOTrainer):
     """
 
     _config_class: type[DistillConfig]
+    _divergence_coefficient = 1.0  # factor on all divergence weights, read at each micro-step
 
     def __init__(
         self,
@@ -132,6 +140,7 @@ class DistillTrainer(GRPOTrainer):
         # Numerators and denominators: TRL averages logged values unweighted, which is wrong for rates.
         self._sums = {mode: defaultdict(lambda: [0.0, 0.0]) for mode in ("train", "eval")}
         self._maxima: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
+        self._set_up_method()
         # Loading a teacher may draw random numbers; rollouts must not depend on that.
         set_seed(args.seed, device_specific=True)
 
@@ -140,6 +149,38 @@ class DistillTrainer(GRPOTrainer):
     def _signal(self, rollouts: Rollouts) -> Signal:
         """The method: task rewards and teacher costs to advantages and divergence weights."""
         raise NotImplementedError
+
+    def _set_up_method(self) -> None:
+        """Called once at the end of the set-up, with a teacher only."""
+
+    def _after_micro_step(self, inputs: dict[str, Any]) -> None:
+        """Called after the loss of each training micro-step, with a teacher only. `inputs` has `costs` (b, T)."""
+
+    def _method_state(self) -> dict[str, float | None]:
+        """What a method must find again when it resumes from a checkpoint."""
+        return {}
+
+    def _load_method_state(self, state: dict[str, float | None]) -> None:
+        raise NotImplementedError
+
+    def _log_constraint(self, rollouts: Rollouts, cost_limit: float, cost_scope: str) -> dict[str, list]:
+        """Log the metrics of a limit, and return its columns of the completions table."""
+        costs, mask = rollouts.costs, rollouts.mask
+        cost = rollout_cost(costs, mask, cost_scope)  # (B,)
+        feasible = cost <= cost_limit
+        has_tokens = mask.any(1)
+        judged = has_tokens & ~rollouts.rewards.isnan()
+        self._count("constraint/cost", cost.sum(), has_tokens.sum())
+        self._maximum("constraint/cost_max", cost.max())
+        self._count("constraint/limit", cost_limit, 1)
+        self._count("constraint/satisfaction_rate", (feasible & judged).sum(), judged.sum())
+        infeasible = infeasible_steps(costs, mask, cost_limit, cost_scope)
+        self._count("constraint/violated_token_frac", infeasible.sum(), mask.sum())
+        self._count("constraint/unjudged_frac", (~judged).sum(), len(judged))
+        verdicts = [
+            verdict if counts else None for verdict, counts in zip(feasible.tolist(), judged.tolist(), strict=True)
+        ]
+        return {"cost": cost.tolist(), "feasible": verdicts}
 
     def _count(self, name: str, numerator: torch.Tensor | float, denominator: torch.Tensor | float) -> None:
         """Log numerator/denominator, both summed over the logging window. Give global sums."""
@@ -196,6 +237,7 @@ class DistillTrainer(GRPOTrainer):
                     hidden[row_weights[row_mask] != 0]
                     for hidden, row_weights, row_mask in zip(teacher_hidden, weights, local_mask, strict=True)
                 ]
+        output["costs"] = local_costs
         self._log_rollouts(rollouts, signal)
         return output
 
@@ -279,15 +321,22 @@ class DistillTrainer(GRPOTrainer):
     # ------------------------------------------------------------------------------------------------------------- loss
 
     def _compute_loss(self, model, inputs):
-        if "divergence_weights" not in inputs:
-            if self.teacher_model is not None:
-                self._count("distill_loss", 0, 1)
+        if self.teacher_model is None:
             return super()._compute_loss(model, inputs)
+        if "divergence_weights" in inputs:
+            loss = self._compute_loss_with_divergence(model, inputs)
+        else:
+            loss = super()._compute_loss(model, inputs)
+            self._count("distill_loss", 0, 1)
+        if self._mode == "train":
+            self._after_micro_step(inputs)
+        return loss
+
+    def _compute_loss_with_divergence(self, model, inputs):
         mask = _loss_mask(inputs)
-        weights = inputs["divergence_weights"] * self._policy_token_weight(
-            mask, inputs["num_items_in_batch"]
-        )  # (B, T)
-        rows = weights != 0
+        token_weight = self._policy_token_weight(mask, inputs["num_items_in_batch"])  # (B, 1) or ()
+        weights = inputs["divergence_weights"] * token_weight * self._divergence_coefficient  # (B, T)
+        rows = inputs["divergence_weights"] != 0
         if "teacher_hidden" in inputs:
             teacher_hidden = torch.cat(inputs["teacher_hidden"])
         else:
@@ -407,6 +456,27 @@ class DistillTrainer(GRPOTrainer):
             self._sums[self._mode].clear()
             self._maxima[self._mode].clear()
         super().log(logs, start_time)
+
+    # ------------------------------------------------------------------------------------------------------ checkpoints
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        state = self._method_state() if self.teacher_model is not None else {}
+        if state and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            (folder / _METHOD_STATE_FILE).write_text(json.dumps(state))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.teacher_model is None or not self._method_state():
+            return
+        path = Path(checkpoint, _METHOD_STATE_FILE)
+        if not path.exists():
+            raise ValueError(
+                f"{checkpoint} has no {_METHOD_STATE_FILE}, so it was not written by {type(self).__name__}: resuming "
+                "would start the method's own state anew. Load its weights as `model` instead."
+            )
+        self._load_method_state(json.loads(path.read_text()))
 
     # ---------------------------------------------------------------------------------------------------------- helpers
 

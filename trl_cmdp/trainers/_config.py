@@ -67,5 +67,16 @@ class DistillConfig(GRPOConfig):
             )
         if not 0.0 <= self.teacher_prob_floor < 1.0:
             raise ValueError(f"`teacher_prob_floor` must lie in [0, 1), got {self.teacher_prob_floor}.")
-        if not self.divergence_memory_mb > 0:
-            raise ValueError(f"`divergence_memory_mb` must be positive, got {self.divergence_memory_mb}.")
+        self._check_positive("divergence_memory_mb")
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+
+    def _check_choices(self, **choices: tuple[str, ...]) -> None:
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}."
+                )

@@ -76,17 +76,11 @@ class ConstrainedDistillConfig(DistillConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("cost_limit", "violation_penalty"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        self._check_positive("cost_limit", "violation_penalty")
         if self.violation_distill_coef < 0:
             raise ValueError(f"`violation_distill_coef` must not be negative, got {self.violation_distill_coef}.")
-        for name, choices in (
-            ("cost_scope", ("mean", "sum", "worst_prefix")),
-            ("credit_assignment", ("trajectory", "token")),
-            ("constraint_aggregation", ("lexicographic", "sum_then_normalize")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"`{name}` must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}."
-                )
+        self._check_choices(
+            cost_scope=("mean", "sum", "worst_prefix"),
+            credit_assignment=("trajectory", "token"),
+            constraint_aggregation=("lexicographic", "sum_then_normalize"),
+        )

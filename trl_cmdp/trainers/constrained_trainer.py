@@ -2,7 +2,7 @@
 
 import textwrap
 
-from ..core import constrained_advantages, infeasible_steps, rollout_cost, violation_weights
+from ..core import constrained_advantages, violation_weights
 from ._base import DistillTrainer
 from ._signal import Rollouts, Signal
 from .constrained_config import ConstrainedDistillConfig
@@ -90,22 +90,4 @@ class ConstrainedDistillTrainer(DistillTrainer):
             weights = args.violation_distill_coef * violation_weights(
                 costs, mask, args.cost_limit, args.cost_scope, args.credit_assignment
             )
-
-        cost = rollout_cost(costs, mask, args.cost_scope)  # (B,)
-        feasible = cost <= args.cost_limit
-        has_tokens = mask.any(1)
-        judged = has_tokens & ~rollouts.rewards.isnan()
-        self._count("constraint/cost", cost.sum(), has_tokens.sum())
-        self._maximum("constraint/cost_max", cost.max())
-        self._count("constraint/limit", args.cost_limit, 1)
-        self._count("constraint/satisfaction_rate", (feasible & judged).sum(), judged.sum())
-        self._count(
-            "constraint/violated_token_frac",
-            infeasible_steps(costs, mask, args.cost_limit, args.cost_scope).sum(),
-            mask.sum(),
-        )
-        self._count("constraint/unjudged_frac", (~judged).sum(), len(judged))
-        verdicts = [
-            verdict if counts else None for verdict, counts in zip(feasible.tolist(), judged.tolist(), strict=True)
-        ]
-        return Signal(advantages, weights, {"cost": cost.tolist(), "feasible": verdicts})
+        return Signal(advantages, weights, self._log_constraint(rollouts, args.cost_limit, args.cost_scope))
