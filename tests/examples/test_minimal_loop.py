@@ -1,0 +1,32 @@
+"""The one-file version runs, and its signal is the library's."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from trl_cmdp.core import constrained_advantages, violation_weights
+
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "minimal_loop.py"
+
+
+def test_its_signal_is_the_librarys():
+    loop = runpy.run_path(str(SCRIPT))
+    torch.manual_seed(0)
+    costs = torch.rand(24, 6) * 2 * loop["COST_LIMIT"]
+    mask = torch.arange(6) < torch.randint(1, 7, (24, 1))
+    rewards = torch.randint(0, 2, (24,)).float()
+    advantages, weights = loop["advantages_and_weights"](rewards, costs, mask)
+    expected = constrained_advantages(rewards, costs, mask, loop["GROUP"], loop["COST_LIMIT"], loop["PENALTY"])
+    assert 0 < weights.sum() < mask.sum()
+    torch.testing.assert_close(advantages, expected)
+    torch.testing.assert_close(weights, violation_weights(costs, mask, loop["COST_LIMIT"]))
+
+
+def test_it_runs():
+    result = subprocess.run([sys.executable, str(SCRIPT), "--steps", "2"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "step   1" in result.stdout
