@@ -1,7 +1,7 @@
 """
 What the teacher costs: the constrained trainer's step against its lower bound.
 
-    python benchmarks/overhead.py            # or `make bench`; writes benchmarks/results/overhead.json
+    python benchmarks/overhead.py            # or `make bench`, ten minutes; writes benchmarks/results/overhead.json
 
 The ratio is (constrained step) / (plain GRPO step + one teacher forward + one student scoring forward), all timed in
 this one run, in alternating rounds, on completions of fixed length. The two forwards are TRL's own scoring forward
@@ -193,8 +193,8 @@ def measure(name, rounds, steps):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="alternating rounds")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps in a round")
+    parser.add_argument("--rounds", type=int, default=3, help="alternating rounds")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps in a round")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "overhead.json")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
