@@ -1,10 +1,11 @@
-"""Wilson and Clopper-Pearson against SciPy; the bootstrap's coverage, clusters and seed."""
+"""Wilson and Clopper-Pearson against SciPy; the bootstraps' coverage, clusters, levels and seed."""
 
 import pytest
 import torch
 from scipy.stats import beta, binom, binomtest
 
 from trl_cmdp.core import bootstrap_interval, clopper_pearson_interval, wilson_interval
+from trl_cmdp.core.intervals import two_level_bootstrap_interval
 
 
 INTERVALS = [(wilson_interval, "wilson"), (clopper_pearson_interval, "exact")]
@@ -126,3 +127,51 @@ def test_bootstrap_errors(values, confidence):
     """No observations, a matrix, or a level that is none."""
     with pytest.raises(ValueError, match=r"values|confidence"):
         bootstrap_interval(torch.tensor(values), confidence=confidence)
+
+
+def test_two_levels_of_one_group_are_the_plain_bootstrap():
+    """With one group there is nothing to resample above the observations."""
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    expected = bootstrap_interval(values, num_resamples=4000)
+    assert two_level_bootstrap_interval([values], num_resamples=4000) == pytest.approx(expected, abs=0.01)
+
+
+def test_two_levels_of_constant_groups_are_the_bootstrap_of_their_means():
+    """Of two groups, all 0 and all 1, resamples have means 0, 1/2 and 1 with probabilities 1/4, 1/2 and 1/4."""
+    groups = [torch.zeros(7), torch.ones(300)]  # each group counts once, whatever its size
+    assert two_level_bootstrap_interval(groups, confidence=0.4) == (0.5, 0.5)
+    assert two_level_bootstrap_interval(groups, confidence=0.6) == (0.0, 1.0)
+    assert two_level_bootstrap_interval([torch.full((3,), 0.25)] * 2) == (0.25, 0.25)
+
+
+def test_two_levels_add_their_variances():
+    """mean ± z·sqrt(between/S + within/(S·N)) where both levels matter; either alone would be too narrow."""
+    generator = torch.Generator().manual_seed(0)
+    offsets = torch.randn(60, generator=generator, dtype=torch.float64)
+    groups = list(offsets[:, None] + 4 * torch.randn(60, 16, generator=generator, dtype=torch.float64))
+    low, high = two_level_bootstrap_interval(groups, confidence=0.9, num_resamples=8000)
+    means = torch.stack(groups).mean(1)
+    within = torch.stack(groups).var(1, unbiased=False).mean() / 16
+    half = 1.645 * ((means.var(unbiased=False) + within) / 60).sqrt().item()
+    assert low == pytest.approx(means.mean().item() - half, abs=0.1 * half)
+    assert high == pytest.approx(means.mean().item() + half, abs=0.1 * half)
+
+
+def test_two_levels_draw_the_same_resamples_for_every_quantity():
+    """So a shifted quantity has the shifted interval, and the global generator is not touched."""
+    groups = list(torch.randn(3, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    state = torch.get_rng_state()
+    first = two_level_bootstrap_interval(groups, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    shifted = two_level_bootstrap_interval([2 * values + 1 for values in groups], seed=3)
+    assert shifted == pytest.approx([2 * bound + 1 for bound in first])
+    assert two_level_bootstrap_interval(groups, seed=4) != first
+
+
+@pytest.mark.parametrize(
+    ("groups", "confidence"), [([], 0.95), ([[]], 0.95), ([[1.0], [[1.0]]], 0.95), ([[1.0]], 0.0), ([[1.0]], 1.0)]
+)
+def test_two_level_errors(groups, confidence):
+    """No group, an empty one, a matrix, or a level that is none."""
+    with pytest.raises(ValueError, match=r"groups|confidence"):
+        two_level_bootstrap_interval([torch.tensor(values) for values in groups], confidence=confidence)

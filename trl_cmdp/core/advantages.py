@@ -138,6 +138,57 @@ def constrained_advantages(
     return advantages.masked_fill(left_out.unsqueeze(-1), 0.0).nan_to_num(nan=0.0)
 
 
+def minillm_advantages(
+    student_logps: torch.Tensor,
+    teacher_logps: torch.Tensor,
+    mask: torch.Tensor,
+    single_step_decomposition: bool = True,
+    length_normalization: bool = True,
+    teacher_mixed_alpha: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Advantages and single-step weights of MiniLLM (2306.08543, section 2.2), with r_t = log μ(a_t) − log π(a_t) at the
+    sampled tokens and w_t = π(a_t)/(α·μ(a_t) + (1 − α)·π(a_t)):
+
+        A_t = w_t · mean_{k>t} r_k   and   w_t on −KL(π‖μ) at t      (single-step decomposition, equation 7)
+        A_t = w_t · mean_{k≥t} r_k                                   (without it)
+
+    Without length normalisation the means are sums. The mean is over the tokens that are summed: the paper's
+    1/(T − t − 1) is one less than the number of its terms. The paper's −1 on the return is a baseline, left out.
+
+    Args:
+        student_logps (`torch.Tensor`):
+            Student's log-probabilities of the sampled tokens, of shape `(B, T)`, as they were when sampled.
+        teacher_logps (`torch.Tensor`):
+            Teacher's, of shape `(B, T)`.
+        mask (`torch.Tensor`):
+            Mask of shape `(B, T)`, nonzero on the completion tokens that count.
+        single_step_decomposition (`bool`, *optional*, defaults to `True`):
+            Whether the token's own log-ratio is left to the exact single-step divergence.
+        length_normalization (`bool`, *optional*, defaults to `True`):
+            Whether returns-to-go are divided by their number of terms.
+        teacher_mixed_alpha (`float`, *optional*, defaults to `0.0`):
+            α of the mixture that the tokens were sampled from. The weight is the paper's approximation, of the token's
+            own factor alone.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Advantages and importance weights, each of shape `(B, T)`, detached, 0 on
+        masked positions.
+    """
+    counted = mask != 0
+    zeros = torch.zeros_like(student_logps)
+    log_ratio = torch.where(counted, teacher_logps - student_logps, zeros).detach()  # (B, T), r_t
+    to_go = log_ratio.flip(-1).cumsum(-1).flip(-1)
+    terms = counted.to(log_ratio.dtype).flip(-1).cumsum(-1).flip(-1)
+    if single_step_decomposition:
+        to_go, terms = to_go - log_ratio, terms - counted.to(terms.dtype)
+    if length_normalization:
+        to_go = to_go / terms.clamp(min=1)
+    importance = 1 / (teacher_mixed_alpha * log_ratio.exp() + (1 - teacher_mixed_alpha))
+    importance = torch.where(counted, importance, zeros)
+    return importance * to_go, importance
+
+
 def _lexicographic(
     z: torch.Tensor,
     cost: torch.Tensor,

@@ -1,5 +1,7 @@
 """The budget: what a rollout costs, what its prefixes cost, and where it leaves the limit."""
 
+import math
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -7,6 +9,7 @@ import torch
 
 CostScope = Literal["mean", "sum", "worst_prefix"]
 CreditAssignment = Literal["trajectory", "token"]
+LimitSchedule = Literal["constant", "linear", "cosine"]
 
 
 def rollout_cost(costs: torch.Tensor, mask: torch.Tensor, scope: CostScope = "mean") -> torch.Tensor:
@@ -121,6 +124,84 @@ def violation_weights(
     else:
         weights = (rollout_cost(costs, mask, scope) > cost_limit).unsqueeze(-1) & (mask != 0)
     return weights.to(costs.dtype)
+
+
+def scheduled_limit(start: float, end: float, progress: float, schedule: LimitSchedule) -> float:
+    """
+    Limit on its way from a start value to the one that is meant, in the manner of Simmer (2206.02675).
+
+    Args:
+        start (`float`):
+            Limit at progress 0.
+        end (`float`):
+            Limit from progress 1 on.
+        progress (`float`):
+            Steps done over steps of the schedule; what lies outside [0, 1] is held at its ends.
+        schedule (`str`):
+            `"constant"`: `end` throughout. `"linear"`, or `"cosine"`: slow at both ends.
+
+    Returns:
+        `float`: Limit, in the unit of both ends.
+    """
+    if schedule not in ("constant", "linear", "cosine"):
+        raise ValueError(f"`schedule` must be 'constant', 'linear' or 'cosine', got {schedule!r}.")
+    if schedule == "constant":
+        return end
+    progress = min(max(progress, 0.0), 1.0)
+    share = progress if schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    return start + share * (end - start)
+
+
+@dataclass
+class AutoLimit:
+    """
+    Limit taken from what imitation alone reaches: a quantile of the costs of the rollouts in the last quarter of an
+    imitation phase, times a margin. An estimate, as good as those rollouts are many.
+
+    Args:
+        steps (`int`):
+            Optimizer steps of the phase.
+        quantile (`float`):
+            Quantile in (0, 1], linearly interpolated.
+        margin (`float`):
+            Factor on it, above 0.
+        limit (`float`, *optional*):
+            Limit, in the unit of the costs; `None` until it is settled.
+        costs (`list[float]`, *optional*):
+            Costs of the rollouts that it will be taken from.
+        last_step (`int`, *optional*):
+            Step of the latest ones.
+    """
+
+    steps: int
+    quantile: float
+    margin: float
+    limit: float | None = None
+    costs: list[float] = field(default_factory=list)
+    last_step: int = 0
+
+    def record(self, step: int, costs: list[float]) -> None:
+        """Keep the costs of the rollouts of one step. Before the last quarter only the latest are kept."""
+        self.costs = self.costs + costs if 4 * self.last_step >= 3 * self.steps else costs
+        self.last_step = step
+
+    def settle(self) -> float:
+        """
+        Set the limit from the costs recorded, and return it.
+
+        Raises:
+            ValueError: If there are no costs, or the limit would not be positive.
+        """
+        if not self.costs:
+            raise ValueError("There are no rollout costs to take a limit from.")
+        limit = self.margin * torch.tensor(self.costs, dtype=torch.float64).quantile(self.quantile).item()
+        if not limit > 0:
+            raise ValueError(
+                f"The limit taken from {len(self.costs)} rollouts is {limit:g}: the student does not differ from its "
+                "teacher there. Set `cost_limit` to a number."
+            )
+        self.limit, self.costs = limit, []
+        return limit
 
 
 def last_token(mask: torch.Tensor) -> torch.Tensor:

@@ -82,6 +82,7 @@ def chunked_divergence(
     student_final_logit_softcapping: float | None = None,
     teacher_final_logit_softcapping: float | None = None,
     teacher_prob_floor: float = 0.0,
+    cross_entropy: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Weighted exact divergence from hidden states and language-model heads, without either model's full logits.
@@ -122,6 +123,9 @@ def chunked_divergence(
             Soft cap of the teacher's logits.
         teacher_prob_floor (`float`, *optional*, defaults to `0.0`):
             Mixture of the teacher with the uniform distribution, as in [`token_divergence`].
+        cross_entropy (`bool`, *optional*, defaults to `False`):
+            Take −Σ_a π(a|s)·log μ(a|s) in place of the divergence, whatever `beta`: the teacher's expected negative
+            log-likelihood of the student's next token (2610.00332), reverse KL plus the student's entropy.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: The loss Σ weights·costs, a scalar with gradient to the student's hidden
@@ -157,6 +161,7 @@ def chunked_divergence(
         "student_softcap": student_final_logit_softcapping,
         "teacher_softcap": teacher_final_logit_softcapping,
         "teacher_prob_floor": teacher_prob_floor,
+        "cross_entropy": cross_entropy,
     }
     # Inside `forward` of an autograd function the grad mode is off, so what needs a gradient is settled here.
     settings["needs_grad"] = tuple(
@@ -174,6 +179,58 @@ def chunked_divergence(
         settings,
     )
     return loss, costs
+
+
+@torch.no_grad()
+def chunked_log_probs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    temperature: float = 1.0,
+    bias: torch.Tensor | None = None,
+    memory_mb: float = 256,
+    *,
+    logit_scale: float = 1.0,
+    final_logit_softcapping: float | None = None,
+    prob_floor: float = 0.0,
+) -> torch.Tensor:
+    """
+    Log-probabilities of given tokens from hidden states and a language-model head, in tiles and without gradient.
+
+    Args:
+        hidden (`torch.Tensor`):
+            Hidden states of shape `(N, H)`.
+        weight (`torch.Tensor`):
+            Weight of the head, of shape `(V, H)`.
+        token_ids (`torch.Tensor`):
+            Tokens of shape `(N,)`, each below V.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature.
+        bias (`torch.Tensor`, *optional*):
+            Bias of the head, of shape `(V,)`.
+        memory_mb (`float`, *optional*, defaults to `256`):
+            Memory that the vocabulary-sized tiles may take, in MiB. At least one row is processed at a time.
+        logit_scale (`float`, *optional*, defaults to `1.0`):
+            Factor on the logits.
+        final_logit_softcapping (`float`, *optional*):
+            Soft cap of the logits.
+        prob_floor (`float`, *optional*, defaults to `0.0`):
+            Mixture with the uniform distribution, as in [`token_divergence`].
+
+    Returns:
+        `torch.Tensor`: Log-probabilities of shape `(N,)`, in nats, float32 (float64 if the hidden states are).
+    """
+    accumulation, dtype = _accumulation_dtype(hidden), _compute_dtype(hidden)
+    log_probs = torch.empty(hidden.shape[0], device=hidden.device, dtype=accumulation)  # (N,)
+    tile = max(1, int(memory_mb * 2**20 // (_BUFFERS_PER_ROW * weight.shape[0] * accumulation.itemsize)))
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, hidden.shape[0], tile):
+            rows = slice(start, start + tile)
+            logits = _project(hidden[rows].to(dtype), weight, bias, accumulation, memory_mb)  # (n, V)
+            logps, _ = _transformed_logps_(logits, logit_scale, final_logit_softcapping, temperature, False)
+            logps = _with_prob_floor(logps, prob_floor, out=logps)
+            log_probs[rows] = logps.gather(-1, token_ids[rows].unsqueeze(-1)).squeeze(-1)
+    return log_probs
 
 
 class _ChunkedDivergence(torch.autograd.Function):
@@ -265,7 +322,12 @@ def _divergence_tile(
     teacher_logps = _with_prob_floor(teacher_logps, settings["teacher_prob_floor"], out=teacher_logps)
 
     # Every KL is summed as in `_kl`, in place: nothing below is alive that `_BUFFERS_PER_ROW` does not count.
-    if beta == 0.0:  # KL(μ‖π), dD/dz = π − μ
+    if settings["cross_entropy"]:  # H(π, μ), dH/dz = π·(−log μ − H(π, μ))
+        student_probs = student_logps.exp_()
+        surprisal = teacher_logps.neg_().masked_fill_(student_probs == 0, 0.0)  # as in `_log_gap`
+        costs = torch.mul(student_probs, surprisal).sum(-1)
+        grad = surprisal.sub_(costs.unsqueeze(-1)).mul_(student_probs)
+    elif beta == 0.0:  # KL(μ‖π), dD/dz = π − μ
         gap = _log_gap(teacher_logps, student_logps)  # (n, V)
         teacher_probs = teacher_logps.exp_()
         grad = student_logps.exp_().sub_(teacher_probs)
