@@ -8,8 +8,12 @@ if TYPE_CHECKING:
     from .trainers import (
         ConstrainedDistillConfig,
         ConstrainedDistillTrainer,
+        GKDDistillConfig,
+        GKDDistillTrainer,
         LagrangianDistillConfig,
         LagrangianDistillTrainer,
+        MiniLLMDistillConfig,
+        MiniLLMDistillTrainer,
     )
 
 __version__ = "0.1.0"
@@ -17,8 +21,12 @@ __version__ = "0.1.0"
 __all__ = [
     "ConstrainedDistillConfig",
     "ConstrainedDistillTrainer",
+    "GKDDistillConfig",
+    "GKDDistillTrainer",
     "LagrangianDistillConfig",
     "LagrangianDistillTrainer",
+    "MiniLLMDistillConfig",
+    "MiniLLMDistillTrainer",
 ]
 
 

@@ -170,16 +170,17 @@ class TestPrecision:
         trainer = build(tmp_path, bf16=True, cost_limit=1e-9, shuffle_dataset=False)
         captured = capture_rollouts(trainer, monkeypatch)
         requests = []
-        answer = trainer._answer
+        forward = trainer._student_forward
+        answer = forward._answer
         monkeypatch.setattr(
-            trainer, "_answer", lambda request, *args: requests.append(request) or answer(request, *args)
+            forward, "_answer", lambda request, *args: requests.append(request) or answer(request, *args)
         )
         batches = micro_batches(trainer, make_rows(8))
         requests.clear()
         loss, gradients = loss_and_gradients(trainer, batches)
         assert math.isfinite(loss)
         assert all(gradient.isfinite().all() for gradient in gradients.values())
-        in_loss = torch.cat([request.costs for request in requests])
+        in_loss = torch.cat([request.scores["costs"] for request in requests])
         scored = captured[0].costs[captured[0].mask]
         torch.testing.assert_close(in_loss.sort().values, scored.sort().values, rtol=1e-5, atol=1e-6)
 

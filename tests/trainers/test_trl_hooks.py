@@ -14,6 +14,7 @@ from trl.trainer import utils as trainer_utils
 HOOKS = {
     "_calculate_rewards": "(self, inputs, prompts, completions, completion_ids_list)",
     "_generate_and_score_completions": "(self, inputs)",
+    "_generate_single_turn": "(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False)",
     "_compute_loss": "(self, model, inputs)",
     "_prepare_inputs": "(self, generation_batch)",
     "_save_checkpoint": "(self, model, trial)",
@@ -39,6 +40,10 @@ ATTRIBUTES = {
     "is_deepspeed_enabled": bool,
     "loss_type": str,
     "max_completion_length": int,
+    "model_wrapped": torch.nn.Module,
+    "use_transformers_continuous_batching": bool,
+    "use_vllm": bool,
+    "chat_template_kwargs": dict,
     "num_generations": int,
     "num_generations_eval": int,
     "reward_func_names": list,
@@ -145,7 +150,7 @@ def test_fused_forward():
     trl.trainer.utils.add_fused_lm_head(model, temperature=0.5, outputs=("log_probs", "entropy"))
     outputs = model(input_ids=input_ids, labels=input_ids, fused_lm_head=True)
     expected = (logits[:, :-1] / 0.5).log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
-    message = moved("`add_fused_lm_head`", "`_add_divergence`")
+    message = moved("`add_fused_lm_head`", "`StudentForward`")
     torch.testing.assert_close(outputs.log_probs, expected, msg=lambda text: f"{message}\n{text}")
     assert outputs.entropy.shape == outputs.log_probs.shape, message
     assert "forward" in vars(model), message  # an instance attribute, which is what we wrap
@@ -159,7 +164,7 @@ def test_fused_forward_runs_the_backbone_as_base_model():
     model.base_model.register_forward_hook(lambda module, inputs, output: seen.append(output.last_hidden_state))
     input_ids = torch.tensor([[2, 3, 4, 5]])
     model(input_ids=input_ids, labels=input_ids, fused_lm_head=True)
-    assert [tuple(hidden.shape) for hidden in seen] == [(1, 4, 8)], moved("`add_fused_lm_head`", "`_add_divergence`")
+    assert [tuple(hidden.shape) for hidden in seen] == [(1, 4, 8)], moved("`add_fused_lm_head`", "`StudentForward`")
 
 
 def test_accumulation_steps_of_the_window(tmp_path):
@@ -174,3 +179,10 @@ def test_accumulation_steps_of_the_window(tmp_path):
     args = make_args(tmp_path, GRPOConfig, gradient_accumulation_steps=3, max_steps=1)
     Spy(make_model(), length_reward, args, make_dataset(), processing_class=make_tokenizer()).train()
     assert seen == [3, 3, 3], moved("`current_gradient_accumulation_steps`", "`_policy_token_weight`")
+
+
+def test_generation_reads_what_the_teacher_takes_the_place_of(plain_trainer):
+    """`_generate_single_turn` samples from `model_wrapped` unless one of the two flags chooses another backend."""
+    source = inspect.getsource(inspect.unwrap(GRPOTrainer._generate_single_turn))
+    for name in ("self.model_wrapped", "self.use_vllm", "self.use_transformers_continuous_batching"):
+        assert name in source, moved(f"`{name}` in `_generate_single_turn`", "`_teacher_completions`")

@@ -1,6 +1,6 @@
 """Teachers, one file per backend, and what the divergence needs of any model."""
 
-from .heads import LMHead, base_model, head_divergence, last_hidden_state, lm_head
+from .heads import LMHead, base_model, head_divergence, head_log_probs, last_hidden_state, lm_head
 from .local import check_vocabulary, load_teacher
 
 
@@ -9,6 +9,7 @@ __all__ = [
     "base_model",
     "check_vocabulary",
     "head_divergence",
+    "head_log_probs",
     "last_hidden_state",
     "lm_head",
     "load_teacher",

@@ -6,7 +6,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from ..core import chunked_divergence
+from ..core import chunked_divergence, chunked_log_probs
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ def head_divergence(
     temperature: float = 1.0,
     memory_mb: float = 256,
     teacher_prob_floor: float = 0.0,
+    cross_entropy: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     [`~core.chunked_divergence`] between two heads, on the tokens that their vocabularies share: the longer one only
@@ -121,6 +122,8 @@ def head_divergence(
             Memory of the vocabulary-sized tiles, in MiB.
         teacher_prob_floor (`float`, *optional*, defaults to `0.0`):
             Mixture of the teacher with the uniform distribution.
+        cross_entropy (`bool`, *optional*, defaults to `False`):
+            Take the teacher's expected negative log-likelihood in place of the divergence.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Loss Σ weights·costs, and costs of shape `(N,)` in nats.
@@ -142,4 +145,49 @@ def head_divergence(
         student_final_logit_softcapping=student_head.final_logit_softcapping,
         teacher_final_logit_softcapping=teacher_head.final_logit_softcapping,
         teacher_prob_floor=teacher_prob_floor,
+        cross_entropy=cross_entropy,
+    )
+
+
+def head_log_probs(
+    hidden: torch.Tensor,
+    head: LMHead,
+    token_ids: torch.Tensor,
+    vocab_size: int,
+    temperature: float = 1.0,
+    memory_mb: float = 256,
+    prob_floor: float = 0.0,
+) -> torch.Tensor:
+    """
+    [`~core.chunked_log_probs`] of a head, on the first `vocab_size` tokens.
+
+    Args:
+        hidden (`torch.Tensor`):
+            Hidden states of shape `(N, H)`.
+        head ([`LMHead`]):
+            Head.
+        token_ids (`torch.Tensor`):
+            Tokens of shape `(N,)`.
+        vocab_size (`int`):
+            Number of tokens that student and teacher share.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature.
+        memory_mb (`float`, *optional*, defaults to `256`):
+            Memory of the vocabulary-sized tiles, in MiB.
+        prob_floor (`float`, *optional*, defaults to `0.0`):
+            Mixture with the uniform distribution.
+
+    Returns:
+        `torch.Tensor`: Log-probabilities of shape `(N,)`, in nats.
+    """
+    return chunked_log_probs(
+        hidden,
+        head.weight[:vocab_size],
+        token_ids,
+        temperature,
+        None if head.bias is None else head.bias[:vocab_size],
+        memory_mb,
+        logit_scale=head.logit_scale,
+        final_logit_softcapping=head.final_logit_softcapping,
+        prob_floor=prob_floor,
     )

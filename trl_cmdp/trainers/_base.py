@@ -4,11 +4,9 @@ The base of every trainer: a `GRPOTrainer` with a teacher, in which a method is 
 Every touch of TRL's private hooks is in this file, and tests/trainers/test_trl_hooks.py pins their signatures.
 """
 
-import functools
 import json
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +19,14 @@ from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
 from ..core import infeasible_steps, rollout_cost
-from ..teachers import base_model, check_vocabulary, head_divergence, last_hidden_state, lm_head, load_teacher
+from ..teachers import base_model, check_vocabulary, last_hidden_state, lm_head, load_teacher
 from ._config import DistillConfig
+from ._forward import DivergenceRequest, StudentForward
 from ._rewards import check_reward_columns, no_reward
 from ._signal import Rollouts, Signal
 
 
 _METHOD_STATE_FILE = "trl_cmdp_state.json"
-
-
-@dataclass
-class _DivergenceRequest:
-    """Asks the student's forward for the divergence on `rows`. Without weights, for the costs alone."""
-
-    rows: torch.Tensor  # (B, T) bool
-    teacher_hidden: torch.Tensor  # (N, H_t), the rows' states in row-major order
-    weights: torch.Tensor | None = None  # (N,)
-    loss: torch.Tensor | None = None  # set by the forward
-    costs: torch.Tensor | None = None  # (N,), set by the forward
 
 
 class DistillTrainer(GRPOTrainer):
@@ -55,6 +43,10 @@ class DistillTrainer(GRPOTrainer):
 
     _config_class: type[DistillConfig]
     _divergence_coefficient = 1.0  # factor on all divergence weights, read at each micro-step
+    # What a method asks of the base; a property where it depends on the arguments.
+    _needs_log_probs = False  # of the sampled tokens, in its `Rollouts`
+    _distill_cross_entropy = False  # differentiate E_π[−log μ] in place of the divergence
+    _teacher_mixed_alpha = 0.0  # share of the teacher in what training rollouts are sampled from
 
     def __init__(
         self,
@@ -134,8 +126,9 @@ class DistillTrainer(GRPOTrainer):
             self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
         self._forward_redirection = _ForwardRedirection()
-        self._request: _DivergenceRequest | None = None
-        self._add_divergence(student)
+        unwrapped_teacher = self.accelerator.unwrap_model(self.teacher_model)
+        self._student_forward = StudentForward(student, unwrapped_teacher, args, maybe_gather_lm_head_ctx)
+        self._rows: list[dict[str, Any]] = []  # of the dataset, that are being generated for
         self._rewards_per_func: torch.Tensor | None = None
         # Numerators and denominators: TRL averages logged values unweighted, which is wrong for rates.
         self._sums = {mode: defaultdict(lambda: [0.0, 0.0]) for mode in ("train", "eval")}
@@ -153,25 +146,31 @@ class DistillTrainer(GRPOTrainer):
     def _set_up_method(self) -> None:
         """Called once at the end of the set-up, with a teacher only."""
 
+    def _off_policy_completions(self, prompt_ids: list[list[int]]) -> list[list[int]] | None:
+        """Token ids of the training completions that are not sampled from the student, `None` if all are."""
+        return None
+
     def _after_micro_step(self, inputs: dict[str, Any]) -> None:
         """Called after the loss of each training micro-step, with a teacher only. `inputs` has `costs` (b, T)."""
 
-    def _method_state(self) -> dict[str, float | None]:
+    def _method_state(self) -> dict[str, Any]:
         """What a method must find again when it resumes from a checkpoint."""
         return {}
 
-    def _load_method_state(self, state: dict[str, float | None]) -> None:
+    def _load_method_state(self, state: dict[str, Any]) -> None:
         raise NotImplementedError
 
-    def _log_constraint(self, rollouts: Rollouts, cost_limit: float, cost_scope: str) -> dict[str, list]:
-        """Log the metrics of a limit, and return its columns of the completions table."""
+    def _log_constraint(self, rollouts: Rollouts, cost_limit: float | None, cost_scope: str) -> dict[str, list]:
+        """Log the metrics of a limit (of the cost alone where none is set yet), and return its columns of the table."""
         costs, mask = rollouts.costs, rollouts.mask
         cost = rollout_cost(costs, mask, cost_scope)  # (B,)
-        feasible = cost <= cost_limit
         has_tokens = mask.any(1)
-        judged = has_tokens & ~rollouts.rewards.isnan()
         self._count("constraint/cost", cost.sum(), has_tokens.sum())
         self._maximum("constraint/cost_max", cost.max())
+        if cost_limit is None:
+            return {"cost": cost.tolist(), "feasible": [None] * len(cost)}
+        feasible = cost <= cost_limit
+        judged = has_tokens & ~rollouts.rewards.isnan()
         self._count("constraint/limit", cost_limit, 1)
         self._count("constraint/satisfaction_rate", (feasible & judged).sum(), judged.sum())
         infeasible = infeasible_steps(costs, mask, cost_limit, cost_scope)
@@ -199,7 +198,60 @@ class DistillTrainer(GRPOTrainer):
         self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._rewards_per_func
 
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
+        if self.teacher_model is None or self._mode == "eval":
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
+            )
+        completions = self._off_policy_completions(prompt_ids)
+        if completions is not None:
+            return completions, None
+        alpha = self._teacher_mixed_alpha
+        with self._student_forward.mixing(alpha, self.teacher_model) if alpha > 0 else nullcontext():
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
+            )
+
+    def _teacher_completions(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """Completions sampled from the teacher: TRL's own generation, with the teacher in the student's place."""
+        student = self.model_wrapped
+        backends = self.use_vllm, self.use_transformers_continuous_batching
+        self.model_wrapped = self.teacher_model
+        self.use_vllm = self.use_transformers_continuous_batching = False
+        try:
+            completions, _ = super()._generate_single_turn(prompt_ids, None, {}, self.num_generations)
+        finally:
+            self.model_wrapped = student
+            self.use_vllm, self.use_transformers_continuous_batching = backends
+        return completions
+
+    def _dataset_completions(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """The dataset's own completions of the rows being generated for, with the end-of-sequence token."""
+        completions = []
+        for row, ids in zip(self._rows, prompt_ids, strict=True):
+            completion = row["completion"]
+            if isinstance(completion, str):
+                tokens = [*self._tokenizer(completion, add_special_tokens=False)["input_ids"]]
+                tokens.append(self._tokenizer.eos_token_id)
+            else:  # messages: what the chat template adds to the prompt
+                whole = self._tokenizer.apply_chat_template(
+                    [*row["prompt"], *completion],
+                    chat_template=self.chat_template,
+                    tokenize=True,
+                    return_dict=True,
+                    **self.chat_template_kwargs,
+                )["input_ids"]
+                if whole[: len(ids)] != ids:
+                    raise ValueError(
+                        "The chat template does not continue its own prompt when the completion is added, so the "
+                        "completion's tokens cannot be told apart. Give `prompt` and `completion` as text."
+                    )
+                tokens = whole[len(ids) :]
+            completions.append(tokens[: self.max_completion_length])
+        return completions
+
     def _generate_and_score_completions(self, inputs):
+        self._rows = inputs
         output = super()._generate_and_score_completions(inputs)
         if self.teacher_model is None:
             return output
@@ -212,13 +264,14 @@ class DistillTrainer(GRPOTrainer):
 
         local_mask = _loss_mask(output).bool()  # (b, T)
         mask = self._gather_rows(local_mask)  # (B, T), T now the longest of all processes
-        local_costs, teacher_hidden = self._score(output, local_mask, mask)
+        local, teacher_hidden = self._score(output, local_mask, mask)
+        scores = {name: self._gather_rows(values) for name, values in local.items()}  # (B, T) each
         rollouts = Rollouts(
             rewards=rewards,
-            costs=self._gather_rows(local_costs),
             mask=mask,
             num_generations=self.num_generations if self._mode == "train" else self.num_generations_eval,
             horizon=self.max_completion_length,
+            **scores,
         )
         signal = self._signal(rollouts)
 
@@ -237,20 +290,22 @@ class DistillTrainer(GRPOTrainer):
                     hidden[row_weights[row_mask] != 0]
                     for hidden, row_weights, row_mask in zip(teacher_hidden, weights, local_mask, strict=True)
                 ]
-        output["costs"] = local_costs
+        output["costs"] = local["costs"]
         self._log_rollouts(rollouts, signal)
         return output
 
     @torch.no_grad()
-    def _score(self, output, local_mask, mask) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
-        """Costs (b, T) of this process's rollouts, and the teacher's hidden states per rollout if they fit."""
+    def _score(self, output, local_mask, mask) -> tuple[dict[str, torch.Tensor], list[torch.Tensor] | None]:
+        """Costs (b, T) of this process's rollouts, with log-probabilities if the method needs them; and the teacher's
+        hidden states per rollout if they fit."""
         self._check_token_ids(output)
         tokens_per_process = mask.sum(1).view(self.accelerator.num_processes, -1).sum(1)
         most_tokens = tokens_per_process.max().item()  # all processes decide alike
         batch_size = (
             self.args.per_device_train_batch_size if self._mode == "train" else self.args.per_device_eval_batch_size
         )
-        costs = torch.zeros(local_mask.shape, device=local_mask.device)
+        names = ("costs", "student_logps", "teacher_logps") if self._needs_log_probs else ("costs",)
+        scores = {name: torch.zeros(local_mask.shape, device=local_mask.device) for name in names}
         kept: list[torch.Tensor] | None = []
         teacher_is_finite = True
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
@@ -260,18 +315,22 @@ class DistillTrainer(GRPOTrainer):
                 row_mask = local_mask[rows]
                 hidden = self._teacher_hidden(model_inputs, row_mask)  # (N, H_t)
                 teacher_is_finite = teacher_is_finite and bool(hidden.isfinite().all())
-                request = _DivergenceRequest(row_mask, hidden)
-                with self.accelerator.autocast():  # as the loss's forward, or costs would differ from it
-                    self._forward_with(request, self.model, **model_inputs)
-                costs[rows] = costs[rows].masked_scatter(row_mask, request.costs.to(costs.dtype))
+                token_ids = output["completion_ids"][rows][row_mask] if self._needs_log_probs else None  # (N,)
+                request = DivergenceRequest(row_mask, hidden, token_ids=token_ids)
+                # Under autocast as the loss's forward, or costs would differ from it.
+                with self.accelerator.autocast(), self._student_forward.answering(request):
+                    self.model(**model_inputs)
+                for name, values in scores.items():
+                    values[rows] = values[rows].masked_scatter(row_mask, request.scores[name].to(values.dtype))
                 if kept is not None:
                     kept.extend(hidden.split(row_mask.sum(1).tolist()))
                 if most_tokens * hidden.size(-1) * hidden.element_size() > self.args.divergence_memory_mb * 2**20:
                     kept = None
         teacher_failed = self._on_any_process(not teacher_is_finite)
-        if teacher_failed or self._on_any_process(not bool(costs.isfinite().all())):
+        scores_are_finite = all(bool(values.isfinite().all()) for values in scores.values())
+        if teacher_failed or self._on_any_process(not scores_are_finite):
             self._raise_not_finite(teacher_failed)
-        return costs, kept
+        return scores, kept
 
     def _check_token_ids(self, output: dict[str, Any]) -> None:
         vocab_size = self.accelerator.unwrap_model(self.teacher_model).get_input_embeddings().num_embeddings
@@ -341,8 +400,9 @@ class DistillTrainer(GRPOTrainer):
             teacher_hidden = torch.cat(inputs["teacher_hidden"])
         else:
             teacher_hidden = self._teacher_hidden(_model_inputs(inputs), rows)
-        request = _DivergenceRequest(rows, teacher_hidden, weights[rows])
-        loss = self._forward_with(request, super()._compute_loss, model, inputs)
+        request = DivergenceRequest(rows, teacher_hidden, weights[rows], cross_entropy=self._distill_cross_entropy)
+        with self._student_forward.answering(request):
+            loss = super()._compute_loss(model, inputs)
 
         accumulation = self.current_gradient_accumulation_steps if self._mode == "train" else 1
         distill_loss = self.accelerator.gather(request.loss.detach() * accumulation).mean()
@@ -370,63 +430,6 @@ class DistillTrainer(GRPOTrainer):
             normalizer = num_items_in_batch.clamp(min=1.0) / self.accelerator.num_processes
             return 1 / (normalizer * accumulation / self.args.steps_per_generation if training else normalizer)
         raise ValueError(f"Unknown loss type: {self.loss_type}")
-
-    # -------------------------------------------------------------------------------------- divergence in the forward
-
-    def _add_divergence(self, student: PreTrainedModel) -> None:
-        """
-        Wrap the student's (already fused) forward so that it answers a request: the divergence is computed from the
-        hidden states of the one forward pass, inside it, where FSDP and DeepSpeed have the head gathered.
-        """
-        fused_forward = student.forward
-
-        @functools.wraps(fused_forward)
-        def forward(_, *args, **kwargs):
-            request = self._request
-            if request is None:
-                return fused_forward(*args, **kwargs)
-            if request.weights is None:
-                kwargs.pop("labels", None)  # PEFT passes it on as None
-                hidden = last_hidden_state(student, request.rows.size(1), **kwargs)
-                self._answer(request, student, hidden)
-                return hidden
-            captured = []
-            hook = student.base_model.register_forward_hook(
-                lambda module, inputs, output: captured.append(output.last_hidden_state)
-            )
-            try:
-                outputs = fused_forward(*args, **kwargs)
-            finally:
-                hook.remove()
-            self._answer(request, student, captured[0][:, -(request.rows.size(1) + 1) : -1])
-            return outputs
-
-        student.forward = forward.__get__(student)
-
-    def _answer(self, request: _DivergenceRequest, student: PreTrainedModel, hidden: torch.Tensor) -> None:
-        student_head, teacher_head = lm_head(student), lm_head(self.accelerator.unwrap_model(self.teacher_model))
-        with (
-            maybe_gather_lm_head_ctx(student_head.weight, student_head.bias),
-            maybe_gather_lm_head_ctx(teacher_head.weight, teacher_head.bias),
-        ):
-            request.loss, request.costs = head_divergence(
-                hidden[request.rows],
-                student_head,
-                request.teacher_hidden,
-                teacher_head,
-                request.weights,
-                beta=self.args.teacher_beta,
-                temperature=self.temperature,
-                memory_mb=self.args.divergence_memory_mb,
-                teacher_prob_floor=self.args.teacher_prob_floor,
-            )
-
-    def _forward_with(self, request: _DivergenceRequest, function: Callable, *args, **kwargs):
-        self._request = request
-        try:
-            return function(*args, **kwargs)
-        finally:
-            self._request = None
 
     # ---------------------------------------------------------------------------------------------------------- logging
 

@@ -25,6 +25,11 @@ class DistillConfig(GRPOConfig):
         divergence_memory_mb (`float`, *optional*, defaults to `256`):
             Memory, in MiB per process, that vocabulary-sized tiles of the divergence may take. The teacher's hidden
             states are kept from scoring to the loss while they fit the same bound, and recomputed otherwise.
+        cost_limit (`float`, *optional*, defaults to `0.35`):
+            Limit d on the cost of a rollout, in nats: per token for `cost_scope` `"mean"` and `"worst_prefix"`, per
+            rollout for `"sum"`. A method without a limit of its own only measures satisfaction against it.
+        cost_scope (`str`, *optional*, defaults to `"mean"`):
+            Cost C of a rollout: `"mean"` of its tokens' costs, `"sum"`, or `"worst_prefix"` (largest running mean).
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
@@ -59,8 +64,27 @@ class DistillConfig(GRPOConfig):
         },
     )
 
+    cost_limit: float = field(
+        default=0.35,
+        kw_only=True,
+        metadata={
+            "help": "Limit on the cost of a rollout, in nats (per token, or per rollout for cost_scope 'sum'). A method "
+            "without a limit of its own only measures against it."
+        },
+    )
+    cost_scope: str = field(
+        default="mean",
+        kw_only=True,
+        metadata={
+            "help": "Cost of a rollout: 'mean' of its tokens' costs, 'sum', or 'worst_prefix' (largest running mean).",
+            "choices": ["mean", "sum", "worst_prefix"],
+        },
+    )
+
     def __post_init__(self):
         super().__post_init__()
+        self._check_cost_limit()
+        self._check_choices(cost_scope=("mean", "sum", "worst_prefix"))
         if not 0.0 <= self.teacher_beta <= 1.0:
             raise ValueError(
                 f"`teacher_beta` must lie in [0, 1] (0 is forward KL, 1 reverse KL), got {self.teacher_beta}."
@@ -68,6 +92,14 @@ class DistillConfig(GRPOConfig):
         if not 0.0 <= self.teacher_prob_floor < 1.0:
             raise ValueError(f"`teacher_prob_floor` must lie in [0, 1), got {self.teacher_prob_floor}.")
         self._check_positive("divergence_memory_mb")
+
+    def _check_unit_interval(self, *names: str) -> None:
+        for name in names:
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
+
+    def _check_cost_limit(self) -> None:
+        self._check_positive("cost_limit")
 
     def _check_positive(self, *names: str) -> None:
         for name in names:

@@ -56,3 +56,27 @@ def check_reward_columns(reward_funcs: list, names: list[str], train_dataset: An
                     f"{sorted(dataset.column_names)}. Add or rename the column (`dataset.rename_column`), or give "
                     "the argument a default."
                 )
+
+
+def check_violation_penalty(rewards: torch.Tensor, penalty: float, step: int) -> None:
+    """
+    A reward that reaches the penalty is an error: a violation could then be worth its reward.
+
+    Args:
+        rewards (`torch.Tensor`):
+            Task rewards of shape `(B,)`, NaN where there are none.
+        penalty (`float`):
+            Penalty n of a violation.
+        step (`int`):
+            Optimizer step, for the message.
+
+    Raises:
+        ValueError: If an absolute reward is not below the penalty.
+    """
+    largest = rewards.nan_to_num(nan=0.0).abs().max().item()
+    if largest >= penalty:
+        raise ValueError(
+            f"A task reward of size {largest:g} at step {step} reaches the violation penalty {penalty:g}: a violation "
+            "could then be worth its reward. Set `violation_penalty` above the largest absolute reward, or scale the "
+            "rewards down."
+        )

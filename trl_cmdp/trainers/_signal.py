@@ -14,13 +14,17 @@ class Rollouts:
         rewards (`torch.Tensor`):
             Weighted task rewards of shape `(B,)`, NaN where no reward function scored the rollout.
         costs (`torch.Tensor`):
-            Per-token costs of shape `(B, T)`, in nats, 0 where masked.
+            Per-token divergences of shape `(B, T)`, in nats, 0 where masked.
         mask (`torch.Tensor`):
             Mask of shape `(B, T)` of the completion tokens that count.
         num_generations (`int`):
             Rollouts per prompt, G.
         horizon (`int`):
             `max_completion_length`, H.
+        student_logps (`torch.Tensor`, *optional*):
+            Student's log-probabilities of the sampled tokens, of shape `(B, T)`, for a method that needs them.
+        teacher_logps (`torch.Tensor`, *optional*):
+            Teacher's, of shape `(B, T)`.
     """
 
     rewards: torch.Tensor
@@ -28,6 +32,8 @@ class Rollouts:
     mask: torch.Tensor
     num_generations: int
     horizon: int
+    student_logps: torch.Tensor | None = None
+    teacher_logps: torch.Tensor | None = None
 
 
 @dataclass

@@ -1,11 +1,20 @@
 """The constrained method."""
 
+import logging
 import textwrap
+from dataclasses import asdict, replace
+from typing import Any
 
-from ..core import constrained_advantages, violation_weights
+import torch
+
+from ..core import AutoLimit, constrained_advantages, rollout_cost, scheduled_limit, violation_weights
 from ._base import DistillTrainer
+from ._rewards import check_violation_penalty
 from ._signal import Rollouts, Signal
 from .constrained_config import ConstrainedDistillConfig
+
+
+_logger = logging.getLogger(__name__)
 
 
 class ConstrainedDistillTrainer(DistillTrainer):
@@ -63,21 +72,40 @@ class ConstrainedDistillTrainer(DistillTrainer):
             }"""),
     }
 
+    @property
+    def _needs_log_probs(self) -> bool:
+        return self.args.cost != "divergence"
+
+    @property
+    def _distill_cross_entropy(self) -> bool:
+        return self.args.violation_distill_loss == "teacher_nll"
+
+    def _set_up_method(self) -> None:
+        args = self.args
+        self._auto_limit = AutoLimit(args.auto_limit_steps, args.auto_limit_quantile, args.auto_limit_margin)
+        if args.cost_limit != "auto":
+            self._auto_limit.limit = args.cost_limit
+
     def _signal(self, rollouts: Rollouts) -> Signal:
-        args, costs, mask = self.args, rollouts.costs, rollouts.mask
-        largest = rollouts.rewards.nan_to_num(nan=0.0).abs().max().item()
-        if largest >= args.violation_penalty:
-            raise ValueError(
-                f"A task reward of size {largest:g} at step {self.state.global_step} reaches the violation penalty "
-                f"{args.violation_penalty:g}: a violation could then be worth its reward. Set `violation_penalty` "
-                "above the largest absolute reward, or scale the rewards down."
-            )
+        args = self.args
+        check_violation_penalty(rollouts.rewards, args.violation_penalty, self.state.global_step)
+        if args.cost == "log_ratio":
+            rollouts = replace(rollouts, costs=rollouts.student_logps - rollouts.teacher_logps)
+        elif args.cost == "teacher_nll":
+            rollouts = replace(rollouts, costs=-rollouts.teacher_logps)
+        limit = self._current_limit()
+        columns = self._log_constraint(rollouts, limit, args.cost_scope)
+        costs, mask = rollouts.costs, rollouts.mask
+        if limit is None:
+            if self._mode == "train":
+                self._imitate(rollouts)
+            return Signal(torch.zeros_like(rollouts.rewards), mask.to(costs.dtype), columns)
         advantages = constrained_advantages(
             rollouts.rewards,
             costs,
             mask,
             rollouts.num_generations,
-            args.cost_limit,
+            limit,
             args.violation_penalty,
             args.cost_scope,
             args.credit_assignment,
@@ -88,6 +116,34 @@ class ConstrainedDistillTrainer(DistillTrainer):
         weights = None
         if args.violation_distill_coef > 0:
             weights = args.violation_distill_coef * violation_weights(
-                costs, mask, args.cost_limit, args.cost_scope, args.credit_assignment
+                costs, mask, limit, args.cost_scope, args.credit_assignment
             )
-        return Signal(advantages, weights, self._log_constraint(rollouts, args.cost_limit, args.cost_scope))
+        return Signal(advantages, weights, columns)
+
+    def _current_limit(self) -> float | None:
+        """Limit of the rollouts at hand, `None` during imitation. Evaluation is against the limit that is meant."""
+        args, step, auto = self.args, self.state.global_step, self._auto_limit
+        first = args.auto_limit_steps if args.cost_limit == "auto" else 0
+        if self._mode == "train" and auto.limit is None and step >= first:
+            _logger.warning(f"`cost_limit='auto'` set the limit to {auto.settle():.4g} nats at step {step}.")
+        if self._mode == "eval" or auto.limit is None or args.cost_limit_schedule == "constant":
+            return auto.limit
+        steps = args.cost_limit_schedule_steps or max(1, self.state.max_steps - first)
+        return scheduled_limit(args.cost_limit_start, auto.limit, (step - first) / steps, args.cost_limit_schedule)
+
+    def _imitate(self, rollouts: Rollouts) -> None:
+        """Check that something follows the imitation phase, and keep what it costs."""
+        if self.state.max_steps <= self.args.auto_limit_steps:
+            raise ValueError(
+                f"The imitation phase of `cost_limit='auto'` ({self.args.auto_limit_steps} steps) would be the whole run "
+                f"of {self.state.max_steps} steps. Train longer or lower `auto_limit_steps`."
+            )
+        costs = rollout_cost(rollouts.costs, rollouts.mask, self.args.cost_scope)
+        self._auto_limit.record(self.state.global_step, costs[rollouts.mask.any(1)].tolist())
+
+    def _method_state(self) -> dict[str, Any]:
+        return asdict(self._auto_limit) if self.args.cost_limit == "auto" else {}
+
+    def _load_method_state(self, state: dict[str, Any]) -> None:
+        for name in ("limit", "costs", "last_step"):  # what was learnt; what was chosen comes from the arguments
+            setattr(self._auto_limit, name, state[name])

@@ -33,22 +33,11 @@ class LagrangianDistillConfig(DistillConfig):
             Derivative gain of `"pid"`.
         pid_cost_ema (`float`, *optional*, defaults to `0.9`):
             Weight of the past in the moving average that `"pid"` sees.
-        cost_limit (`float`, *optional*, defaults to `0.35`):
-            Limit on the cost, in the unit of `cost_scope`. With a fixed multiplier it is only measured against.
-        cost_scope (`str`, *optional*, defaults to `"mean"`):
-            Cost of a rollout: `"mean"`, `"sum"` or `"worst_prefix"`.
 
-    And the teacher's, shared by every trainer (see [`DistillConfig`]).
+    And those shared by every trainer (see [`DistillConfig`]); with a fixed multiplier satisfaction is only measured
+    against `cost_limit`.
     """
 
-    cost_limit: float = field(
-        default=0.35, kw_only=True, metadata={"help": "Limit on the cost, in the unit of cost_scope."}
-    )
-    cost_scope: str = field(
-        default="mean",
-        kw_only=True,
-        metadata={"help": "Cost of a rollout.", "choices": ["mean", "sum", "worst_prefix"]},
-    )
     multiplier: str = field(
         default="fixed",
         kw_only=True,
@@ -78,11 +67,10 @@ class LagrangianDistillConfig(DistillConfig):
     def __post_init__(self):
         super().__post_init__()
         self._check_choices(
-            cost_scope=("mean", "sum", "worst_prefix"),
             multiplier=("fixed", "dual", "pid"),
             multiplier_signal=("cost", "violation_rate"),
         )
-        self._check_positive("cost_limit", "multiplier_max")
+        self._check_positive("multiplier_max")
         for name in ("multiplier_init", "multiplier_lr", "pid_kp", "pid_ki", "pid_kd"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")

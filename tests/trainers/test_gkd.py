@@ -1,0 +1,225 @@
+"""GKDDistillTrainer: the divergence alone, on the student's rollouts, the dataset's completions or the teacher's."""
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import (
+    EOS,
+    capture_rollouts,
+    dense_costs,
+    history,
+    loss_and_gradients,
+    make_dataset,
+    make_rows,
+    make_teacher,
+    make_tokenizer,
+    make_trainer,
+    micro_batches,
+    random_completions,
+    relative_error,
+    run,
+    scripted,
+    weights,
+)
+from trl import GRPOTrainer
+
+from trl_cmdp import GKDDistillConfig, GKDDistillTrainer
+
+
+COMPLETIONS = ["3#3", "7", "1+1,11", "5#15#15"]  # the last one is longer than a completion may be
+
+
+def completion_dataset() -> Dataset:
+    return make_dataset().add_column("completion", COMPLETIONS * 8)
+
+
+def build(folder, **kwargs):
+    trainer_kwargs = {"teacher_model": make_teacher(), **kwargs.pop("trainer_kwargs", {})}
+    return make_trainer(folder, GKDDistillTrainer, trainer_kwargs=trainer_kwargs, **kwargs)
+
+
+def completion_texts(trainer, batch) -> list[str]:
+    rows = zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
+    return [trainer.processing_class.decode(ids[mask], skip_special_tokens=True) for ids, mask in rows]
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5, 0.0])
+def test_gradient_is_the_divergence_alone(tmp_path, beta):
+    """Mean over tokens of the batch (dapo's normaliser) of the dense generalised JSD, whatever the rewards."""
+    trainer = build(
+        tmp_path, teacher_beta=beta, loss_type="dapo", trainer_kwargs={"rollout_func": scripted(random_completions(4))}
+    )
+    batches = micro_batches(trainer, make_rows(4))
+    loss, gradients = loss_and_gradients(trainer, batches)
+    batch = batches[0]
+    costs = dense_costs(trainer.model, trainer.teacher_model, batch, beta=beta)
+    expected = (costs * batch["completion_mask"]).sum() / batch["completion_mask"].sum()
+    expected.backward()
+    reference = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert relative_error(gradients, reference) < 1e-5
+
+
+def test_rewards_do_not_enter(tmp_path):
+    plain = run(tmp_path / "a", GKDDistillTrainer, reward_funcs=None, trainer_kwargs={"teacher_model": make_teacher()})
+    rewarded = run(tmp_path / "b", GKDDistillTrainer, trainer_kwargs={"teacher_model": make_teacher()})
+    assert history(rewarded, "reward") != history(plain, "reward")
+    expected = weights(plain)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(rewarded).items())
+
+
+def test_lmbda_zero_trains_on_dataset_completions_only(tmp_path, monkeypatch):
+    """No token is sampled; every batch holds the dataset's completions, cut at the longest length, with their EOS."""
+    trainer = build(tmp_path, train_dataset=completion_dataset(), lmbda=0.0, max_steps=3)
+    monkeypatch.setattr(
+        GRPOTrainer, "_generate_single_turn", lambda *args, **kwargs: pytest.fail("the student was asked to generate")
+    )
+    by_prompt = dict(zip(make_dataset(1)["prompt"], COMPLETIONS, strict=True))
+    seen = []
+    compute_loss = trainer._compute_loss
+
+    def spy(model, inputs):
+        prompts = [
+            trainer.processing_class.decode(ids[mask.bool()])
+            for ids, mask in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)
+        ]
+        for prompt, text, ids in zip(
+            prompts, completion_texts(trainer, inputs), inputs["completion_ids"].tolist(), strict=True
+        ):
+            assert text == by_prompt[prompt][: trainer.max_completion_length]
+            assert (EOS in ids) == (len(by_prompt[prompt]) < trainer.max_completion_length)
+            seen.append(prompt)
+        return compute_loss(model, inputs)
+
+    monkeypatch.setattr(trainer, "_compute_loss", spy)
+    before = weights(trainer)
+    trainer.train()
+    assert len(seen) == 12
+    assert history(trainer, "on_policy_frac") == [0.0, 0.0, 0.0]
+    assert not history(trainer, "constraint/cost")  # these are not the student's rollouts
+    assert any(not torch.equal(value, before[name]) for name, value in weights(trainer).items())
+
+
+def test_lmbda_between_mixes_batches(tmp_path):
+    trainer = run(
+        tmp_path,
+        GKDDistillTrainer,
+        train_dataset=completion_dataset(),
+        lmbda=0.5,
+        max_steps=12,
+        log_completions=True,
+        trainer_kwargs={"teacher_model": make_teacher()},
+    )
+    fractions = history(trainer, "on_policy_frac")
+    assert set(fractions) == {0.0, 1.0}
+    assert len(history(trainer, "constraint/cost")) == sum(fractions)
+
+
+def test_conversational_completions_continue_the_prompt(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ '#' + message['content'] }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '#' }}{% endif %}"
+    )
+    dataset = Dataset.from_dict(
+        {
+            "prompt": [[{"role": "user", "content": "1+2="}]] * 8,
+            "completion": [[{"role": "assistant", "content": "3"}]] * 8,
+        }
+    )
+    trainer = build(tmp_path, reward_funcs=None, train_dataset=dataset, tokenizer=tokenizer, lmbda=0.0)
+    batch = micro_batches(trainer, [dataset[0]] * 4)[0]
+    assert tokenizer.decode(batch["prompt_ids"][0]) == "#1+2=#"
+    assert tokenizer.decode(batch["completion_ids"][0]) == "3<eos>"
+
+
+def test_seq_kd_samples_from_the_teacher(tmp_path, monkeypatch):
+    """The completions are the teacher's own; the student generates nothing."""
+    teacher = make_teacher(spread=1.0)
+    trainer = build(tmp_path, lmbda=0.0, seq_kd=True, trainer_kwargs={"teacher_model": teacher})
+    captured = capture_rollouts(trainer, monkeypatch)
+    generators = []
+    generate = type(teacher).generate
+
+    def spy(model, *args, **kwargs):
+        generators.append(model)
+        return generate(model, *args, **kwargs)
+
+    monkeypatch.setattr(type(teacher), "generate", spy)
+    torch.manual_seed(0)
+    batch = micro_batches(trainer, make_rows(4))[0]
+    assert generators == [teacher]
+    assert trainer.model_wrapped is trainer.model
+    assert not teacher.training
+    assert len(captured) == 1
+    # Its own completions are likely under the teacher, and unlikely under a fresh student.
+    logps = []
+    for model in (teacher, trainer.model):
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        length = batch["completion_ids"].size(1)
+        per_token = logits[:, -length - 1 : -1].log_softmax(-1).gather(-1, batch["completion_ids"][..., None])
+        logps.append((per_token.squeeze(-1) * batch["completion_mask"]).sum().item())
+    assert logps[0] > logps[1] + 10
+
+
+def test_evaluation_is_on_policy(tmp_path, monkeypatch):
+    trainer = build(
+        tmp_path,
+        train_dataset=completion_dataset(),
+        lmbda=0.0,
+        per_device_eval_batch_size=4,
+        trainer_kwargs={"eval_dataset": make_dataset(1)},  # which needs no completions
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_constraint/cost"] > 0
+
+
+def test_a_missing_completion_column_is_an_error_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"`completion` column.*`seq_kd=True`"):
+        build(tmp_path, lmbda=0.5)
+
+
+def test_a_stream_without_completions_is_an_error_at_the_first_batch(tmp_path):
+    trainer = build(tmp_path, train_dataset=make_dataset().to_iterable_dataset(), lmbda=0.0)
+    with pytest.raises(ValueError, match="`completion` column"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lmbda": 1.5}, r"`lmbda` must lie in \[0, 1\]"),
+        ({"cost_limit": 0.0}, "`cost_limit` must be positive"),
+        ({"cost_scope": "max"}, "`cost_scope` must be one of"),
+        ({"lmbda": 0.5, "use_vllm": True}, "vllm_importance_sampling_correction=False"),
+    ],
+)
+def test_bad_fields_are_errors(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        GKDDistillConfig(str(tmp_path), use_cpu=True, bf16=False, **fields)
+
+
+def test_resume_draws_as_the_whole_run(tmp_path):
+    def resumable(name, max_steps):
+        return build(
+            tmp_path / name,
+            train_dataset=completion_dataset(),
+            lmbda=0.5,
+            max_steps=max_steps,
+            lr_scheduler_type="constant",
+            save_strategy="steps",
+            save_steps=4,
+        )
+
+    whole = resumable("whole", 8)
+    whole.train()
+    resumable("stopped", 4).train()
+    resumed = resumable("stopped", 8)
+    resumed.train(resume_from_checkpoint=True)
+    assert set(history(whole, "on_policy_frac")) == {0.0, 1.0}
+    assert history(resumed, "on_policy_frac") == history(whole, "on_policy_frac")
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
