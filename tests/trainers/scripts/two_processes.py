@@ -24,6 +24,13 @@ from helpers import (
 )
 from transformers import TrainerCallback
 
+from trl_cmdp import (
+    ConstrainedDistillTrainer,
+    GKDDistillTrainer,
+    LagrangianDistillTrainer,
+    MiniLLMDistillTrainer,
+)
+
 
 VOCAB = FIRST + len(CHARACTERS)
 ROLLOUTS = 16  # per step, over all processes
@@ -36,6 +43,12 @@ SETTINGS = {
     # A limit on the sum, which the short rollouts of process 0 all keep: it has nothing to distil.
     "one_process_violates": {"cost_limit": 9.0, "cost_scope": "sum", "scale_rewards": "batch"},
     "group_across_processes": {"num_generations": ROLLOUTS},
+    "sampled_cost": {"cost": "teacher_nll", "cost_scope": "worst_prefix", "cost_limit": 4.5},
+    "auto_limit": {"cost_limit": "auto", "auto_limit_steps": 2, "auto_limit_quantile": 0.5, "auto_limit_margin": 1.0},
+    "dual": {"trainer_class": LagrangianDistillTrainer, "multiplier": "dual", "multiplier_lr": 0.5},
+    "minillm": {"trainer_class": MiniLLMDistillTrainer, "teacher_mixed_alpha": 0.0},
+    # Without `rollout_func`: the processes agree on the draw, and on the dataset's completions.
+    "gkd": {"trainer_class": GKDDistillTrainer, "lmbda": 0.0, "rollout": None},
 }
 
 
@@ -89,13 +102,25 @@ def expect_error(path: Path, name: str, trainer) -> None:
         (path / f"{name}_{trainer.accelerator.process_index}.txt").write_text(str(error))
 
 
-def build(output: Path, *, model=None, teacher=None, rollout=rollout, callbacks=(), cost_limit=2.4, **settings):
+def build(
+    output: Path,
+    *,
+    trainer_class=ConstrainedDistillTrainer,
+    model=None,
+    teacher=None,
+    rollout=rollout,
+    callbacks=(),
+    cost_limit=2.4,
+    **settings,
+):
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    dataset = make_dataset(4)
     return make_trainer(
         output,
+        trainer_class,
         model=make_model(spread=0.4) if model is None else model,
         reward_funcs=reward,
-        train_dataset=make_dataset(4),
+        train_dataset=dataset.add_column("completion", ["3", "1#1,77", "", "5"] * 4),
         trainer_kwargs={
             "teacher_model": make_teacher() if teacher is None else teacher,
             "rollout_func": rollout,
