@@ -3,21 +3,21 @@
 import argparse
 import json
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ._arguments import positive_float, positive_int
+from ._run import LEARNING_RATE, NUM_GENERATIONS, PROMPTS_PER_STEP
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+TASK = "arithmetic"
 # What a run is made of. The limit is in nats per token, `--cost-limit` overrides it.
 COST_LIMIT = 0.25
 STEPS, QUICK_STEPS = 200, 10
 HELD_OUT, QUICK_HELD_OUT = 1000, 100
-PROMPTS_PER_STEP, NUM_GENERATIONS = 16, 8
-MAX_COMPLETION_LENGTH = 40
-LEARNING_RATE = 3e-4
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -30,9 +30,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the problems, the rollouts and the evaluation")
-    parser.add_argument("--steps", type=_positive_int, default=STEPS, help="optimizer steps")
+    parser.add_argument("--steps", type=positive_int, default=STEPS, help="optimizer steps")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo"), help="where everything is written")
-    parser.add_argument("--cost-limit", type=_positive_float, default=COST_LIMIT, help="limit, in nats per token")
+    parser.add_argument("--cost-limit", type=positive_float, default=COST_LIMIT, help="limit, in nats per token")
     parser.add_argument(
         "--method",
         choices=["constrained", "grpo"],
@@ -50,26 +50,16 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo."""
     # Imported here: `trl-cmdp --help` should not wait for torch and TRL.
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from ..tasks.arithmetic import MAX_COMPLETION_LENGTH, load_problems
+    from ._run import load_models, set_up_process
 
-    from ..tasks.arithmetic import demo_model_path, load_problems
-
-    # Renamings inside transformers, which no argument of the demo can answer.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    # The models are so small that a second thread costs more in waiting than it gives.
-    torch.set_num_threads(1)
+    set_up_process()
     start = time.monotonic()
     steps = QUICK_STEPS if arguments.quick else arguments.steps
     num_held_out = QUICK_HELD_OUT if arguments.quick else HELD_OUT
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
 
-    tokenizer = AutoTokenizer.from_pretrained(demo_model_path("student"))
-    student = AutoModelForCausalLM.from_pretrained(demo_model_path("student"))
-    teacher = AutoModelForCausalLM.from_pretrained(demo_model_path("teacher"))
+    tokenizer, student, teacher = load_models(TASK)
     held_out = load_problems(num_held_out, "test", arguments.seed)
 
     print(f"Evaluating teacher and student on {num_held_out} held-out problems ...", flush=True)
@@ -109,41 +99,20 @@ def train(
     **config_fields: Any,
 ) -> list[dict[str, Any]]:
     """Train the student in place, save it, and return the log history. Benchmarks vary further `config_fields`."""
-    from transformers import PrinterCallback
-
-    from .. import ConstrainedDistillConfig, ConstrainedDistillTrainer
-    from ..tasks.arithmetic import final_answer_reward, load_problems
     from ._progress import TrainingProgress
+    from ._run import train_student, training_args
 
-    args = ConstrainedDistillConfig(
-        output_dir=str(arguments.output_dir / "trainer"),
-        cost_limit=arguments.cost_limit,
-        num_generations=NUM_GENERATIONS,
-        per_device_train_batch_size=PROMPTS_PER_STEP * NUM_GENERATIONS,
-        max_completion_length=MAX_COMPLETION_LENGTH,
-        max_steps=steps,
-        learning_rate=LEARNING_RATE,
+    args = training_args(
+        arguments.method,
+        TASK,
+        config_fields,
+        steps=steps,
         seed=arguments.seed,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        bf16=False,  # the models are tiny: a CPU is faster in float32
-        gradient_checkpointing=False,
-        **config_fields,
+        cost_limit=arguments.cost_limit,
+        output_dir=arguments.output_dir / "trainer",
     )
-    trainer = ConstrainedDistillTrainer(
-        model=student,
-        reward_funcs=final_answer_reward,
-        args=args,
-        train_dataset=load_problems(steps * PROMPTS_PER_STEP, "train", arguments.seed),
-        processing_class=tokenizer,
-        callbacks=[TrainingProgress(cost_limit=arguments.cost_limit)],
-        teacher_model=teacher if arguments.method == "constrained" else None,  # without a teacher it is GRPO
-    )
-    trainer.remove_callback(PrinterCallback)  # the progress line shows what matters
-    trainer.train()
+    callback = TrainingProgress(cost_limit=arguments.cost_limit)
+    trainer = train_student(student, tokenizer, teacher, args, arguments.method, TASK, callback)
     trainer.save_model(str(arguments.output_dir / "student"))
     return trainer.state.log_history
 
@@ -159,22 +128,13 @@ def evaluate(
 def _measure(
     model: Any, tokenizer: Any, teacher: Any, problems: Any, arguments: argparse.Namespace, *, greedy: bool
 ) -> dict[str, Any]:
-    from ..evaluation import Rate, sample_rollouts, score_rollouts
-    from ..tasks.arithmetic import final_answer_reward, valid_steps
+    from ..evaluation import Rate
+    from ._run import evaluate_student
 
-    rollouts = sample_rollouts(
-        model,
-        tokenizer,
-        problems["prompt"],
-        max_new_tokens=MAX_COMPLETION_LENGTH,
-        greedy=greedy,
-        batch_size=250,
-        seed=arguments.seed,
-    )
-    costs = score_rollouts(rollouts, model, teacher, batch_size=250)  # at temperature 1, also for greedy rollouts
-    completions = [rollout.completion for rollout in rollouts]
-    correct = Rate.of(reward == 1.0 for reward in final_answer_reward(completions, problems["answer"]))
-    valid = Rate.of(map(valid_steps, problems["prompt"], completions))
+    answers = evaluate_student(model, tokenizer, teacher, problems, TASK, arguments.seed, greedy=greedy)
+    costs = [answer.costs for answer in answers]  # at temperature 1, also for greedy rollouts
+    correct = Rate.of(answer.right for answer in answers)
+    valid = Rate.of(answer.valid for answer in answers)
     satisfied = Rate.of(cost.mean().item() <= arguments.cost_limit for cost in costs)
     return {
         "final_answer_correctness": correct.value,
@@ -187,7 +147,7 @@ def _measure(
         "mean_divergence": sum(cost.sum().item() for cost in costs) / sum(map(len, costs)),
         "mean_length": sum(map(len, costs)) / len(costs),
         "cost_limit": arguments.cost_limit,
-        "n": len(rollouts),
+        "n": len(answers),
     }
 
 
@@ -216,17 +176,3 @@ def _plot(history: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
 
     title = f"trl-cmdp demo: {arguments.method}, seed {arguments.seed}"
     plot_training_curves(history, arguments.output_dir / "curves.png", title)
-
-
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def _positive_float(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return value

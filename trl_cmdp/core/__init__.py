@@ -10,7 +10,12 @@ from .budget import (
     violation_weights,
 )
 from .divergence import chunked_divergence, chunked_log_probs, token_divergence
-from .intervals import bootstrap_interval, clopper_pearson_interval, wilson_interval
+from .intervals import (
+    bootstrap_interval,
+    clopper_pearson_interval,
+    two_level_bootstrap_interval,
+    wilson_interval,
+)
 from .multipliers import DualMultiplier, FixedMultiplier, PIDMultiplier
 from .rewards import modified_reward, returns_to_go, token_modified_rewards
 
@@ -35,6 +40,7 @@ __all__ = [
     "scheduled_limit",
     "token_divergence",
     "token_modified_rewards",
+    "two_level_bootstrap_interval",
     "violation_weights",
     "wilson_interval",
 ]

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import random
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 
 NUM_OPERANDS = 5
+# The longest right completion has 33 tokens and its EOS; the rest lets a wrong one come to its end.
+MAX_COMPLETION_LENGTH = 40
 _PROMPT = re.compile(r"[1-9](\+[1-9])+=")
 _SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>")
 _ALPHABET = "0123456789+=,#"
@@ -41,6 +44,23 @@ def _operands(prompt: str) -> list[int]:
     return [int(digit) for digit in prompt[:-1].split("+")]
 
 
+def _check_request(n: int, split: str, seed: int, splits: tuple[str, ...]) -> None:
+    if split not in splits:
+        raise ValueError(f"`split` must be {' or '.join(map(repr, splits))}, got {split!r}.")
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"`n` must be an integer of at least 1, got {n!r}.")
+    if not isinstance(seed, int):
+        raise ValueError(f"`seed` must be an integer, got {seed!r}.")
+
+
+def _draw(problems: Sequence[str], n: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    prompts: list[str] = []
+    while len(prompts) < n:
+        prompts.extend(rng.sample(problems, len(problems)))
+    return prompts[:n]
+
+
 def load_problems(n: int, split: Literal["train", "test"], seed: int) -> Dataset:
     """
     Draws problems of one split.
@@ -60,18 +80,8 @@ def load_problems(n: int, split: Literal["train", "test"], seed: int) -> Dataset
     Returns:
         `datasets.Dataset`: Dataset with the string columns `prompt` and `answer`.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"`split` must be 'train' or 'test', got {split!r}.")
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"`n` must be an integer of at least 1, got {n!r}.")
-    if not isinstance(seed, int):
-        raise ValueError(f"`seed` must be an integer, got {seed!r}.")
-    problems = _all_problems(split)
-    rng = random.Random(seed)
-    prompts: list[str] = []
-    while len(prompts) < n:
-        prompts.extend(rng.sample(problems, len(problems)))
-    prompts = prompts[:n]
+    _check_request(n, split, seed, splits=("train", "test"))
+    prompts = _draw(_all_problems(split), n, seed)
     return Dataset.from_dict({"prompt": prompts, "answer": [str(sum(_operands(prompt))) for prompt in prompts]})
 
 
@@ -133,14 +143,18 @@ def final_answer_reward(completions: list[str], answer: list[str], **kwargs: Any
     return rewards
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(alphabet: str = _ALPHABET) -> PreTrainedTokenizerFast:
     """
     Builds the tokenizer of the task: one token per character, none added on its own.
+
+    Args:
+        alphabet (`str`, *optional*, defaults to the characters of chained sums):
+            Characters that are tokens, each once.
 
     Returns:
         `transformers.PreTrainedTokenizerFast`: Tokenizer that pads on the left.
     """
-    vocab = {token: index for index, token in enumerate((*_SPECIAL_TOKENS, *_ALPHABET))}
+    vocab = {token: index for index, token in enumerate((*_SPECIAL_TOKENS, *alphabet))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -156,6 +170,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def _embedded_model(folder: str, name: str) -> str:
+    if name not in ("teacher", "student"):
+        raise ValueError(f"`name` must be 'teacher' or 'student', got {name!r}.")
+    return str(Path(__file__).parent / folder / name)
+
+
 def demo_model_path(name: Literal["teacher", "student"]) -> str:
     """
     Finds an embedded demo model, trained by `examples/scripts/make_demo_models.py` on train problems only.
@@ -168,6 +188,4 @@ def demo_model_path(name: Literal["teacher", "student"]) -> str:
     Returns:
         `str`: Folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load.
     """
-    if name not in ("teacher", "student"):
-        raise ValueError(f"`name` must be 'teacher' or 'student', got {name!r}.")
-    return str(Path(__file__).parent / "arithmetic_models" / name)
+    return _embedded_model("arithmetic_models", name)

@@ -1,0 +1,158 @@
+"""One cell of a comparison, in a process of its own: `python -m trl_cmdp.cli._cell FOLDER`, the cell on its stdin."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ._experiment import Cell
+from ._run import evaluate_student, load_models, set_up_process, task_module, train_student, training_args
+
+
+if TYPE_CHECKING:
+    from ..evaluation import CellRecord
+
+RECORD_FILE = "record.json"
+# What a trainer logs, and its key in a record's history.
+_LOGGED = {
+    "reward": "reward",
+    "constraint/cost": "cost",
+    "constraint/satisfaction_rate": "satisfaction",
+    "distill_loss": "distill_loss",
+    "lagrange_multiplier": "lagrange_multiplier",
+}
+
+
+def run_cell(cell: Cell, folder: Path, start: float) -> "CellRecord":
+    """
+    Train and evaluate one student, or evaluate a reference.
+
+    Args:
+        cell (`Cell`):
+            The cell.
+        folder (`Path`):
+            Folder for whatever the trainer writes.
+        start (`float`):
+            `time.monotonic()` at which the cell began.
+
+    Returns:
+        `CellRecord`: Its record.
+    """
+    # Imported here, so that the time it takes is part of the cell's.
+    from ..evaluation import CellRecord, Outcome
+    from ._progress import TrainingProgress
+
+    set_up_process()
+    settings = cell.settings
+    task = settings["task"]
+    commit, dirty = _git_state()
+    tokenizer, student, teacher = load_models(task)
+    config: dict[str, Any] = {}
+    history: list[dict[str, float]] = []
+    if cell.trainer != "none":
+        args = training_args(
+            cell.trainer,
+            task,
+            settings["fields"],
+            steps=settings["steps"],
+            seed=cell.seed,
+            cost_limit=settings["cost_limit"],
+            output_dir=folder / "trainer",
+        )
+        config = args.to_dict()  # tokens are masked
+        del config["output_dir"]
+        trainer = train_student(
+            student, tokenizer, teacher, args, cell.trainer, task, TrainingProgress(settings["cost_limit"])
+        )
+        history = _history(trainer.state.log_history)
+    problems = task_module(task).load_problems(settings["held_out"], "test", cell.seed)
+    model = teacher if cell.method == "teacher" else student
+    answers = evaluate_student(model, tokenizer, teacher, problems, task, cell.seed)
+    usage = os.times()
+    return CellRecord(
+        method=cell.method,
+        trainer=cell.trainer,
+        seed=cell.seed,
+        task=task,
+        settings=settings,
+        config=config,
+        versions={
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "trl")},
+            "trl_cmdp": __version__,
+        },
+        git_commit=commit,
+        git_dirty=dirty,
+        wall_s=round(time.monotonic() - start, 2),
+        cpu_s=round(usage.user + usage.system, 2),
+        peak_memory_mb=round(_peak_memory_mb(), 1),
+        outcomes=[
+            Outcome(int(answer.right), int(answer.valid), round(answer.costs.mean().item(), 5), len(answer.costs))
+            for answer in answers
+        ],
+        history=history,
+    )
+
+
+def _history(log_history: list[dict[str, Any]]) -> list[dict[str, float]]:
+    history = []
+    for entry in log_history:
+        # A rate of no rollouts is NaN: there is nothing to record.
+        logged = {key: entry[name] for name, key in _LOGGED.items() if name in entry and math.isfinite(entry[name])}
+        if logged:
+            history.append({"step": entry["step"], **logged})
+    return history
+
+
+def _git_state() -> tuple[str | None, bool]:
+    """Commit of the checkout that this package is run from, and whether the package differs from it."""
+    package = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # An environment inside somebody's repository is no checkout of ours.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "."))
+    except (OSError, subprocess.CalledProcessError):
+        return None, False
+
+
+def _peak_memory_mb() -> float:
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux counts the parent's memory into `ru_maxrss`, which is inherited
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS, in bytes
+
+
+def _end_with_the_parent() -> None:
+    # The parent holds the other end of our stdin for as long as it lives, however it ends.
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(1)
+
+
+def main() -> None:
+    """Run the cell of one line of JSON on stdin, and write its record to the folder."""
+    start = time.monotonic()
+    folder = Path(sys.argv[1])
+    cell = Cell(**json.loads(sys.stdin.readline()))
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    record = run_cell(cell, folder, start)
+    (folder / RECORD_FILE).write_text(record.to_json() + "\n")
+
+
+if __name__ == "__main__":
+    main()

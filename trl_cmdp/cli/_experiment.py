@@ -1,0 +1,254 @@
+"""The experiment of `trl-cmdp compare`: a YAML file, checked before any time is spent."""
+
+import json
+import re
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ._run import TASKS, TRAINERS, config_class, training_args
+
+
+PRESETS = Path(__file__).parent / "experiments"
+# Evaluated beside the methods, with each seed's problems.
+REFERENCES = ("student", "teacher")
+_KEYS = ("task", "cost_limit", "steps", "seeds", "held_out", "methods")
+_FIXED_FIELDS = {
+    "output_dir": "it is the command's --output-dir",
+    "seed": "list it under `seeds`",
+    "max_steps": "set `steps`, which holds for every method",
+    "logging_steps": "every step is logged",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    One method of an experiment.
+
+    Args:
+        name (`str`):
+            Name in the table.
+        trainer (`str`):
+            Its trainer, a name in `TRAINERS`.
+        fields (`dict[str, Any]`):
+            Its config fields, beside those that all methods share.
+    """
+
+    name: str
+    trainer: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    One method and one seed.
+
+    Args:
+        method (`str`):
+            Name in the table.
+        trainer (`str`):
+            Its trainer, `"none"` for a reference that is evaluated as it is.
+        seed (`int`):
+            Seed.
+        settings (`dict[str, Any]`):
+            All that decides the result: the task, the limit, the problems, and for a method its steps and fields.
+    """
+
+    method: str
+    trainer: str
+    seed: int
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """
+    Methods × seeds on one task.
+
+    Args:
+        name (`str`):
+            Name of the preset, or of the file without its suffix.
+        task (`str`):
+            Task, a module of `trl_cmdp.tasks`.
+        cost_limit (`float`):
+            What satisfaction is measured against, and the methods' own limit, in nats per token.
+        steps (`int`):
+            Optimizer steps.
+        seeds (`list[int]`):
+            Seeds of every method.
+        held_out (`int`):
+            Held-out problems of each seed.
+        methods (`list[Method]`):
+            The methods.
+    """
+
+    name: str
+    task: str
+    cost_limit: float
+    steps: int
+    seeds: list[int]
+    held_out: int
+    methods: list[Method]
+
+    def cells(self) -> list[Cell]:
+        """All cells, seed by seed, so that an early look compares all methods."""
+        evaluation = {"task": self.task, "cost_limit": self.cost_limit, "held_out": self.held_out}
+        cells = []
+        for seed in self.seeds:
+            cells += [Cell(name, "none", seed, evaluation) for name in REFERENCES]
+            for method in self.methods:
+                settings = {**evaluation, "steps": self.steps, "fields": method.fields}
+                cells.append(Cell(method.name, method.trainer, seed, settings))
+        return cells
+
+    def select(self, methods: list[str] | None, seeds: list[int] | None) -> "Experiment":
+        """Some of the methods, by name, and other seeds. `None` leaves them as they are."""
+        names = [method.name for method in self.methods]
+        unknown = [name for name in methods or [] if name not in names]
+        if unknown:
+            raise ValueError(f"--methods: {self.name} has no {unknown[0]!r}, only {', '.join(names)}.")
+        if seeds is not None:
+            _check_seeds(seeds, "--seeds")
+        chosen = [method for method in self.methods if methods is None or method.name in methods]
+        return replace(self, methods=chosen, seeds=self.seeds if seeds is None else seeds)
+
+
+def preset_names() -> list[str]:
+    """Names of the experiments that the package brings."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_experiment(name_or_path: str) -> Experiment:
+    """
+    Load an experiment and check it whole, down to each config.
+
+    Args:
+        name_or_path (`str`):
+            Name of a preset, or path of a YAML file (ending in .yaml or .yml).
+
+    Returns:
+        `Experiment`: The experiment.
+
+    Raises:
+        ValueError: If it is not there, or anything in it is wrong. The message says what to change.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        if name_or_path not in preset_names():
+            raise ValueError(
+                f"There is no preset {name_or_path!r}: take one of {', '.join(preset_names())}, or the path of a .yaml file."
+            )
+        path = PRESETS / f"{name_or_path}.yaml"
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}.")
+    try:
+        content = yaml.load(path.read_text(), Loader=_Loader)
+        return _experiment(path.stem, content)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name} is not valid YAML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its two traps: a key that is given twice, and 3e-4 read as text."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if not key.tag.endswith(":merge")]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise ValueError(f"{twice[0]!r} is there twice: give each name once.")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
+def _experiment(name: str, content: Any) -> Experiment:
+    if not isinstance(content, dict):
+        raise ValueError(f"an experiment is a mapping with the keys {', '.join(_KEYS)}.")
+    unknown = [key for key in content if key not in _KEYS]
+    if unknown:
+        raise ValueError(f"unknown key {unknown[0]!r}: the keys are {', '.join(_KEYS)}.")
+    missing = [key for key in _KEYS if key not in content]
+    if missing:
+        raise ValueError(f"`{missing[0]}` is missing: the keys are {', '.join(_KEYS)}.")
+    if content["task"] not in TASKS:
+        raise ValueError(f"unknown task {content['task']!r}: take one of {', '.join(TASKS)}.")
+    limit = content["cost_limit"]
+    if not _is_number(limit) or not 0 < limit < float("inf"):
+        raise ValueError(f"`cost_limit` must be a positive number of nats per token, got {limit!r}.")
+    for key in ("steps", "held_out"):
+        if not _is_int(content[key]) or content[key] < 1:
+            raise ValueError(f"`{key}` must be an integer of at least 1, got {content[key]!r}.")
+    _check_seeds(content["seeds"], "`seeds`")
+    if not isinstance(content["methods"], dict) or not content["methods"]:
+        raise ValueError(
+            "`methods` must map at least one name to its trainer, such as {mine: {trainer: constrained}}."
+        )
+    methods = [_method(name, entry) for name, entry in content["methods"].items()]
+    experiment = Experiment(name, **{**content, "cost_limit": float(limit), "methods": methods})
+    for method in methods:
+        _check_config(method, experiment)
+    return experiment
+
+
+def _method(name: Any, entry: Any) -> Method:
+    # It becomes part of file names.
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+        raise ValueError(
+            f"the method name {name!r} must be text of letters, digits, '.', '_' and '-' (quote a number)."
+        )
+    if name in REFERENCES:
+        raise ValueError(f"the method name {name!r} is taken by the untrained models: choose another.")
+    if not isinstance(entry, dict) or "trainer" not in entry:
+        raise ValueError(f"method {name!r} must name its trainer: {name}: {{trainer: {next(iter(TRAINERS))}}}.")
+    if entry["trainer"] not in TRAINERS:
+        raise ValueError(
+            f"method {name!r} has the unknown trainer {entry['trainer']!r}: take one of {', '.join(TRAINERS)}."
+        )
+    return Method(name, entry["trainer"], {key: value for key, value in entry.items() if key != "trainer"})
+
+
+def _check_config(method: Method, experiment: Experiment) -> None:
+    known = {field.name for field in fields(config_class(method.trainer)) if field.init}
+    for key in method.fields:
+        if key in _FIXED_FIELDS:
+            raise ValueError(f"method {method.name!r} must not set `{key}`: {_FIXED_FIELDS[key]}.")
+        if key not in known:
+            kind = config_class(method.trainer).__name__
+            raise ValueError(f"method {method.name!r} has the unknown config field `{key}`: see the fields of {kind}.")
+    try:
+        json.dumps(method.fields, allow_nan=False)
+        training_args(
+            method.trainer,
+            experiment.task,
+            method.fields,
+            steps=experiment.steps,
+            seed=experiment.seeds[0],
+            cost_limit=experiment.cost_limit,
+            output_dir="unused",
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"method {method.name!r}: {error}") from error
+
+
+def _check_seeds(seeds: Any, name: str) -> None:
+    if not isinstance(seeds, list) or not seeds:
+        raise ValueError(f"{name} must list at least one integer, got {seeds!r}.")
+    if not all(_is_int(seed) and 0 <= seed < 2**32 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"{name} must be different integers from 0 to 2³² − 1, got {seeds!r}.")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or isinstance(value, float)

@@ -1,0 +1,130 @@
+"""`trl-cmdp compare`: train methods × seeds on one task, under the same rollouts and evaluation, and report."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ._arguments import positive_int
+from ._experiment import preset_names
+
+
+if TYPE_CHECKING:
+    from ..evaluation import CellRecord
+    from ._experiment import Cell, Experiment
+
+QUICK_STEPS, QUICK_HELD_OUT = 10, 60
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "compare",
+        help="train any methods x seeds on one task, and compare them",
+        description="Train every method of an experiment with every seed, each in a process of its own, on the same "
+        "problems, and write records.jsonl, summary.json, table.md, pareto.png and curves.png. What is in "
+        "records.jsonl already is not run again.",
+    )
+    presets = ", ".join(preset_names())
+    parser.add_argument("experiment", help=f"a preset ({presets}), or the path of a YAML file of the same form")
+    parser.add_argument("--output-dir", type=Path, help="where everything is written (default: outputs/compare-NAME)")
+    parser.add_argument("--workers", type=positive_int, default=2, help="cells at a time (default: 2)")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="other seeds than the experiment's")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"a smoke run: {QUICK_STEPS} steps, {QUICK_HELD_OUT} held-out problems, the first seed, with no promise",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the comparison. Returns 0, 1 if a cell failed, 2 for a mistake in what was asked for, 130 if stopped."""
+    # Imported here: `trl-cmdp --help` should not wait for torch and TRL.
+    from ._cells import load_records, missing_cells
+    from ._experiment import load_experiment
+    from ._run import set_up_process
+
+    set_up_process()
+    try:
+        experiment = load_experiment(arguments.experiment).select(arguments.methods, arguments.seeds)
+        if arguments.quick:
+            experiment = replace(experiment, steps=QUICK_STEPS, held_out=QUICK_HELD_OUT, seeds=experiment.seeds[:1])
+        name = f"compare-{experiment.name}{'-quick' if arguments.quick else ''}"
+        output_dir = arguments.output_dir or Path("outputs") / name
+        output_dir.mkdir(parents=True, exist_ok=True)
+        records, cut = load_records(output_dir)
+        cells = experiment.cells()
+        missing = missing_cells(cells, records, output_dir)
+    except ValueError as error:
+        print(f"trl-cmdp compare: error: {error}", file=sys.stderr)
+        return 2
+    if cut:
+        print("The last record was cut while it was written: its cell is run again.", flush=True)
+    if len(missing) < len(cells):
+        print(f"{len(cells) - len(missing)} of {len(cells)} cells are recorded already.", flush=True)
+
+    try:
+        new, num_failed = _run_with_progress(missing, len(cells), output_dir, arguments.workers)
+    except KeyboardInterrupt:
+        print("\nStopped. What is recorded stays: the same command goes on from there.", file=sys.stderr)
+        return 130
+    records += new
+    if records:
+        _report(experiment, records, output_dir)
+    if num_failed:
+        print(f"{num_failed} of {len(cells)} cells failed, see {output_dir}/logs/.", file=sys.stderr)
+    return 1 if num_failed else 0
+
+
+def _run_with_progress(
+    missing: "list[Cell]", total: int, output_dir: Path, workers: int
+) -> "tuple[list[CellRecord], int]":
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from ._cells import run_cells
+
+    done = total - len(missing)
+    columns = (
+        TextColumn("cells"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(), disable=not sys.stdout.isatty()) as progress:
+        task = progress.add_task("", total=total, completed=done)
+
+        def report(line: str) -> None:
+            # Over the bar where there is a terminal, a plain line where there is none.
+            progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+        def running_changed(completed: int, names: list[str]) -> None:
+            progress.update(task, completed=completed, description=", ".join(names))
+
+        return run_cells(
+            missing, output_dir, workers=workers, num_done=done, report=report, running_changed=running_changed
+        )
+
+
+def _report(experiment: "Experiment", records: "list[CellRecord]", output_dir: Path) -> None:
+    from ..evaluation import compare_methods
+    from ..reports import comparison_table, plot_comparison_curves, plot_pareto
+
+    # In the experiment's order, whatever the order in which the cells ended.
+    order = {name: place for place, name in enumerate(method.name for method in experiment.methods)}
+    records = sorted(records, key=lambda record: (order.get(record.method, len(order)), record.method, record.seed))
+    comparison = compare_methods(records)
+    commits = sorted({f"{record.git_commit}{'-dirty' * record.git_dirty}" for record in records})
+    versions = [dict(pairs) for pairs in sorted({tuple(record.versions.items()) for record in records})]
+    summary = {"experiment": experiment.name, **asdict(comparison), "versions": versions, "git_commits": commits}
+    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    table = comparison_table(comparison)
+    (output_dir / "table.md").write_text(table)
+    plot_pareto(comparison, output_dir / "pareto.png", f"{experiment.name}: right answers against cost")
+    plot_comparison_curves(records, output_dir / "curves.png", f"{experiment.name}: training, mean over seeds")
+    print(f"\n{table}\nrecords.jsonl, summary.json, table.md, pareto.png and curves.png are in {output_dir}/.")

@@ -1,0 +1,255 @@
+"""Statistics of a comparison, from its records alone."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+import torch
+
+from ..core import two_level_bootstrap_interval
+from .records import CellRecord, Outcome
+
+
+FEASIBLE_SATISFACTION = 0.95
+_SATISFACTION_WINDOW = 5
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """
+    A mean over seeds with its 95% interval (two-level bootstrap over seeds and problems).
+
+    Args:
+        value (`float`):
+            The mean of the seeds' means.
+        low (`float`):
+            Lower bound.
+        high (`float`):
+            Upper bound.
+        by_seed (`dict[int, float]`):
+            Mean of each seed.
+    """
+
+    value: float
+    low: float
+    high: float
+    by_seed: dict[int, float]
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """
+    One row of the table.
+
+    Args:
+        method (`str`):
+            Name of the method.
+        trainer (`str`):
+            Its trainer, `"none"` for a reference that was not trained.
+        rank (`int`, *optional*):
+            Place, from 1: methods that satisfy the limit first, then by right answers. `None` without a trainer.
+        feasible (`bool`):
+            Whether satisfaction reaches 0.95.
+        right (`Estimate`):
+            Share of right final answers.
+        valid (`Estimate`):
+            Share of answers of which every step is valid.
+        satisfaction (`Estimate`):
+            Share of rollouts whose cost is within the limit.
+        cost (`Estimate`):
+            Mean cost, in nats per token.
+        right_difference, valid_difference, satisfaction_difference (`Estimate`, *optional*):
+            Method minus reference method, paired by seed and problem. `None` for the reference method itself, without
+            a trainer, and where they have no seed in common.
+        steps_to_satisfaction (`float`, *optional*):
+            First step at which the training rollouts' satisfaction, averaged over 5 logged steps, reaches 0.95: mean
+            over the seeds that reached it, `None` if none did.
+        seeds_satisfied (`int`):
+            Number of seeds that reached it.
+        violations (`float`, *optional*):
+            Share of training rollouts above the method's own limit, over the whole run. `None` if not logged.
+        late_violations (`float`, *optional*):
+            The same over the last quarter of the steps.
+        wall_s, cpu_s, peak_memory_mb (`float`):
+            Means over seeds of what a cell took.
+    """
+
+    method: str
+    trainer: str
+    rank: int | None
+    feasible: bool
+    right: Estimate
+    valid: Estimate
+    satisfaction: Estimate
+    cost: Estimate
+    right_difference: Estimate | None
+    valid_difference: Estimate | None
+    satisfaction_difference: Estimate | None
+    steps_to_satisfaction: float | None
+    seeds_satisfied: int
+    violations: float | None
+    late_violations: float | None
+    wall_s: float
+    cpu_s: float
+    peak_memory_mb: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    The whole table.
+
+    Args:
+        task (`str`):
+            Task of all cells.
+        cost_limit (`float`):
+            Limit of the evaluation, in nats per token.
+        num_problems (`int`):
+            Held-out problems of each seed.
+        reference (`str`, *optional*):
+            Method that the differences are to: `"constrained"` where it is there, else the first trained one.
+        methods (`list[MethodSummary]`):
+            Rows, by rank; those without a trainer at the end.
+    """
+
+    task: str
+    cost_limit: float
+    num_problems: int
+    reference: str | None
+    methods: list[MethodSummary]
+
+
+def compare_methods(records: Sequence[CellRecord]) -> Comparison:
+    """
+    Compare methods, each over its seeds.
+
+    Args:
+        records (`Sequence[CellRecord]`):
+            Cells of one task, one limit and one number of held-out problems.
+
+    Returns:
+        `Comparison`: The table.
+
+    Raises:
+        ValueError: If there is no record, or they do not belong together.
+    """
+    if not records:
+        raise ValueError("There are no records to compare.")
+    shared = {(record.task, record.cost_limit, len(record.outcomes)) for record in records}
+    if len(shared) > 1:
+        raise ValueError(f"The records have more than one (task, cost limit, held-out problems): {sorted(shared)}.")
+    task, limit, num_problems = shared.pop()
+    cells: dict[str, dict[int, CellRecord]] = {}
+    for record in records:
+        cells.setdefault(record.method, {})[record.seed] = record
+    trained = [record.method for record in records if record.trainer != "none"]
+    reference = "constrained" if "constrained" in trained else trained[0] if trained else None
+
+    rows = [_summary(by_seed, cells.get(reference or ""), limit) for by_seed in cells.values()]
+    rows.sort(key=lambda row: (row.trainer == "none", not row.feasible, -row.right.value))
+    ranked = [
+        MethodSummary(**{**vars(row), "rank": None if row.trainer == "none" else place})
+        for place, row in enumerate(rows, start=1)
+    ]
+    return Comparison(task, limit, num_problems, reference, ranked)
+
+
+def _summary(cells: dict[int, CellRecord], reference: dict[int, CellRecord] | None, limit: float) -> MethodSummary:
+    def satisfied(outcome: Outcome) -> bool:
+        return outcome.cost <= limit
+
+    def right(outcome: Outcome) -> int:
+        return outcome.right
+
+    def valid(outcome: Outcome) -> int:
+        return outcome.valid
+
+    first = next(iter(cells.values()))
+    # Not against itself, and an untrained model is no method.
+    paired = {} if reference is None or reference is cells or first.trainer == "none" else reference
+    satisfaction = _estimate(cells, satisfied)
+    reached = [steps_to_satisfaction(cell.history) for cell in cells.values()]
+    steps = [step for step in reached if step is not None]
+    violations = [_violations(cell.history) for cell in cells.values()]
+    whole, late = ([pair[i] for pair in violations if pair is not None] for i in (0, 1))
+    return MethodSummary(
+        method=first.method,
+        trainer=first.trainer,
+        rank=None,
+        feasible=satisfaction.value >= FEASIBLE_SATISFACTION,
+        right=_estimate(cells, right),
+        valid=_estimate(cells, valid),
+        satisfaction=satisfaction,
+        cost=_estimate(cells, lambda outcome: outcome.cost),
+        right_difference=_difference(cells, paired, right),
+        valid_difference=_difference(cells, paired, valid),
+        satisfaction_difference=_difference(cells, paired, satisfied),
+        steps_to_satisfaction=mean(steps) if steps else None,
+        seeds_satisfied=len(steps),
+        violations=mean(whole) if whole else None,
+        late_violations=mean(late) if late else None,
+        wall_s=mean(cell.wall_s for cell in cells.values()),
+        cpu_s=mean(cell.cpu_s for cell in cells.values()),
+        peak_memory_mb=mean(cell.peak_memory_mb for cell in cells.values()),
+    )
+
+
+def steps_to_satisfaction(history: Sequence[dict[str, float]]) -> float | None:
+    """
+    First step at which satisfaction, averaged over the last 5 logged steps, reaches 0.95.
+
+    Args:
+        history (`Sequence[dict[str, float]]`):
+            [`CellRecord`]'s history.
+
+    Returns:
+        `float`, *optional*: The step, or `None` if there is none.
+    """
+    logged = [entry for entry in history if "satisfaction" in entry]
+    for end in range(_SATISFACTION_WINDOW, len(logged) + 1):
+        window = [entry["satisfaction"] for entry in logged[end - _SATISFACTION_WINDOW : end]]
+        # A sum of five rates of 0.95 is not exactly 4.75.
+        if mean(window) >= FEASIBLE_SATISFACTION - 1e-9:
+            return logged[end - 1]["step"]
+    return None
+
+
+def _violations(history: Sequence[dict[str, float]]) -> tuple[float, float] | None:
+    """Shares over the whole run and its last quarter. Every step has equally many rollouts."""
+    rates = [1 - entry["satisfaction"] for entry in history if "satisfaction" in entry]
+    if not rates:
+        return None
+    return mean(rates), mean(rates[-math.ceil(len(rates) / 4) :])
+
+
+def _estimate(cells: dict[int, CellRecord], value: Callable[[Outcome], float]) -> Estimate:
+    return _bootstrap(
+        {seed: torch.tensor([float(value(o)) for o in cell.outcomes]) for seed, cell in sorted(cells.items())}
+    )
+
+
+def _difference(
+    cells: dict[int, CellRecord], reference: dict[int, CellRecord], value: Callable[[Outcome], float]
+) -> Estimate | None:
+    seeds = sorted(cells.keys() & reference.keys())
+    if not seeds:
+        return None
+    # Differences are taken problem by problem, so that a resample draws the same seeds and problems of both.
+    return _bootstrap(
+        {
+            seed: torch.tensor(
+                [
+                    float(value(ours)) - float(value(theirs))
+                    for ours, theirs in zip(cells[seed].outcomes, reference[seed].outcomes, strict=True)
+                ]
+            )
+            for seed in seeds
+        }
+    )
+
+
+def _bootstrap(values: dict[int, torch.Tensor]) -> Estimate:
+    by_seed = {seed: observed.double().mean().item() for seed, observed in values.items()}
+    low, high = two_level_bootstrap_interval(list(values.values()))
+    return Estimate(mean(by_seed.values()), low, high, by_seed)
