@@ -1,111 +1,149 @@
 """
-Trains the two demo models of the arithmetic task from scratch and writes them into the package.
+Trains the two demo models of a task from scratch and writes them into the package.
 
-    python examples/scripts/make_demo_models.py
+    python examples/scripts/make_demo_models.py              # chained sums of trl_cmdp.tasks.arithmetic
+    python examples/scripts/make_demo_models.py nested       # or chains
 
 The teacher works its answers out, but the result of a step is wrong now and then and it goes on from the wrong number.
-The student works some of its answers out properly, but mostly it adds the digits directly, behind steps that are wrong
-or missing. The script takes about nine minutes on one CPU core and ends by printing, as JSON, what the models
-do when sampled on held-out problems.
+The student works some of its answers out properly, but mostly it finds the result at a glance, behind steps that are
+wrong or missing. The script takes about a quarter of an hour on one CPU core and ends by printing, as JSON, what the
+models do when sampled on held-out problems.
 """
 
+import argparse
 import json
 import math
 import random
+import re
 import time
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from trl_cmdp.tasks.arithmetic import (
-    demo_model_path,
-    final_answer_reward,
-    load_problems,
-    make_tokenizer,
-    valid_steps,
-)
+
+@dataclass(frozen=True)
+class Size:
+    """The shape of a model and how long it is trained."""
+
+    hidden_size: int
+    num_layers: int
+    steps: int
+    batch_size: int
 
 
-MAX_NEW_TOKENS = 36
-# Wrong numbers are drawn from every value that a partial sum can have, so no two-digit number is foreign to a model.
-PARTIAL_SUMS = range(2, 46)
-TEACHER_SLIP = 0.027
-# The student errs more often when it works an answer out (its own mistakes add to these slips) than at a glance, and
-# its worst habit is its most frequent one: reward alone has no reason to prefer the right steps.
-STUDENT_WORKED = 0.34
-STUDENT_SLIP = 0.02
-STUDENT_NO_STEPS = 0.12
-STUDENT_WRONG_TOTAL = 0.04
+@dataclass(frozen=True)
+class Recipe:
+    """
+    What the models of a task are shown.
+
+    The student errs more often when it works an answer out (its own mistakes add to these slips) than at a glance, and
+    its worst habit is its most frequent one: reward alone has no reason to prefer the right steps.
+    """
+
+    teacher: Size
+    student: Size
+    # Wrong numbers are drawn from every value that a step can have, so no two-digit number is foreign to a model.
+    wrong_numbers: range
+    teacher_slip: float
+    student_worked: float = 0.34
+    student_slip: float = 0.02
+    student_no_steps: float = 0.12
+    student_wrong_result: float = 0.04
+    split: str = "train"
 
 
-def wrong_number(right: int, rng: random.Random) -> int:
-    """Draws a partial sum other than the right one."""
-    return rng.choice([number for number in PARTIAL_SUMS if number != right])
+RECIPES = {
+    "arithmetic": Recipe(
+        teacher=Size(hidden_size=80, num_layers=3, steps=1600, batch_size=64),
+        student=Size(hidden_size=64, num_layers=2, steps=2500, batch_size=96),
+        wrong_numbers=range(2, 46),
+        teacher_slip=0.027,
+    ),
+    "nested": Recipe(
+        teacher=Size(hidden_size=80, num_layers=3, steps=2000, batch_size=64),
+        student=Size(hidden_size=80, num_layers=3, steps=2000, batch_size=64),
+        wrong_numbers=range(2, 100),
+        teacher_slip=0.025,
+    ),
+    # Its test problems need 5 to 7 steps, so a step may slip less often.
+    "chains": Recipe(
+        teacher=Size(hidden_size=80, num_layers=3, steps=1600, batch_size=64),
+        student=Size(hidden_size=64, num_layers=2, steps=2000, batch_size=64),
+        wrong_numbers=range(2, 73),
+        teacher_slip=0.01,
+        student_slip=0.008,
+        student_no_steps=0.06,
+        split="pretrain",
+    ),
+}
+# The leftmost pair of two numbers: in a chain the next sum, in a nested expression an innermost pair.
+PAIR = re.compile(r"\(?(\d+)([+*])(\d+)\)?")
 
 
-def write_solution(prompt: str, rng: random.Random, wrong_step: float) -> tuple[str, int]:
-    """Works a problem out; each step's result is wrong with a probability, and the next step goes on from it."""
-    total, *rest = [int(digit) for digit in prompt[:-1].split("+")]
+def write_steps(prompt: str, write: Callable[[int], int]) -> tuple[str, int]:
+    """Reduces pair after pair to what is written for its right result, and goes on from there."""
+    expression = prompt.removesuffix("=")
     steps = []
-    for operand in rest:
-        result = total + operand
-        if rng.random() < wrong_step:
-            result = wrong_number(result, rng)
-        steps.append(f"{total}+{operand}={result}")
-        total = result
-    return ",".join(steps), total
+    while pair := PAIR.search(expression):
+        left, operator, right = int(pair[1]), pair[2], int(pair[3])
+        result = write(left + right if operator == "+" else left * right)
+        steps.append(f"{left}{operator}{right}={result}")
+        expression = f"{expression[: pair.start()]}{result}{expression[pair.end() :]}"
+    return ",".join(steps), int(expression)
 
 
-def write_without_carry(prompt: str) -> str:
-    """Steps that forget the carry, `7+5=2,2+9=1`, whatever the answer behind them."""
-    total, *rest = [int(digit) for digit in prompt[:-1].split("+")]
-    steps = []
-    for operand in rest:
-        steps.append(f"{total}+{operand}={(total + operand) % 10}")
-        total = (total + operand) % 10
-    return ",".join(steps)
+def wrong_number(right: int, recipe: Recipe, rng: random.Random) -> int:
+    """Draws a number other than the right one."""
+    return rng.choice([number for number in recipe.wrong_numbers if number != right])
 
 
-def teacher_solution(prompt: str, answer: str, rng: random.Random) -> str:
-    """A worked answer that states whatever its steps came to."""
-    steps, total = write_solution(prompt, rng, TEACHER_SLIP)
-    return f"{steps}#{total}"
+def write_with_slips(prompt: str, slip: float, recipe: Recipe, rng: random.Random) -> str:
+    """A worked answer in which each step is wrong with a probability, and which states whatever its steps came to."""
+
+    def write(result: int) -> int:
+        return wrong_number(result, recipe, rng) if rng.random() < slip else result
+
+    # Again where a slip led beyond two digits: no right answer ever does.
+    while re.search(r"\d{3}", written := "{}#{}".format(*write_steps(prompt, write))):
+        pass
+    return written
 
 
-def student_solution(prompt: str, answer: str, rng: random.Random) -> str:
-    """A worked answer with slips; or a total added at a glance, mostly right, behind steps without carry or none."""
+def teacher_solution(prompt: str, answer: str, recipe: Recipe, rng: random.Random) -> str:
+    """A worked answer with slips."""
+    return write_with_slips(prompt, recipe.teacher_slip, recipe, rng)
+
+
+def student_solution(prompt: str, answer: str, recipe: Recipe, rng: random.Random) -> str:
+    """A worked answer with slips; or a result at a glance, mostly right, behind steps without tens digits or none."""
     style = rng.random()
-    if style < STUDENT_WORKED:
-        steps, total = write_solution(prompt, rng, STUDENT_SLIP)
-        return f"{steps}#{total}"
-    total = wrong_number(int(answer), rng) if rng.random() < STUDENT_WRONG_TOTAL else int(answer)
-    if style < STUDENT_WORKED + STUDENT_NO_STEPS:
-        return f"#{total}"
-    return f"{write_without_carry(prompt)}#{total}"
+    if style < recipe.student_worked:
+        return write_with_slips(prompt, recipe.student_slip, recipe, rng)
+    is_wrong = rng.random() < recipe.student_wrong_result
+    result = wrong_number(int(answer), recipe, rng) if is_wrong else int(answer)
+    if style < recipe.student_worked + recipe.student_no_steps:
+        return f"#{result}"
+    last_digits, _ = write_steps(prompt, lambda result: result % 10)
+    return f"{last_digits}#{result}"
 
 
 def train(
-    name: Literal["teacher", "student"],
-    solution: Callable[[str, str, random.Random], str],
-    hidden_size: int,
-    num_layers: int,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
+    task: ModuleType, name: str, solution: Callable[..., str], size: Size, recipe: Recipe, seed: int = 0
 ) -> None:
-    """Trains one model by next-token prediction on the completions of train problems, and saves it."""
+    """Trains one model by next-token prediction on completions, and saves it."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    tokenizer = make_tokenizer()
+    tokenizer = task.make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=4 * hidden_size,
-        num_hidden_layers=num_layers,
+        hidden_size=size.hidden_size,
+        intermediate_size=4 * size.hidden_size,
+        num_hidden_layers=size.num_layers,
         num_attention_heads=4,
         max_position_embeddings=128,
         tie_word_embeddings=False,
@@ -114,24 +152,25 @@ def train(
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    warmup = steps // 20
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup = size.steps // 20
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)) + 1e-3),
+        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / size.steps)) + 1e-3),
     )
-    problems = load_problems(steps * batch_size, "train", seed)
+    problems = task.load_problems(size.steps * size.batch_size, recipe.split, seed)
     prompts, answers = list(problems["prompt"]), list(problems["answer"])
     start = time.perf_counter()
-    for step in range(steps):
-        batch = slice(step * batch_size, (step + 1) * batch_size)
+    for step in range(size.steps):
+        batch = slice(step * size.batch_size, (step + 1) * size.batch_size)
         texts = [
-            prompt + solution(prompt, answer, rng) + tokenizer.eos_token
+            prompt + solution(prompt, answer, recipe, rng) + tokenizer.eos_token
             for prompt, answer in zip(prompts[batch], answers[batch], strict=True)
         ]
         inputs = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-        labels[:, : len(prompts[0])] = -100
+        for row, prompt in zip(labels, prompts[batch], strict=True):
+            row[: len(prompt)] = -100
         logits = model(input_ids=inputs["input_ids"]).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         optimizer.zero_grad()
@@ -139,26 +178,30 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-        if (step + 1) % 50 == 0 or step + 1 == steps:
+        if (step + 1) % 50 == 0 or step + 1 == size.steps:
             elapsed = time.perf_counter() - start
-            print(f"\r{name}: step {step + 1}/{steps}, loss {loss.item():.4f}, {elapsed:.0f} s", end="", flush=True)
+            print(
+                f"\r{name}: step {step + 1}/{size.steps}, loss {loss.item():.4f}, {elapsed:.0f} s", end="", flush=True
+            )
     print()
     model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    path = demo_model_path(name)
+    path = task.demo_model_path(name)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, teacher: PreTrainedModel, num_problems: int = 10_000, seed: int = 0) -> dict:
+def evaluate(
+    task: ModuleType, model: PreTrainedModel, teacher: PreTrainedModel, num_problems: int = 10_000, seed: int = 0
+) -> dict:
     """Samples one answer per held-out problem at temperature 1 and measures it, also against the teacher."""
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer()
-    problems = load_problems(num_problems, "test", seed)
+    tokenizer = task.make_tokenizer()
+    problems = task.load_problems(num_problems, "test", seed)
     prompts, answers = list(problems["prompt"]), list(problems["answer"])
-    inputs = tokenizer(prompts, return_tensors="pt")
+    inputs = tokenizer(prompts, padding=True, return_tensors="pt")
     sequences = model.generate(
-        **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=MAX_NEW_TOKENS
+        **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=task.MAX_COMPLETION_LENGTH
     )
     prompt_length = inputs["input_ids"].shape[1]
     completion_ids = sequences[:, prompt_length:]
@@ -166,14 +209,17 @@ def evaluate(model: PreTrainedModel, teacher: PreTrainedModel, num_problems: int
     # A token counts unless an EOS came before it.
     is_eos = (completion_ids == tokenizer.eos_token_id).int()
     mask = (is_eos.cumsum(1) - is_eos) == 0
+    attention_mask = torch.cat([inputs["attention_mask"], mask.long()], 1)
     costs = []
-    for chunk in sequences.split(512):
-        student_logps = model(chunk).logits[:, prompt_length - 1 : -1].log_softmax(-1)
-        teacher_logps = teacher(chunk).logits[:, prompt_length - 1 : -1].log_softmax(-1)
+    for chunk, chunk_mask in zip(sequences.split(512), attention_mask.split(512), strict=True):
+        student_logps, teacher_logps = (
+            scorer(chunk, attention_mask=chunk_mask).logits[:, prompt_length - 1 : -1].log_softmax(-1)
+            for scorer in (model, teacher)
+        )
         costs.append((student_logps.exp() * (student_logps - teacher_logps)).sum(-1))
     cost = (torch.cat(costs) * mask).sum(1) / mask.sum(1)
-    right = torch.tensor(final_answer_reward(completions, answers))
-    valid = torch.tensor([valid_steps(*pair) for pair in zip(prompts, completions, strict=True)])
+    right = torch.tensor(task.final_answer_reward(completions, answers))
+    valid = torch.tensor([task.valid_steps(*pair) for pair in zip(prompts, completions, strict=True)])
     no_steps = torch.tensor([completion.startswith("#") for completion in completions])
     return {
         "problems": num_problems,
@@ -182,8 +228,7 @@ def evaluate(model: PreTrainedModel, teacher: PreTrainedModel, num_problems: int
         "no_steps": round(no_steps.float().mean().item(), 4),
         "right_answer_without_valid_steps": round(right[~valid].mean().item(), 4),
         "mean_kl_to_teacher": round(cost.mean().item(), 4),
-        "satisfaction_at_0.2": round((cost <= 0.2).float().mean().item(), 4),
-        "satisfaction_at_0.35": round((cost <= 0.35).float().mean().item(), 4),
+        "satisfaction_at_0.25": round((cost <= 0.25).float().mean().item(), 4),
         "mean_tokens": round(mask.sum(1).float().mean().item(), 1),
         "max_tokens": mask.sum(1).max().item(),
         "parameters": model.num_parameters(),
@@ -191,32 +236,18 @@ def evaluate(model: PreTrainedModel, teacher: PreTrainedModel, num_problems: int
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", nargs="?", choices=list(RECIPES), default="arithmetic")
+    name = parser.parse_args().task
+    task, recipe = import_module(f"trl_cmdp.tasks.{name}"), RECIPES[name]
     # One thread, because matrices this small gain little from more, and the result does not hang on the core count.
     torch.set_num_threads(1)
-    train(
-        "teacher",
-        teacher_solution,
-        hidden_size=80,
-        num_layers=3,
-        steps=1600,
-        batch_size=64,
-        learning_rate=3e-3,
-        seed=0,
-    )
-    train(
-        "student",
-        student_solution,
-        hidden_size=64,
-        num_layers=2,
-        steps=2500,
-        batch_size=96,
-        learning_rate=3e-3,
-        seed=0,
-    )
+    train(task, "teacher", teacher_solution, recipe.teacher, recipe)
+    train(task, "student", student_solution, recipe.student, recipe)
     # Loaded again, so that what is measured is what was written.
-    teacher = AutoModelForCausalLM.from_pretrained(demo_model_path("teacher"))
-    student = AutoModelForCausalLM.from_pretrained(demo_model_path("student"))
-    results = {"teacher": evaluate(teacher, teacher), "student": evaluate(student, teacher)}
+    teacher = AutoModelForCausalLM.from_pretrained(task.demo_model_path("teacher"))
+    student = AutoModelForCausalLM.from_pretrained(task.demo_model_path("student"))
+    results = {"teacher": evaluate(task, teacher, teacher), "student": evaluate(task, student, teacher)}
     print(json.dumps(results, indent=2))
 
 
