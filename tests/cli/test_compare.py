@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from filelock import FileLock
 
 from trl_cmdp.cli import main
 from trl_cmdp.cli._cell import _history
@@ -121,6 +122,15 @@ def test_a_second_run_runs_nothing(copied, capsys, monkeypatch):
     assert (copied / "out" / "records.jsonl").read_bytes() == before
     assert (copied / "out" / "table.md").exists()  # the report is made from the records alone
     assert "3 of 3 cells are recorded already" in capsys.readouterr().out
+
+
+def test_a_second_run_at_the_same_time_is_refused(copied, capsys):
+    path = copied / "out" / "records.jsonl"
+    before = path.read_bytes()
+    with FileLock(copied / "out" / ".lock"):
+        assert compare(copied) == 2
+    assert "another run is writing" in capsys.readouterr().err
+    assert path.read_bytes() == before
 
 
 def test_a_record_that_was_cut_is_dropped_and_its_cell_missing(copied):

@@ -44,7 +44,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(arguments: argparse.Namespace) -> int:
     """Run the comparison. Returns 0, 1 if a cell failed, 2 for a mistake in what was asked for, 130 if stopped."""
     # Imported here: `trl-cmdp --help` should not wait for torch and TRL.
-    from ._cells import load_records, missing_cells
+    from filelock import FileLock, Timeout
+
     from ._experiment import load_experiment
     from ._run import set_up_process
 
@@ -56,22 +57,34 @@ def run(arguments: argparse.Namespace) -> int:
         name = f"compare-{experiment.name}{'-quick' if arguments.quick else ''}"
         output_dir = arguments.output_dir or Path("outputs") / name
         output_dir.mkdir(parents=True, exist_ok=True)
-        records, cut = load_records(output_dir)
-        cells = experiment.cells()
-        missing = missing_cells(cells, records, output_dir)
+        with FileLock(output_dir / ".lock", timeout=0):  # released however this process ends
+            return _compare(experiment, output_dir, arguments.workers)
+    except Timeout:
+        print(
+            f"trl-cmdp compare: error: another run is writing to {output_dir}: wait for it, or take another "
+            "--output-dir.",
+            file=sys.stderr,
+        )
+        return 2
     except ValueError as error:
         print(f"trl-cmdp compare: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nStopped. What is recorded stays: the same command goes on from there.", file=sys.stderr)
+        return 130
+
+
+def _compare(experiment: "Experiment", output_dir: Path, workers: int) -> int:
+    from ._cells import load_records, missing_cells
+
+    records, cut = load_records(output_dir)
+    cells = experiment.cells()
+    missing = missing_cells(cells, records, output_dir)
     if cut:
         print("The last record was cut while it was written: its cell is run again.", flush=True)
     if len(missing) < len(cells):
         print(f"{len(cells) - len(missing)} of {len(cells)} cells are recorded already.", flush=True)
-
-    try:
-        new, num_failed = _run_with_progress(missing, len(cells), output_dir, arguments.workers)
-    except KeyboardInterrupt:
-        print("\nStopped. What is recorded stays: the same command goes on from there.", file=sys.stderr)
-        return 130
+    new, num_failed = _run_with_progress(missing, len(cells), output_dir, workers)
     records += new
     if records:
         _report(experiment, records, output_dir)
