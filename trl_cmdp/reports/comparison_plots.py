@@ -160,10 +160,10 @@ def plot_comparison_curves(records: Sequence[CellRecord], path: str | Path, titl
     colours = _colours(list(histories))
     for key, axes in panels.items():
         lowest, highest = float("inf"), 0.0
-        for place, (method, runs) in enumerate(histories.items()):
+        for method, runs in histories.items():
             steps, values = _mean_curve(runs, key)
             # Empty where it is not logged (GRPO has no cost), so that the legend holds every method once.
-            line = _LINES[place // len(_COLOURS) % len(_LINES)]
+            line = _LINES[sorted(histories).index(method) // len(_COLOURS) % len(_LINES)]  # where colours repeat
             axes.plot(steps, values, color=colours[method], linestyle=line, linewidth=1.6, label=method)
             lowest, highest = min([lowest, *values]), max([highest, *values])
         if key == "cost" and lowest > 0 and highest >= 10 * lowest:

@@ -1,0 +1,45 @@
+"""The committed comparisons: tables and summaries are what the committed records say, and the records are whole."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trl_cmdp.cli._experiment import load_experiment
+from trl_cmdp.evaluation import compare_methods, read_records
+from trl_cmdp.reports import comparison_table
+
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+RESULTS = sorted(path.parent for path in BENCHMARKS.glob("results/*/records.jsonl"))
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+def test_table_follows_from_the_records(folder):
+    comparison = compare_methods(read_records((folder / "records.jsonl").read_text()))
+    assert comparison_table(comparison) == (folder / "table.md").read_text()
+    rows = {row["method"]: row for row in json.loads((folder / "summary.json").read_text())["methods"]}
+    assert {row.method: row.right.value for row in comparison.methods} == {
+        name: row["right"]["value"] for name, row in rows.items()
+    }
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+def test_every_record_is_of_its_experiment(folder):
+    """The settings of each cell are those of the committed experiment, and no code was changed beside its commit."""
+    path = BENCHMARKS / "experiments" / f"{folder.name}.yaml"
+    experiment = load_experiment(str(path) if path.exists() else folder.name)
+    cells = {(cell.method, cell.seed): cell.settings for cell in experiment.cells()}
+    records = read_records((folder / "records.jsonl").read_text())
+    for record in records:
+        assert record.settings == cells[record.method, record.seed]
+        assert record.git_commit is not None
+
+
+def test_the_preset_is_complete():
+    """Every method and seed of the arithmetic preset is there, from one clean commit."""
+    records = read_records((BENCHMARKS / "results" / "arithmetic" / "records.jsonl").read_text())
+    cells = load_experiment("arithmetic").cells()
+    assert {(record.method, record.seed) for record in records} == {(cell.method, cell.seed) for cell in cells}
+    assert len({record.git_commit for record in records}) == 1
+    assert not any(record.git_dirty for record in records)
