@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from trl_cmdp.cli._experiment import load_experiment
+from trl_cmdp.cli.compare import in_order
 from trl_cmdp.evaluation import compare_methods, read_records
 from trl_cmdp.reports import comparison_table
 
@@ -14,9 +15,15 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RESULTS = sorted(path.parent for path in BENCHMARKS.glob("results/*/records.jsonl"))
 
 
+def experiment_of(folder):
+    path = BENCHMARKS / "experiments" / f"{folder.name}.yaml"
+    return load_experiment(str(path) if path.exists() else folder.name)
+
+
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
 def test_table_follows_from_the_records(folder):
-    comparison = compare_methods(read_records((folder / "records.jsonl").read_text()))
+    records = read_records((folder / "records.jsonl").read_text())
+    comparison = compare_methods(in_order(records, experiment_of(folder)))
     assert comparison_table(comparison) == (folder / "table.md").read_text()
     rows = {row["method"]: row for row in json.loads((folder / "summary.json").read_text())["methods"]}
     assert {row.method: row.right.value for row in comparison.methods} == {
@@ -26,10 +33,8 @@ def test_table_follows_from_the_records(folder):
 
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
 def test_every_record_is_of_its_experiment(folder):
-    """The settings of each cell are those of the committed experiment, and no code was changed beside its commit."""
-    path = BENCHMARKS / "experiments" / f"{folder.name}.yaml"
-    experiment = load_experiment(str(path) if path.exists() else folder.name)
-    cells = {(cell.method, cell.seed): cell.settings for cell in experiment.cells()}
+    """The settings of each cell are those of the committed experiment, and its commit is named."""
+    cells = {(cell.method, cell.seed): cell.settings for cell in experiment_of(folder).cells()}
     records = read_records((folder / "records.jsonl").read_text())
     for record in records:
         assert record.settings == cells[record.method, record.seed]

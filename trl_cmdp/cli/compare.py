@@ -124,13 +124,17 @@ def _run_with_progress(
         )
 
 
+def in_order(records: "list[CellRecord]", experiment: "Experiment") -> "list[CellRecord]":
+    """Records in the experiment's order, whatever the order in which the cells ended."""
+    order = {method.name: place for place, method in enumerate(experiment.methods)}
+    return sorted(records, key=lambda record: (order.get(record.method, len(order)), record.method, record.seed))
+
+
 def _report(experiment: "Experiment", records: "list[CellRecord]", output_dir: Path) -> None:
     from ..evaluation import compare_methods
     from ..reports import comparison_table, plot_comparison_curves, plot_pareto
 
-    # In the experiment's order, whatever the order in which the cells ended.
-    order = {name: place for place, name in enumerate(method.name for method in experiment.methods)}
-    records = sorted(records, key=lambda record: (order.get(record.method, len(order)), record.method, record.seed))
+    records = in_order(records, experiment)
     comparison = compare_methods(records)
     commits = sorted({f"{record.git_commit}{'-dirty' * record.git_dirty}" for record in records})
     versions = [dict(pairs) for pairs in sorted({tuple(record.versions.items()) for record in records})]
