@@ -264,7 +264,7 @@ def test_a_mistake_in_an_experiment_says_what_to_do(tmp_path, capsys, old, new, 
     [
         (["algebra"], "no preset 'algebra': take one of arithmetic"),
         (["missing.yaml"], "There is no file missing.yaml"),
-        (["arithmetic", "--methods", "constrained", "nothing"], "has no 'nothing', only constrained, grpo"),
+        (["arithmetic", "--methods", "constrained", "nothing"], "has no 'nothing', only constrained, "),
         (["arithmetic", "--seeds", "1", "1"], "--seeds must be different integers"),
     ],
 )
