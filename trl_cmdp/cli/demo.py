@@ -96,16 +96,15 @@ def train(
     teacher: "PreTrainedModel",
     steps: int,
     arguments: argparse.Namespace,
-    **config_fields: Any,
 ) -> list[dict[str, Any]]:
-    """Train the student in place, save it, and return the log history. Benchmarks vary further `config_fields`."""
+    """Train the student in place, save it, and return the log history."""
     from ._progress import TrainingProgress
     from ._run import train_student, training_args
 
     args = training_args(
         arguments.method,
         TASK,
-        config_fields,
+        {},
         steps=steps,
         seed=arguments.seed,
         cost_limit=arguments.cost_limit,

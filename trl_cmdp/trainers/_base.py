@@ -199,14 +199,11 @@ class DistillTrainer(GRPOTrainer):
         return self._rewards_per_func
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
-        if self.teacher_model is None or self._mode == "eval":
-            return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
-            )
-        completions = self._off_policy_completions(prompt_ids)
+        training = self.teacher_model is not None and self._mode == "train"
+        completions = self._off_policy_completions(prompt_ids) if training else None
         if completions is not None:
             return completions, None
-        alpha = self._teacher_mixed_alpha
+        alpha = self._teacher_mixed_alpha if training else 0.0
         with self._student_forward.mixing(alpha, self.teacher_model) if alpha > 0 else nullcontext():
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
