@@ -48,9 +48,9 @@ def test_remote_code_needs_the_users_word(tmp_path):
 
 def test_equal_tokenizers_pass_whatever_the_padding(student, tokenizer, tmp_path):
     teacher = AutoModelForCausalLM.from_pretrained(TEACHER)
-    check_vocabulary(student, tokenizer, teacher)
+    check_vocabulary(student, tokenizer, teacher.config)
     teacher.resize_token_embeddings(len(tokenizer) + 7)
-    check_vocabulary(student, tokenizer, teacher)
+    check_vocabulary(student, tokenizer, teacher.config)
 
 
 def test_another_tokenizer_is_an_error_that_names_tokens(student, tokenizer, tmp_path):
@@ -59,7 +59,7 @@ def test_another_tokenizer_is_an_error_that_names_tokens(student, tokenizer, tmp
     other.save_pretrained(tmp_path)
     AutoModelForCausalLM.from_pretrained(TEACHER).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="1 tokens differ, for example 'x'"):
-        check_vocabulary(student, tokenizer, load_teacher(str(tmp_path)))
+        check_vocabulary(student, tokenizer, load_teacher(str(tmp_path)).config)
 
 
 def test_unequal_sizes_without_a_tokenizer_are_an_error(student, tokenizer, tmp_path):
@@ -67,4 +67,4 @@ def test_unequal_sizes_without_a_tokenizer_are_an_error(student, tokenizer, tmp_
     teacher.resize_token_embeddings(32)
     teacher.save_pretrained(tmp_path)  # the weights alone
     with pytest.raises(ValueError, match="could not be found"):
-        check_vocabulary(student, tokenizer, load_teacher(str(tmp_path)))
+        check_vocabulary(student, tokenizer, load_teacher(str(tmp_path)).config)

@@ -152,7 +152,7 @@ class TestAutoLimit:
         trainer.train()
         costs = rollout_cost(captured[3].costs, captured[3].mask, "mean")
         limit = 1.5 * costs.double().quantile(0.5).item()
-        assert trainer._auto_limit.limit == pytest.approx(limit, rel=1e-6)
+        assert trainer._cost_limit._auto.limit == pytest.approx(limit, rel=1e-6)
         assert history(trainer, "constraint/limit") == pytest.approx([limit, limit])
         assert len(history(trainer, "constraint/cost")) == 6
         imitation = run(
@@ -186,12 +186,12 @@ class TestAutoLimit:
         assert killed.state.global_step == stop
         resumed = resumable("stopped", 6)
         resumed.train(resume_from_checkpoint=True)
-        assert resumed._auto_limit == whole._auto_limit
+        assert resumed._cost_limit._auto == whole._cost_limit._auto
         assert history(resumed, "constraint/limit") == history(whole, "constraint/limit")
         expected = weights(whole)
         assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
         state = json.loads((tmp_path / "stopped" / "checkpoint-6" / "trl_cmdp_state.json").read_text())
-        assert state["limit"] == whole._auto_limit.limit
+        assert state["limit"] == whole._cost_limit._auto.limit
 
     def test_a_run_of_imitation_alone_is_an_error(self, tmp_path):
         with pytest.raises(ValueError, match=r"would be the whole run of 4 steps"):
@@ -250,7 +250,7 @@ class TestSchedule:
             cost_limit_schedule="linear",
         )
         trainer.train()
-        limit = trainer._auto_limit.limit
+        limit = trainer._cost_limit._auto.limit
         assert history(trainer, "constraint/limit") == pytest.approx(
             [9 + share * (limit - 9) for share in (0, 0.25, 0.5, 0.75)]
         )
@@ -273,8 +273,8 @@ class TestFields:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"cost_limit": "none"}, "must be a number or 'auto', got 'none'"),
-            ({"cost_limit": None}, "must be a number or 'auto', got None"),
+            ({"cost_limit": "none"}, "must be a number, 'auto', or a number for each teacher, got 'none'"),
+            ({"cost_limit": None}, "must be a number, 'auto', or a number for each teacher, got None"),
             ({"cost_limit": "-1"}, "`cost_limit` must be positive"),
             ({"cost": "kl"}, "`cost` must be one of"),
             ({"auto_limit_steps": 0}, "`auto_limit_steps` must be positive"),

@@ -66,15 +66,26 @@ class Forwards:
 class TestTeacherStates:
     @pytest.mark.parametrize("credit_assignment", ["trajectory", "token"])
     def test_reused_or_recomputed(self, tmp_path, credit_assignment):
-        """Kept while they fit the memory bound, recomputed otherwise: the same loss and gradients."""
+        """Kept (also in host memory) while they fit the bound, recomputed otherwise: the same loss and gradients."""
         results = []
-        for memory_mb in (256, 1e-6):
-            trainer = build(tmp_path, divergence_memory_mb=memory_mb, credit_assignment=credit_assignment)
+        for memory_mb, offload in ((256, False), (256, True), (1e-6, False)):
+            trainer = build(
+                tmp_path,
+                teacher_hidden_memory_mb=memory_mb,
+                teacher_hidden_offload=offload,
+                credit_assignment=credit_assignment,
+            )
             batches = micro_batches(trainer, make_rows(8))
             assert all(("teacher_hidden" in batch) == (memory_mb == 256) for batch in batches)
             results.append(loss_and_gradients(trainer, batches))
-        assert results[1][0] == pytest.approx(results[0][0], rel=1e-6)
-        assert relative_error(results[1][1], results[0][1]) < 1e-6
+        for loss, gradients in results[1:]:
+            assert loss == pytest.approx(results[0][0], rel=1e-6)
+            assert relative_error(gradients, results[0][1]) < 1e-6
+
+    def test_kept_in_the_teachers_dtype(self, tmp_path):
+        trainer = build(tmp_path, teacher=make_teacher(dtype=torch.bfloat16), cost_limit=1e-9)
+        for batch in micro_batches(trainer, make_rows(8)):
+            assert {hidden.dtype for hidden in batch["teacher_hidden"]} == {torch.bfloat16}
 
     @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
     @pytest.mark.parametrize(("memory_mb", "teacher_forwards"), [(256, 0), (1e-6, 1)])
@@ -82,7 +93,7 @@ class TestTeacherStates:
         """Per micro-step: one student forward, and at most one teacher forward; scoring is one of each per batch."""
         teacher = make_teacher()
         trainer_kwargs = {"peft_config": LoraConfig(**LORA)} if lora else {}
-        trainer = build(tmp_path, teacher=teacher, divergence_memory_mb=memory_mb, trainer_kwargs=trainer_kwargs)
+        trainer = build(tmp_path, teacher=teacher, teacher_hidden_memory_mb=memory_mb, trainer_kwargs=trainer_kwargs)
         student_calls, teacher_calls = Forwards(base_student(trainer)), Forwards(teacher)
         batches = micro_batches(trainer, make_rows(8))
         assert (student_calls.since(), teacher_calls.since()) == (2, 2)  # rollouts are scripted: this is scoring alone
@@ -94,7 +105,7 @@ class TestTeacherStates:
     def test_no_divergence_pass_without_violation(self, tmp_path):
         """A batch whose rollouts all keep the limit costs what GRPO costs."""
         teacher = make_teacher()
-        trainer = build(tmp_path, teacher=teacher, cost_limit=1e3, divergence_memory_mb=1e-6)
+        trainer = build(tmp_path, teacher=teacher, cost_limit=1e3, teacher_hidden_memory_mb=1e-6)
         batches = micro_batches(trainer, make_rows(8))
         teacher_calls = Forwards(teacher)
         loss_and_gradients(trainer, batches)
@@ -171,16 +182,15 @@ class TestPrecision:
         captured = capture_rollouts(trainer, monkeypatch)
         requests = []
         forward = trainer._student_forward
-        answer = forward._answer
+        differentiate = forward._differentiate
         monkeypatch.setattr(
-            forward, "_answer", lambda request, *args: requests.append(request) or answer(request, *args)
+            forward, "_differentiate", lambda request, *args: requests.append(request) or differentiate(request, *args)
         )
         batches = micro_batches(trainer, make_rows(8))
-        requests.clear()
         loss, gradients = loss_and_gradients(trainer, batches)
         assert math.isfinite(loss)
         assert all(gradient.isfinite().all() for gradient in gradients.values())
-        in_loss = torch.cat([request.scores["costs"] for request in requests])
+        in_loss = torch.cat([request.scores["costs"][request.weights != 0] for request in requests])
         scored = captured[0].costs[captured[0].mask]
         torch.testing.assert_close(in_loss.sort().values, scored.sort().values, rtol=1e-5, atol=1e-6)
 

@@ -14,10 +14,12 @@ import torch
 
 SCRIPT = Path(__file__).parent / "scripts" / "two_processes.py"
 CONSTRAINED = [
-    "trajectory", "token", "recomputed", "one_process_violates", "group_across_processes", "sampled_cost"
+    "trajectory", "token", "recomputed", "one_process_violates", "group_across_processes", "sampled_cost",
+    "several_teachers", "several_recomputed", "adapter"
 ]  # fmt: skip
 # Their metrics differ: the limit is not known from the start, λ is logged, or off-policy data has no constraint.
 OTHERS = ["auto_limit", "dual", "minillm", "gkd"]
+OF_SOME = ["lagrange_multiplier", "constraint/satisfaction_rate/first", "constraint/satisfaction_rate/second"]
 METRICS = [
     "constraint/cost",
     "constraint/cost_max",
@@ -72,7 +74,7 @@ def test_same_metrics_and_weights(results, setting):
     if setting != "gkd":
         assert two["cost"] == pytest.approx(one["cost"], rel=1e-5)
     for step in range(3):
-        logged = [name for name in [*METRICS, "lagrange_multiplier"] if name in one["history"][step]]
+        logged = [name for name in [*METRICS, *OF_SOME] if name in one["history"][step]]
         assert len(logged) >= 5
         for name in logged:
             expected = one["history"][step][name]
@@ -93,6 +95,17 @@ def test_multiplier_and_limit_moved(results):
     limits = [entry.get("constraint/limit") for entry in results[1]["auto_limit"]["history"][:3]]
     assert limits[:2] == [None, None]
     assert limits[2] > 0
+
+
+def test_each_process_had_one_teacher(results):
+    """And the shares of both were logged, over all processes."""
+    for entry in results[1]["several_teachers"]["history"][:3]:
+        rates = [entry[f"constraint/satisfaction_rate/{name}"] for name in ("first", "second")]
+        assert min(rates) - 1e-6 <= entry["constraint/satisfaction_rate"] <= max(rates) + 1e-6
+    assert any(
+        entry["constraint/satisfaction_rate/first"] != entry["constraint/satisfaction_rate/second"]
+        for entry in results[1]["several_teachers"]["history"][:3]
+    )
 
 
 def test_one_process_had_nothing_to_distil(results):

@@ -55,7 +55,7 @@ ATTRIBUTES = {
 
 
 def moved(what: str, where: str) -> str:
-    return f"TRL moved or changed {what}: adapt {where} in trl_cmdp/trainers/_base.py, then this test."
+    return f"TRL moved or changed {what}: adapt {where} (trl_cmdp/trainers/_base.py, or _teachers.py and teachers/), then this test."
 
 
 def signature(function) -> str:
@@ -79,10 +79,10 @@ def test_private_import(module, name):
 def test_forward_redirection():
     """Called as `(wrapper_module, original_module, method, *args, **kwargs)`."""
     redirection = getattr(model_utils, "_ForwardRedirection", None)
-    assert redirection is not None, moved("`_ForwardRedirection`", "`_teacher_hidden`")
+    assert redirection is not None, moved("`_ForwardRedirection`", "`hidden_states`")
     names = list(inspect.signature(redirection.__call__).parameters)
     assert names[:4] == ["self", "wrapper_module", "original_module", "method"], moved(
-        "`_ForwardRedirection.__call__`", "`_teacher_hidden`"
+        "`_ForwardRedirection.__call__`", "`hidden_states`"
     )
 
 

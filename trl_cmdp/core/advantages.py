@@ -40,7 +40,7 @@ def constrained_advantages(
     costs: torch.Tensor,
     mask: torch.Tensor,
     num_generations: int,
-    cost_limit: float,
+    cost_limit: float | torch.Tensor,
     penalty: float,
     scope: CostScope = "mean",
     credit_assignment: CreditAssignment = "trajectory",
@@ -73,8 +73,8 @@ def constrained_advantages(
             Mask of shape `(B, T)`, nonzero on the completion tokens that count.
         num_generations (`int`):
             Rollouts per prompt, G. A group of one has advantage 0.
-        cost_limit (`float`):
-            Limit d, in the unit of the scope.
+        cost_limit (`float` or `torch.Tensor`):
+            Limit d, in the unit of the scope; one for all rollouts, or of shape `(B,)`.
         penalty (`float`):
             Penalty n.
         scope (`str`, *optional*, defaults to `"mean"`):

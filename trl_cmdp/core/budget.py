@@ -68,7 +68,7 @@ def prefix_cost(costs: torch.Tensor, mask: torch.Tensor, scope: CostScope = "mea
 
 
 def infeasible_steps(
-    costs: torch.Tensor, mask: torch.Tensor, cost_limit: float, scope: CostScope = "mean"
+    costs: torch.Tensor, mask: torch.Tensor, cost_limit: float | torch.Tensor, scope: CostScope = "mean"
 ) -> torch.Tensor:
     """
     Steps whose own reward is the penalty: P_t > d before the last token, C(y) > d at the last one.
@@ -78,8 +78,8 @@ def infeasible_steps(
             Per-token costs of shape `(B, T)`, in nats.
         mask (`torch.Tensor`):
             Mask of shape `(B, T)`, nonzero on the completion tokens that count.
-        cost_limit (`float`):
-            Limit d, in the unit of the scope.
+        cost_limit (`float` or `torch.Tensor`):
+            Limit d, in the unit of the scope; one for all rollouts, or of shape `(B,)`.
         scope (`str`, *optional*, defaults to `"mean"`):
             As in [`rollout_cost`].
 
@@ -87,14 +87,15 @@ def infeasible_steps(
         `torch.Tensor`: Booleans of shape `(B, T)`, `False` on masked positions.
     """
     violated = (rollout_cost(costs, mask, scope) > cost_limit).unsqueeze(-1)  # (B, 1)
-    step_violated = torch.where(last_token(mask), violated, prefix_cost(costs, mask, scope) > cost_limit)
+    step_limit = cost_limit.unsqueeze(-1) if isinstance(cost_limit, torch.Tensor) else cost_limit
+    step_violated = torch.where(last_token(mask), violated, prefix_cost(costs, mask, scope) > step_limit)
     return step_violated & (mask != 0)
 
 
 def violation_weights(
     costs: torch.Tensor,
     mask: torch.Tensor,
-    cost_limit: float,
+    cost_limit: float | torch.Tensor,
     scope: CostScope = "mean",
     credit_assignment: CreditAssignment = "trajectory",
 ) -> torch.Tensor:
@@ -107,8 +108,8 @@ def violation_weights(
             Per-token costs of shape `(B, T)`, in nats.
         mask (`torch.Tensor`):
             Mask of shape `(B, T)`, nonzero on the completion tokens that count.
-        cost_limit (`float`):
-            Limit d, in the unit of the scope.
+        cost_limit (`float` or `torch.Tensor`):
+            Limit d, in the unit of the scope; one for all rollouts, or of shape `(B,)`.
         scope (`str`, *optional*, defaults to `"mean"`):
             As in [`rollout_cost`].
         credit_assignment (`str`, *optional*, defaults to `"trajectory"`):

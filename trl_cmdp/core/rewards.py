@@ -9,7 +9,7 @@ def modified_reward(
     rewards: torch.Tensor,
     costs: torch.Tensor,
     mask: torch.Tensor,
-    cost_limit: float,
+    cost_limit: float | torch.Tensor,
     penalty: float,
     scope: CostScope = "mean",
 ) -> torch.Tensor:
@@ -23,8 +23,8 @@ def modified_reward(
             Per-token costs of shape `(B, T)`, in nats.
         mask (`torch.Tensor`):
             Mask of shape `(B, T)`, nonzero on the completion tokens that count.
-        cost_limit (`float`):
-            Limit d, in the unit of the scope.
+        cost_limit (`float` or `torch.Tensor`):
+            Limit d, in the unit of the scope; one for all rollouts, or of shape `(B,)`.
         penalty (`float`):
             Penalty n. Must exceed the largest |R|, so that no violation is worth its reward.
         scope (`str`, *optional*, defaults to `"mean"`):
@@ -41,7 +41,7 @@ def token_modified_rewards(
     rewards: torch.Tensor,
     costs: torch.Tensor,
     mask: torch.Tensor,
-    cost_limit: float,
+    cost_limit: float | torch.Tensor,
     penalty: float,
     scope: CostScope = "mean",
     *,
@@ -60,8 +60,8 @@ def token_modified_rewards(
             Per-token costs of shape `(B, T)`, in nats.
         mask (`torch.Tensor`):
             Mask of shape `(B, T)`, nonzero on the completion tokens that count.
-        cost_limit (`float`):
-            Limit d, in the unit of the scope.
+        cost_limit (`float` or `torch.Tensor`):
+            Limit d, in the unit of the scope; one for all rollouts, or of shape `(B,)`.
         penalty (`float`):
             Penalty n.
         scope (`str`, *optional*, defaults to `"mean"`):

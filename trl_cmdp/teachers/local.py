@@ -1,12 +1,74 @@
-"""A teacher whose weights are in this process: loading and vocabulary check."""
+"""A teacher whose weights are in this process: loading, vocabulary check, hidden states."""
 
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from accelerate import Accelerator
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
+from trl.models.utils import _ForwardRedirection
+
+from .heads import LMHead, last_hidden_state, lm_head
 
 
 logger = logging.get_logger(__name__)
+
+
+class LocalTeacher:
+    """
+    A teacher in this process.
+
+    Args:
+        module (`torch.nn.Module`):
+            Teacher, frozen and in eval mode, as `accelerator` (or DeepSpeed) prepared it.
+        accelerator ([`~accelerate.Accelerator`]):
+            Whose autocast the forward runs under.
+    """
+
+    def __init__(self, module: torch.nn.Module, accelerator: Accelerator):
+        self.module = module
+        self._model: PreTrainedModel = accelerator.unwrap_model(module)
+        self._accelerator = accelerator
+        self._redirect = _ForwardRedirection()
+        self.vocab_size = self._model.get_input_embeddings().num_embeddings
+
+    @torch.no_grad()
+    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """
+        Hidden states that predict the tokens at `rows`.
+
+        Args:
+            input_ids (`torch.Tensor`):
+                Prompts and completions, of shape `(B, P + T)`.
+            attention_mask (`torch.Tensor`):
+                Mask of shape `(B, P + T)`.
+            rows (`torch.Tensor`):
+                Booleans of shape `(B, T)`, the N completion tokens asked for.
+
+        Returns:
+            `torch.Tensor`: Hidden states of shape `(N, H_t)`, in row-major order and the teacher's dtype.
+        """
+        with self._accelerator.autocast():
+            hidden = self._redirect(
+                self.module,
+                self._model,
+                last_hidden_state,
+                self._model,
+                rows.size(1),
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+            )
+        return hidden[rows]
+
+    def head(self) -> LMHead:
+        """Head, gathered where FSDP2 shards it."""
+        return lm_head(self._model)
 
 
 def load_teacher(
@@ -44,7 +106,9 @@ def load_teacher(
     return teacher_model.eval().requires_grad_(False)
 
 
-def check_vocabulary(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel) -> None:
+def check_vocabulary(
+    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teacher_config: PretrainedConfig
+) -> None:
     """
     Check that student and teacher mean the same by every token id. Heads may differ in padding (Qwen2.5 pads one
     tokenizer to 151,936 and to 152,064): only the shared ids are compared.
@@ -54,15 +118,15 @@ def check_vocabulary(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
             Student.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Student's tokenizer.
-        teacher ([`~transformers.PreTrainedModel`]):
-            Teacher. Its tokenizer is looked up where its config says that it came from.
+        teacher_config ([`~transformers.PretrainedConfig`]):
+            Teacher's config. Its tokenizer is looked up where the config came from.
 
     Raises:
         ValueError: If the tokenizers differ, or the vocabulary sizes do and no tokenizer proves them padding.
     """
     student_size = student.config.get_text_config().vocab_size
-    teacher_size = teacher.config.get_text_config().vocab_size
-    source = teacher.config.name_or_path
+    teacher_size = teacher_config.get_text_config().vocab_size
+    source = teacher_config.name_or_path
     teacher_tokenizer = None
     if source:
         try:

@@ -12,18 +12,19 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
-from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing, prepare_deepspeed
+from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
 from ..core import infeasible_steps, rollout_cost
-from ..teachers import base_model, check_vocabulary, last_hidden_state, lm_head, load_teacher
+from ..teachers import LocalTeacher, Teacher, base_model
 from ._config import DistillConfig
 from ._forward import DivergenceRequest, StudentForward
 from ._rewards import check_reward_columns, no_reward
+from ._scoring import RolloutScorer, gather_rows
 from ._signal import Rollouts, Signal
+from ._teachers import TeacherModel, check_teacher_name, has_teacher, make_teachers
 
 
 _METHOD_STATE_FILE = "trl_cmdp_state.json"
@@ -35,8 +36,9 @@ class DistillTrainer(GRPOTrainer):
     vLLM, PEFT, logging and checkpoints stay TRL's. Without a teacher it is `GRPOTrainer`, bit for bit.
 
     Args:
-        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Teacher: path, hub id or instance. It is frozen, in eval mode, and keeps its own dtype.
+        teacher_model (`str`, [`~transformers.PreTrainedModel`] or `dict`, *optional*):
+            Teacher: path, hub id or instance. It is frozen, in eval mode, and keeps its own dtype. Several by name, in a
+            `dict`: the dataset's column `teacher` then names each prompt's.
 
     All other arguments are [`~trl.GRPOTrainer`]'s, in its order. With a teacher, `reward_funcs` may be `None`.
     """
@@ -47,6 +49,7 @@ class DistillTrainer(GRPOTrainer):
     _needs_log_probs = False  # of the sampled tokens, in its `Rollouts`
     _distill_cross_entropy = False  # differentiate E_π[−log μ] in place of the divergence
     _teacher_mixed_alpha = 0.0  # share of the teacher in what training rollouts are sampled from
+    _samples_from_teacher = False
 
     def __init__(
         self,
@@ -65,12 +68,13 @@ class DistillTrainer(GRPOTrainer):
         rollout_func=None,
         environment_factory=None,
         *,
-        teacher_model: str | PreTrainedModel | None = None,
+        teacher_model: TeacherModel | None = None,
     ):
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self._config_class(f"{model_name.split('/')[-1]}-{self._name.replace(' ', '-')}")
-        if teacher_model is not None:
+        with_teacher = has_teacher(teacher_model, args)
+        if with_teacher:
             if not isinstance(args, self._config_class):
                 raise TypeError(
                     f"{type(self).__name__} with a teacher needs a `{self._config_class.__name__}` as `args`, got "
@@ -107,27 +111,14 @@ class DistillTrainer(GRPOTrainer):
         if rollout_func is None and environment_factory is None:
             check_reward_columns(self.reward_funcs, self.reward_func_names, self.train_dataset, self.eval_dataset)
 
-        self.teacher_model = None
-        if teacher_model is None:
+        self.teachers: dict[str, Teacher] = make_teachers(self, teacher_model) if with_teacher else {}
+        if not self.teachers:
             return
-        # Before the teacher is frozen, which would freeze what it shares with the student.
-        trained = {id(parameter) for parameter in self.model.parameters()}
-        if not isinstance(teacher_model, str) and any(id(shared) in trained for shared in teacher_model.parameters()):
-            raise ValueError(
-                "`teacher_model` shares parameters with the model being trained, so it would change with the student. "
-                "Pass another instance, or the teacher's path."
-            )
-        teacher = load_teacher(teacher_model, args.teacher_model_revision, args.teacher_model_init_kwargs)
+        if self._samples_from_teacher:
+            self._sampling_teacher()  # refuse before training what cannot sample
         student = base_model(self.accelerator.unwrap_model(self.model))
-        check_vocabulary(student, self._tokenizer, teacher)
-        if self.is_deepspeed_enabled:
-            self.teacher_model = prepare_deepspeed(teacher, self.accelerator)
-        else:
-            self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
-
-        self._forward_redirection = _ForwardRedirection()
-        unwrapped_teacher = self.accelerator.unwrap_model(self.teacher_model)
-        self._student_forward = StudentForward(student, unwrapped_teacher, args, maybe_gather_lm_head_ctx)
+        self._student_forward = StudentForward(student, args, maybe_gather_lm_head_ctx)
+        self._scorer = RolloutScorer(self.teachers, self._student_forward, self.accelerator, args)
         self._rows: list[dict[str, Any]] = []  # of the dataset, that are being generated for
         self._rewards_per_func: torch.Tensor | None = None
         # Numerators and denominators: TRL averages logged values unweighted, which is wrong for rates.
@@ -136,6 +127,12 @@ class DistillTrainer(GRPOTrainer):
         self._set_up_method()
         # Loading a teacher may draw random numbers; rollouts must not depend on that.
         set_seed(args.seed, device_specific=True)
+
+    @property
+    def teacher_model(self) -> torch.nn.Module | None:
+        """The teacher's module, where a single teacher is in this process; `teachers` has all of them."""
+        teachers = list(self.teachers.values())
+        return teachers[0].module if len(teachers) == 1 and isinstance(teachers[0], LocalTeacher) else None
 
     # ------------------------------------------------------------------------------------------------ for subclasses
 
@@ -160,7 +157,9 @@ class DistillTrainer(GRPOTrainer):
     def _load_method_state(self, state: dict[str, Any]) -> None:
         raise NotImplementedError
 
-    def _log_constraint(self, rollouts: Rollouts, cost_limit: float | None, cost_scope: str) -> dict[str, list]:
+    def _log_constraint(
+        self, rollouts: Rollouts, cost_limit: float | torch.Tensor | None, cost_scope: str
+    ) -> dict[str, list]:
         """Log the metrics of a limit (of the cost alone where none is set yet), and return its columns of the table."""
         costs, mask = rollouts.costs, rollouts.mask
         cost = rollout_cost(costs, mask, cost_scope)  # (B,)
@@ -171,8 +170,12 @@ class DistillTrainer(GRPOTrainer):
             return {"cost": cost.tolist(), "feasible": [None] * len(cost)}
         feasible = cost <= cost_limit
         judged = has_tokens & ~rollouts.rewards.isnan()
-        self._count("constraint/limit", cost_limit, 1)
+        self._count("constraint/limit", torch.as_tensor(cost_limit, dtype=torch.float64).mean(), 1)
         self._count("constraint/satisfaction_rate", (feasible & judged).sum(), judged.sum())
+        if len(self.teachers) > 1:
+            for index, name in enumerate(self.teachers):
+                own = judged & (rollouts.teacher_index == index)
+                self._count(f"constraint/satisfaction_rate/{name}", (feasible & own).sum(), own.sum())
         infeasible = infeasible_steps(costs, mask, cost_limit, cost_scope)
         self._count("constraint/violated_token_frac", infeasible.sum(), mask.sum())
         self._count("constraint/unjudged_frac", (~judged).sum(), len(judged))
@@ -199,21 +202,31 @@ class DistillTrainer(GRPOTrainer):
         return self._rewards_per_func
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
-        training = self.teacher_model is not None and self._mode == "train"
+        training = bool(self.teachers) and self._mode == "train"
         completions = self._off_policy_completions(prompt_ids) if training else None
         if completions is not None:
             return completions, None
         alpha = self._teacher_mixed_alpha if training else 0.0
-        with self._student_forward.mixing(alpha, self.teacher_model) if alpha > 0 else nullcontext():
+        with self._student_forward.mixing(alpha, self._sampling_teacher()) if alpha > 0 else nullcontext():
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
             )
+
+    def _sampling_teacher(self) -> torch.nn.Module:
+        """The one teacher that completions can be sampled from."""
+        if self.teacher_model is None:
+            raise ValueError(
+                f"{type(self).__name__} with these arguments samples completions from the teacher, which takes a single "
+                "`teacher_model` in this process. Turn that off (MiniLLM: `teacher_mixed_alpha=0`, GKD: "
+                "`seq_kd=False`), or pass one."
+            )
+        return self.teacher_model
 
     def _teacher_completions(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """Completions sampled from the teacher: TRL's own generation, with the teacher in the student's place."""
         student = self.model_wrapped
         backends = self.use_vllm, self.use_transformers_continuous_batching
-        self.model_wrapped = self.teacher_model
+        self.model_wrapped = self._sampling_teacher()
         self.use_vllm = self.use_transformers_continuous_batching = False
         try:
             completions, _ = super()._generate_single_turn(prompt_ids, None, {}, self.num_generations)
@@ -250,7 +263,7 @@ class DistillTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         self._rows = inputs
         output = super()._generate_and_score_completions(inputs)
-        if self.teacher_model is None:
+        if not self.teachers:
             return output
         if "pixel_values" in output:
             raise NotImplementedError("Images in prompts are not supported with a teacher yet.")
@@ -259,15 +272,17 @@ class DistillTrainer(GRPOTrainer):
         rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
         rewards[rewards_per_func.isnan().all(dim=1)] = torch.nan  # as in TRL: unscorable, not 0
 
+        output["teacher_index"] = self._teacher_index(inputs)  # (b,)
         local_mask = _loss_mask(output).bool()  # (b, T)
         mask = self._gather_rows(local_mask)  # (B, T), T now the longest of all processes
-        local, teacher_hidden = self._score(output, local_mask, mask)
+        local, kept = self._score(output, local_mask, mask)
         scores = {name: self._gather_rows(values) for name, values in local.items()}  # (B, T) each
         rollouts = Rollouts(
             rewards=rewards,
             mask=mask,
             num_generations=self.num_generations if self._mode == "train" else self.num_generations_eval,
             horizon=self.max_completion_length,
+            teacher_index=self.accelerator.gather(output["teacher_index"]),
             **scores,
         )
         signal = self._signal(rollouts)
@@ -281,103 +296,44 @@ class DistillTrainer(GRPOTrainer):
         if signal.divergence_weights is not None and signal.divergence_weights.any():
             weights = signal.divergence_weights[own, :length]
             output["divergence_weights"] = weights
-            if teacher_hidden is not None:
-                # One tensor per rollout, so that TRL's shuffle and split carry it: the weighted positions alone.
-                output["teacher_hidden"] = [
-                    hidden[row_weights[row_mask] != 0]
-                    for hidden, row_weights, row_mask in zip(teacher_hidden, weights, local_mask, strict=True)
-                ]
+            if kept is not None:
+                # One tensor per rollout, so that TRL's shuffle and split carry it.
+                output["teacher_hidden"] = self._scorer.weighted_hidden(kept, weights, local_mask)
         output["costs"] = local["costs"]
         self._log_rollouts(rollouts, signal)
         return output
 
-    @torch.no_grad()
+    def _teacher_index(self, inputs: list[dict[str, Any]]) -> torch.Tensor:
+        """Index of each rollout's teacher, of shape (b,)."""
+        names = list(self.teachers)
+        if len(names) == 1:
+            return torch.zeros(len(inputs), dtype=torch.long, device=self.accelerator.device)
+        for row in inputs:
+            check_teacher_name(row.get("teacher"), names)
+        return torch.tensor([names.index(row["teacher"]) for row in inputs], device=self.accelerator.device)
+
     def _score(self, output, local_mask, mask) -> tuple[dict[str, torch.Tensor], list[torch.Tensor] | None]:
-        """Costs (b, T) of this process's rollouts, with log-probabilities if the method needs them; and the teacher's
-        hidden states per rollout if they fit."""
-        self._check_token_ids(output)
+        """Scores (b, T) of this process's rollouts, and the teachers' hidden states per rollout if they fit."""
+        args, training = self.args, self._mode == "train"
         tokens_per_process = mask.sum(1).view(self.accelerator.num_processes, -1).sum(1)
-        most_tokens = tokens_per_process.max().item()  # all processes decide alike
-        batch_size = (
-            self.args.per_device_train_batch_size if self._mode == "train" else self.args.per_device_eval_batch_size
-        )
-        names = ("costs", "student_logps", "teacher_logps") if self._needs_log_probs else ("costs",)
-        scores = {name: torch.zeros(local_mask.shape, device=local_mask.device) for name in names}
-        kept: list[torch.Tensor] | None = []
-        teacher_is_finite = True
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            for start in range(0, len(local_mask), batch_size):
-                rows = slice(start, start + batch_size)
-                model_inputs = _model_inputs(output, rows)
-                row_mask = local_mask[rows]
-                hidden = self._teacher_hidden(model_inputs, row_mask)  # (N, H_t)
-                teacher_is_finite = teacher_is_finite and bool(hidden.isfinite().all())
-                token_ids = output["completion_ids"][rows][row_mask] if self._needs_log_probs else None  # (N,)
-                request = DivergenceRequest(row_mask, hidden, token_ids=token_ids)
-                # Under autocast as the loss's forward, or costs would differ from it.
-                with self.accelerator.autocast(), self._student_forward.answering(request):
-                    self.model(**model_inputs)
-                for name, values in scores.items():
-                    values[rows] = values[rows].masked_scatter(row_mask, request.scores[name].to(values.dtype))
-                if kept is not None:
-                    kept.extend(hidden.split(row_mask.sum(1).tolist()))
-                if most_tokens * hidden.size(-1) * hidden.element_size() > self.args.divergence_memory_mb * 2**20:
-                    kept = None
-        teacher_failed = self._on_any_process(not teacher_is_finite)
-        scores_are_finite = all(bool(values.isfinite().all()) for values in scores.values())
-        if teacher_failed or self._on_any_process(not scores_are_finite):
-            self._raise_not_finite(teacher_failed)
-        return scores, kept
-
-    def _check_token_ids(self, output: dict[str, Any]) -> None:
-        vocab_size = self.accelerator.unwrap_model(self.teacher_model).get_input_embeddings().num_embeddings
-        if self._on_any_process(bool((_model_inputs(output)["input_ids"] >= vocab_size).any())):
-            raise ValueError(
-                f"The student produced a token id beyond the teacher's {vocab_size} (its padding, which no text has) "
-                f"at step {self.state.global_step}. Suppress those ids with "
-                "`generation_kwargs={'suppress_tokens': [...]}`."
+        with disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
+            return self._scorer.score(
+                self.model,
+                output,
+                local_mask,
+                most_tokens=tokens_per_process.max().item(),
+                batch_size=args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
+                log_probs=self._needs_log_probs,
+                step=self.state.global_step,
             )
-
-    def _raise_not_finite(self, teacher_failed: bool) -> None:
-        step = self.state.global_step
-        head = lm_head(self.accelerator.unwrap_model(self.teacher_model))
-        head_failed = self._on_any_process(not bool(head.weight.isfinite().all()))
-        if teacher_failed or head_failed:
-            raise ValueError(
-                f"The teacher returned NaN or infinite values at step {step}. Check its weights, and load it in a "
-                "dtype with enough range (float16 overflows in many models): "
-                "`teacher_model_init_kwargs={'dtype': 'bfloat16'}`. The last checkpoint is untouched."
-            )
-        raise ValueError(
-            f"The divergence from the teacher is not finite at step {step} although the teacher's hidden states are. "
-            "Either the student diverged (lower the learning rate, see `grad_norm`), or the teacher gives probability "
-            "0 to a token that the student can choose: set `teacher_prob_floor`, for example to 1e-6. The last "
-            "checkpoint is untouched."
-        )
-
-    def _teacher_hidden(self, model_inputs: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-        """Teacher's hidden states (N, H_t) at the `rows` (B, T) of the completions."""
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
-        with torch.no_grad(), self.accelerator.autocast():
-            hidden = self._forward_redirection(
-                self.teacher_model, teacher, last_hidden_state, teacher, rows.size(1), **model_inputs
-            )
-        return hidden[rows]
-
-    def _on_any_process(self, condition: bool) -> bool:
-        """Whether it holds anywhere: all processes must raise together, or the others would wait for ever."""
-        return bool(self.accelerator.gather(torch.tensor([condition], device=self.accelerator.device)).any())
 
     def _gather_rows(self, local: torch.Tensor) -> torch.Tensor:
-        """(b, T) of this process to (B, T) of all, padded with 0 to the longest T."""
-        # Padding makes booleans int64, on the processes alone that need it: the others would gather another dtype.
-        rows = local.int() if local.dtype == torch.bool else local
-        return self.accelerator.gather(self.accelerator.pad_across_processes(rows, dim=1)).to(local.dtype)
+        return gather_rows(self.accelerator, local)
 
     # ------------------------------------------------------------------------------------------------------------- loss
 
     def _compute_loss(self, model, inputs):
-        if self.teacher_model is None:
+        if not self.teachers:
             return super()._compute_loss(model, inputs)
         if "divergence_weights" in inputs:
             loss = self._compute_loss_with_divergence(model, inputs)
@@ -392,12 +348,8 @@ class DistillTrainer(GRPOTrainer):
         mask = _loss_mask(inputs)
         token_weight = self._policy_token_weight(mask, inputs["num_items_in_batch"])  # (B, 1) or ()
         weights = inputs["divergence_weights"] * token_weight * self._divergence_coefficient  # (B, T)
-        rows = inputs["divergence_weights"] != 0
-        if "teacher_hidden" in inputs:
-            teacher_hidden = torch.cat(inputs["teacher_hidden"])
-        else:
-            teacher_hidden = self._teacher_hidden(_model_inputs(inputs), rows)
-        request = DivergenceRequest(rows, teacher_hidden, weights[rows], cross_entropy=self._distill_cross_entropy)
+        states = self._scorer.weighted_states(inputs, inputs["divergence_weights"] != 0)
+        request = DivergenceRequest(states, weights, cross_entropy=self._distill_cross_entropy)
         with self._student_forward.answering(request):
             loss = super()._compute_loss(model, inputs)
 
@@ -447,7 +399,7 @@ class DistillTrainer(GRPOTrainer):
             self._logs["extra"][name].extend(values)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.teacher_model is not None:
+        if self.teachers:
             metrics = self._metrics[self._mode]
             for name, (numerator, denominator) in self._sums[self._mode].items():
                 metrics[name] = [numerator / denominator if denominator else float("nan")]
@@ -461,14 +413,14 @@ class DistillTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
-        state = self._method_state() if self.teacher_model is not None else {}
+        state = self._method_state() if self.teachers else {}
         if state and self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             (folder / _METHOD_STATE_FILE).write_text(json.dumps(state))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.teacher_model is None or not self._method_state():
+        if checkpoint is None or not self.teachers or not self._method_state():
             return
         path = Path(checkpoint, _METHOD_STATE_FILE)
         if not path.exists():
@@ -488,10 +440,3 @@ class DistillTrainer(GRPOTrainer):
 def _loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
     mask = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
-
-
-def _model_inputs(inputs: dict[str, Any], rows: slice = slice(None)) -> dict[str, torch.Tensor]:
-    return {
-        "input_ids": torch.cat([inputs["prompt_ids"][rows], inputs["completion_ids"][rows]], dim=1),
-        "attention_mask": torch.cat([inputs["prompt_mask"][rows], inputs["completion_mask"][rows]], dim=1),
-    }

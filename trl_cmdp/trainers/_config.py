@@ -17,14 +17,22 @@ class DistillConfig(GRPOConfig):
             `"auto"`, the checkpoint's own. `trust_remote_code` holds for the teacher only if given here.
         teacher_model_revision (`str`, *optional*):
             Revision of the teacher on the Hub.
+        teacher_adapter_name (`str`, *optional*):
+            Makes the student's own base model its teacher, at no second copy of the weights: `"base"` with every
+            adapter off, or the name of another adapter loaded on the student's `PeftModel`. Takes the place of
+            `teacher_model`.
         teacher_beta (`float`, *optional*, defaults to `1.0`):
             Divergence D: `1.0` is reverse KL(student‖teacher), `0.0` forward KL(teacher‖student), generalised JSD
             between. The convention of TRL's `DistillationConfig.beta`.
         teacher_prob_floor (`float`, *optional*, defaults to `0.0`):
             ε of the mixture of the teacher with the uniform distribution, which bounds the cost by log(V/ε).
         divergence_memory_mb (`float`, *optional*, defaults to `256`):
-            Memory, in MiB per process, that vocabulary-sized tiles of the divergence may take. The teacher's hidden
-            states are kept from scoring to the loss while they fit the same bound, and recomputed otherwise.
+            Memory, in MiB per process, that vocabulary-sized tiles of the divergence may take.
+        teacher_hidden_memory_mb (`float`, *optional*, defaults to `256`):
+            Memory, in MiB per process, in which the teacher's hidden states are kept from scoring to the loss. Where
+            they do not fit they are computed once more; the loss is the same.
+        teacher_hidden_offload (`bool`, *optional*, defaults to `False`):
+            Keep them in (pinned) host memory.
         cost_limit (`float`, *optional*, defaults to `0.35`):
             Limit d on the cost of a rollout, in nats: per token for `cost_scope` `"mean"` and `"worst_prefix"`, per
             rollout for `"sum"`. A method without a limit of its own only measures satisfaction against it.
@@ -45,6 +53,14 @@ class DistillConfig(GRPOConfig):
     teacher_model_revision: str | None = field(
         default=None, kw_only=True, metadata={"help": "Revision of the teacher on the Hub."}
     )
+    teacher_adapter_name: str | None = field(
+        default=None,
+        kw_only=True,
+        metadata={
+            "help": "Make the student's own base model its teacher: 'base' with every adapter off, or the name of "
+            "another adapter loaded on the student."
+        },
+    )
     teacher_beta: float = field(
         default=1.0,
         kw_only=True,
@@ -58,10 +74,18 @@ class DistillConfig(GRPOConfig):
     divergence_memory_mb: float = field(
         default=256,
         kw_only=True,
+        metadata={"help": "Memory, in MiB per process, for vocabulary-sized tiles of the divergence."},
+    )
+    teacher_hidden_memory_mb: float = field(
+        default=256,
+        kw_only=True,
         metadata={
-            "help": "Memory, in MiB per process, for vocabulary-sized tiles of the divergence, and again for the "
-            "teacher's hidden states kept from scoring to the loss."
+            "help": "Memory, in MiB per process, in which the teacher's hidden states are kept from scoring to the "
+            "loss. Where they do not fit they are computed once more."
         },
+    )
+    teacher_hidden_offload: bool = field(
+        default=False, kw_only=True, metadata={"help": "Keep the teacher's hidden states in host memory."}
     )
 
     cost_limit: float = field(
@@ -91,7 +115,7 @@ class DistillConfig(GRPOConfig):
             )
         if not 0.0 <= self.teacher_prob_floor < 1.0:
             raise ValueError(f"`teacher_prob_floor` must lie in [0, 1), got {self.teacher_prob_floor}.")
-        self._check_positive("divergence_memory_mb")
+        self._check_positive("divergence_memory_mb", "teacher_hidden_memory_mb")
 
     def _check_unit_interval(self, *names: str) -> None:
         for name in names:

@@ -10,34 +10,53 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from ..teachers import head_divergence, head_log_probs, last_hidden_state, lm_head
+from ..teachers import LMHead, head_divergence, head_log_probs, last_hidden_state, lm_head
 from ._config import DistillConfig
+
+
+@dataclass
+class TeacherStates:
+    """
+    What one teacher says of a batch.
+
+    Args:
+        rows (`torch.Tensor`):
+            Booleans of shape `(B, T)`, the N positions that it was asked for.
+        hidden (`torch.Tensor`):
+            Its hidden states there, of shape `(N, H_t)`, in row-major order.
+        head ([`LMHead`]):
+            Its head.
+    """
+
+    rows: torch.Tensor
+    hidden: torch.Tensor
+    head: LMHead
 
 
 @dataclass
 class DivergenceRequest:
     """
-    Asks a forward pass for the divergence on `rows`, with gradient if there are weights.
+    Asks a forward pass for divergences from the teachers, with gradient if there are weights.
 
     Args:
-        rows (`torch.Tensor`):
-            Booleans of shape `(B, T)`, the N positions asked for.
-        teacher_hidden (`torch.Tensor`):
-            Teacher's hidden states of shape `(N, H_t)`, in row-major order.
+        teachers (`list[TeacherStates]`):
+            Teachers, of whom no two were asked for the same position.
         weights (`torch.Tensor`, *optional*):
-            Weights of shape `(N,)`. Without them only costs are computed, and TRL's outputs are not.
+            Weights of shape `(B, T)`. Without them only scores are computed, and TRL's outputs are not.
+        scored_rows (`torch.Tensor`, *optional*):
+            Booleans of shape `(B, T)`, the tokens to score, where there are no weights.
         token_ids (`torch.Tensor`, *optional*):
-            Sampled tokens of shape `(N,)`, where their log-probabilities are wanted too.
+            Completions of shape `(B, T)`, where the log-probabilities of their tokens are wanted too.
         cross_entropy (`bool`, *optional*):
             Differentiate the teacher's expected negative log-likelihood in place of the divergence.
 
-    The forward sets `loss` (a scalar) and `scores`, of shape `(N,)` each: `costs` and, if asked for, `student_logps` and
-    `teacher_logps`.
+    The forward sets `loss`, a scalar, if there are weights; and `scores`, of shape `(B, T)` each and 0 where nothing was
+    asked: `costs` and, if wanted, `student_logps` and `teacher_logps`.
     """
 
-    rows: torch.Tensor
-    teacher_hidden: torch.Tensor
+    teachers: list[TeacherStates]
     weights: torch.Tensor | None = None
+    scored_rows: torch.Tensor | None = None
     token_ids: torch.Tensor | None = None
     cross_entropy: bool = False
     loss: torch.Tensor | None = None
@@ -53,8 +72,6 @@ class StudentForward:
     Args:
         student ([`~transformers.PreTrainedModel`]):
             Student, patched in place.
-        teacher ([`~transformers.PreTrainedModel`]):
-            Teacher, unwrapped.
         args ([`DistillConfig`]):
             Where β, temperature, memory and probability floor come from.
         gathered_head (`Callable`):
@@ -64,11 +81,10 @@ class StudentForward:
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher: PreTrainedModel,
         args: DistillConfig,
         gathered_head: Callable[..., AbstractContextManager],
     ):
-        self._student, self._teacher, self._args, self._gathered_head = student, teacher, args, gathered_head
+        self._student, self._args, self._gathered_head = student, args, gathered_head
         self._request: DivergenceRequest | None = None
         self._mixture: _TeacherMixture | None = None
         self._fused_forward = student.forward
@@ -106,8 +122,8 @@ class StudentForward:
             return outputs
         if request.weights is None:
             kwargs.pop("labels", None)  # PEFT passes it on as None
-            hidden = last_hidden_state(self._student, request.rows.size(1), **kwargs)
-            self._answer(request, hidden)
+            hidden = last_hidden_state(self._student, request.scored_rows.size(1), **kwargs)
+            self._score(request, hidden)
             return hidden
         captured = []
         hook = self._student.base_model.register_forward_hook(
@@ -117,36 +133,70 @@ class StudentForward:
             outputs = self._fused_forward(*args, **kwargs)
         finally:
             hook.remove()
-        self._answer(request, captured[0][:, -(request.rows.size(1) + 1) : -1])
+        self._differentiate(request, captured[0][:, -(request.weights.size(1) + 1) : -1])
         return outputs
 
-    def _answer(self, request: DivergenceRequest, hidden: torch.Tensor) -> None:
-        args = self._args
-        student_head, teacher_head = lm_head(self._student), lm_head(self._teacher)
-        student_hidden, teacher_hidden = hidden[request.rows], request.teacher_hidden  # (N, H_s), (N, H_t)
+    def _differentiate(self, request: DivergenceRequest, hidden: torch.Tensor) -> None:
+        """Set the loss Σ weights·divergences, with gradient to the student's hidden states (B, T, H) and head."""
+        request.loss = hidden.new_zeros((), dtype=torch.float32)
+        for states in request.teachers:
+            loss, costs = self._divergence(states, hidden, request.weights[states.rows], request.cross_entropy)
+            request.loss = request.loss + loss
+            self._put(request, "costs", states.rows, costs)
+
+    def _score(self, request: DivergenceRequest, hidden: torch.Tensor) -> None:
+        """Set the scores, without gradient."""
+        args, rows = self._args, request.scored_rows
+        for states in request.teachers:
+            _, costs = self._divergence(states, hidden)
+            self._put(request, "costs", states.rows, costs)
+        if request.token_ids is None:
+            return
+        head = lm_head(self._student)
+        settings = (args.temperature, args.divergence_memory_mb)
+        for states in request.teachers:
+            token_ids = request.token_ids[states.rows]
+            shared = min(len(head.weight), len(states.head.weight))
+            with self._gathered_head(head.weight, head.bias):
+                student_logps = head_log_probs(hidden[states.rows], head, token_ids, shared, *settings)
+            with self._gathered_head(states.head.weight, states.head.bias):
+                teacher_logps = head_log_probs(
+                    states.hidden, states.head, token_ids, shared, *settings, args.teacher_prob_floor
+                )
+            self._put(request, "student_logps", states.rows, student_logps)
+            self._put(request, "teacher_logps", states.rows, teacher_logps)
+        if not request.teachers:  # a teacher that knows the tokens' log-probabilities alone
+            with self._gathered_head(head.weight, head.bias):
+                logps = head_log_probs(hidden[rows], head, request.token_ids[rows], len(head.weight), *settings)
+            self._put(request, "student_logps", rows, logps)
+
+    def _put(self, request: DivergenceRequest, name: str, rows: torch.Tensor, values: torch.Tensor) -> None:
+        scores = request.scores.setdefault(name, torch.zeros(rows.shape, dtype=values.dtype, device=values.device))
+        scores[rows] = values
+
+    def _divergence(
+        self,
+        states: TeacherStates,
+        hidden: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        cross_entropy: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        args, head = self._args, lm_head(self._student)
         with (
-            self._gathered_head(student_head.weight, student_head.bias),
-            self._gathered_head(teacher_head.weight, teacher_head.bias),
+            self._gathered_head(head.weight, head.bias),
+            self._gathered_head(states.head.weight, states.head.bias),
         ):
-            request.loss, request.scores["costs"] = head_divergence(
-                student_hidden,
-                student_head,
-                teacher_hidden,
-                teacher_head,
-                request.weights,
+            return head_divergence(
+                hidden[states.rows],
+                head,
+                states.hidden,
+                states.head,
+                weights,
                 beta=args.teacher_beta,
                 temperature=args.temperature,
                 memory_mb=args.divergence_memory_mb,
                 teacher_prob_floor=args.teacher_prob_floor,
-                cross_entropy=request.cross_entropy,
-            )
-            if request.token_ids is None:
-                return
-            vocab_size = min(len(student_head.weight), len(teacher_head.weight))
-            shared = (request.token_ids, vocab_size, args.temperature, args.divergence_memory_mb)
-            request.scores["student_logps"] = head_log_probs(student_hidden, student_head, *shared)
-            request.scores["teacher_logps"] = head_log_probs(
-                teacher_hidden, teacher_head, *shared, args.teacher_prob_floor
+                cross_entropy=cross_entropy,
             )
 
 

@@ -21,6 +21,8 @@ class Rollouts:
             Rollouts per prompt, G.
         horizon (`int`):
             `max_completion_length`, H.
+        teacher_index (`torch.Tensor`):
+            Index of each rollout's teacher, of shape `(B,)`.
         student_logps (`torch.Tensor`, *optional*):
             Student's log-probabilities of the sampled tokens, of shape `(B, T)`, for a method that needs them.
         teacher_logps (`torch.Tensor`, *optional*):
@@ -32,6 +34,7 @@ class Rollouts:
     mask: torch.Tensor
     num_generations: int
     horizon: int
+    teacher_index: torch.Tensor
     student_logps: torch.Tensor | None = None
     teacher_logps: torch.Tensor | None = None
 

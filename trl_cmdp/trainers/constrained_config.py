@@ -1,5 +1,6 @@
 """Configuration of the constrained method."""
 
+import json
 from dataclasses import dataclass, field
 
 from ._config import DistillConfig
@@ -12,10 +13,11 @@ class ConstrainedDistillConfig(DistillConfig):
     default; the fields below are keyword-only.
 
     Parameters:
-        cost_limit (`str` or `float`, *optional*, defaults to `0.35`):
+        cost_limit (`str`, `float` or `dict[str, float]`, *optional*, defaults to `0.35`):
             Limit d on the cost of a rollout, in nats: per token for `cost_scope` `"mean"` and `"worst_prefix"`, per
             rollout for `"sum"`. `"auto"`: imitate the teacher for `auto_limit_steps` optimizer steps, and take the
-            limit from the costs that imitation reaches.
+            limit from the costs that imitation reaches. A `dict` (JSON on the command line): one for each of several
+            teachers, by name.
         auto_limit_steps (`int`, *optional*, defaults to `50`):
             Optimizer steps of the imitation phase of `cost_limit="auto"`, out of those of the run.
         auto_limit_quantile (`float`, *optional*, defaults to `0.9`):
@@ -49,14 +51,14 @@ class ConstrainedDistillConfig(DistillConfig):
     `teacher_beta`, `teacher_prob_floor`, `divergence_memory_mb` (see [`DistillConfig`]).
     """
 
-    # Of `float | str` TRL's parser would make float. Of this it makes text, which `_check_cost_limit` turns into a
-    # number; `None` is refused there.
+    # Of `float | str` TRL's parser would make float. Of this it makes text, which `_check_cost_limit` turns into what
+    # is meant; `None` is refused there.
     cost_limit: float | str | None = field(
         default=0.35,
         kw_only=True,
         metadata={
             "help": "Limit on the cost of a rollout, in nats (per token, or per rollout for cost_scope 'sum'), or "
-            "'auto' to take it from what a short imitation phase reaches."
+            "'auto' to take it from what a short imitation phase reaches, or JSON with one for each teacher."
         },
     )
     auto_limit_steps: int = field(
@@ -145,11 +147,21 @@ class ConstrainedDistillConfig(DistillConfig):
     def _check_cost_limit(self) -> None:
         if self.cost_limit == "auto":
             return
+        if isinstance(self.cost_limit, str) and self.cost_limit.lstrip().startswith("{"):
+            self.cost_limit = json.loads(self.cost_limit)
+        limits = self.cost_limit.values() if isinstance(self.cost_limit, dict) else [self.cost_limit]
         try:
-            self.cost_limit = float(self.cost_limit)
+            numbers = [float(limit) for limit in limits]
         except (TypeError, ValueError):
-            raise ValueError(f"`cost_limit` must be a number or 'auto', got {self.cost_limit!r}.") from None
-        self._check_positive("cost_limit")
+            raise ValueError(
+                f"`cost_limit` must be a number, 'auto', or a number for each teacher, got {self.cost_limit!r}."
+            ) from None
+        if not numbers or not all(number > 0 for number in numbers):
+            raise ValueError(f"`cost_limit` must be positive, got {self.cost_limit!r}.")
+        if isinstance(self.cost_limit, dict):
+            self.cost_limit = dict(zip(self.cost_limit, numbers, strict=True))
+        else:
+            (self.cost_limit,) = numbers
 
     def _check_schedule(self) -> None:
         if self.cost_limit_schedule == "constant":

@@ -1,20 +1,17 @@
 """The constrained method."""
 
-import logging
 import textwrap
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..core import AutoLimit, constrained_advantages, rollout_cost, scheduled_limit, violation_weights
+from ..core import constrained_advantages, violation_weights
 from ._base import DistillTrainer
+from ._limit import CostLimit
 from ._rewards import check_violation_penalty
 from ._signal import Rollouts, Signal
 from .constrained_config import ConstrainedDistillConfig
-
-
-_logger = logging.getLogger(__name__)
 
 
 class ConstrainedDistillTrainer(DistillTrainer):
@@ -81,24 +78,26 @@ class ConstrainedDistillTrainer(DistillTrainer):
         return self.args.violation_distill_loss == "teacher_nll"
 
     def _set_up_method(self) -> None:
-        args = self.args
-        self._auto_limit = AutoLimit(args.auto_limit_steps, args.auto_limit_quantile, args.auto_limit_margin)
-        if args.cost_limit != "auto":
-            self._auto_limit.limit = args.cost_limit
+        self._cost_limit = CostLimit(self.args, list(self.teachers))
 
     def _signal(self, rollouts: Rollouts) -> Signal:
-        args = self.args
-        check_violation_penalty(rollouts.rewards, args.violation_penalty, self.state.global_step)
+        args, step, max_steps, training = (
+            self.args,
+            self.state.global_step,
+            self.state.max_steps,
+            self._mode == "train",
+        )
+        check_violation_penalty(rollouts.rewards, args.violation_penalty, step)
         if args.cost == "log_ratio":
             rollouts = replace(rollouts, costs=rollouts.student_logps - rollouts.teacher_logps)
         elif args.cost == "teacher_nll":
             rollouts = replace(rollouts, costs=-rollouts.teacher_logps)
-        limit = self._current_limit()
+        limit = self._cost_limit.of(rollouts, step, max_steps, training)
         columns = self._log_constraint(rollouts, limit, args.cost_scope)
         costs, mask = rollouts.costs, rollouts.mask
         if limit is None:
-            if self._mode == "train":
-                self._imitate(rollouts)
+            if training:
+                self._cost_limit.imitate(rollouts, step, max_steps)
             return Signal(torch.zeros_like(rollouts.rewards), mask.to(costs.dtype), columns)
         advantages = constrained_advantages(
             rollouts.rewards,
@@ -120,30 +119,8 @@ class ConstrainedDistillTrainer(DistillTrainer):
             )
         return Signal(advantages, weights, columns)
 
-    def _current_limit(self) -> float | None:
-        """Limit of the rollouts at hand, `None` during imitation. Evaluation is against the limit that is meant."""
-        args, step, auto = self.args, self.state.global_step, self._auto_limit
-        first = args.auto_limit_steps if args.cost_limit == "auto" else 0
-        if self._mode == "train" and auto.limit is None and step >= first:
-            _logger.warning(f"`cost_limit='auto'` set the limit to {auto.settle():.4g} nats at step {step}.")
-        if self._mode == "eval" or auto.limit is None or args.cost_limit_schedule == "constant":
-            return auto.limit
-        steps = args.cost_limit_schedule_steps or max(1, self.state.max_steps - first)
-        return scheduled_limit(args.cost_limit_start, auto.limit, (step - first) / steps, args.cost_limit_schedule)
-
-    def _imitate(self, rollouts: Rollouts) -> None:
-        """Check that something follows the imitation phase, and keep what it costs."""
-        if self.state.max_steps <= self.args.auto_limit_steps:
-            raise ValueError(
-                f"The imitation phase of `cost_limit='auto'` ({self.args.auto_limit_steps} steps) would be the whole run "
-                f"of {self.state.max_steps} steps. Train longer or lower `auto_limit_steps`."
-            )
-        costs = rollout_cost(rollouts.costs, rollouts.mask, self.args.cost_scope)
-        self._auto_limit.record(self.state.global_step, costs[rollouts.mask.any(1)].tolist())
-
     def _method_state(self) -> dict[str, Any]:
-        return asdict(self._auto_limit) if self.args.cost_limit == "auto" else {}
+        return self._cost_limit.state()
 
     def _load_method_state(self, state: dict[str, Any]) -> None:
-        for name in ("limit", "costs", "last_step"):  # what was learnt; what was chosen comes from the arguments
-            setattr(self._auto_limit, name, state[name])
+        self._cost_limit.load_state(state)

@@ -45,6 +45,10 @@ class GKDDistillTrainer(DistillTrainer):
             }"""),
     }
 
+    @property
+    def _samples_from_teacher(self) -> bool:
+        return self.args.lmbda < 1 and self.args.seq_kd
+
     def _set_up_method(self) -> None:
         self._on_policy = True
         if self.args.lmbda == 1:

@@ -46,6 +46,10 @@ class MiniLLMDistillTrainer(DistillTrainer):
     def _teacher_mixed_alpha(self) -> float:
         return self.args.teacher_mixed_alpha
 
+    @property
+    def _samples_from_teacher(self) -> bool:
+        return self._teacher_mixed_alpha > 0
+
     def _set_up_method(self) -> None:
         if self._teacher_mixed_alpha > 0 and self.rollout_func is not None:
             raise ValueError("With `rollout_func` the teacher cannot be mixed in: set `teacher_mixed_alpha=0`.")

@@ -22,6 +22,7 @@ from helpers import (
     make_trainer,
     weights,
 )
+from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from trl_cmdp import (
@@ -39,7 +40,11 @@ ROLLOUTS = 16  # per step, over all processes
 SETTINGS = {
     "trajectory": {},
     "token": {"credit_assignment": "token", "loss_type": "grpo"},
-    "recomputed": {"divergence_memory_mb": 1e-6, "loss_type": "dr_grpo"},
+    "recomputed": {"divergence_memory_mb": 1e-6, "teacher_hidden_memory_mb": 1e-6, "loss_type": "dr_grpo"},
+    # The first two prompts fill process 0, so each process has rollouts of one teacher alone.
+    "several_teachers": {"several": True, "cost_limit": {"first": 1.5, "second": 2.5}},
+    "several_recomputed": {"several": True, "teacher_hidden_memory_mb": 1e-6},
+    "adapter": {"teacher_adapter_name": "base", "cost_limit": 0.5},
     # A limit on the sum, which the short rollouts of process 0 all keep: it has nothing to distil.
     "one_process_violates": {"cost_limit": 9.0, "cost_scope": "sum", "scale_rewards": "batch"},
     "group_across_processes": {"num_generations": ROLLOUTS},
@@ -102,12 +107,25 @@ def expect_error(path: Path, name: str, trainer) -> None:
         (path / f"{name}_{trainer.accelerator.process_index}.txt").write_text(str(error))
 
 
+def name_teachers(dataset):
+    return dataset.add_column("teacher", ["first" if prompt[0] in "13" else "second" for prompt in dataset["prompt"]])
+
+
+def with_adapter():
+    model = get_peft_model(make_model(spread=0.4), LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.7, generator=torch.Generator().manual_seed(len(name)))
+    return model
+
+
 def build(
     output: Path,
     *,
     trainer_class=ConstrainedDistillTrainer,
     model=None,
     teacher=None,
+    several=False,
     rollout=rollout,
     callbacks=(),
     cost_limit=2.4,
@@ -115,17 +133,21 @@ def build(
 ):
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     dataset = make_dataset(4)
+    if teacher is None and "teacher_adapter_name" not in settings:
+        teacher = {"first": make_teacher(), "second": make_teacher(2, hidden_size=20)} if several else make_teacher()
+    if model is None:
+        model = with_adapter() if "teacher_adapter_name" in settings else make_model(spread=0.4)
     return make_trainer(
         output,
         trainer_class,
-        model=make_model(spread=0.4) if model is None else model,
+        model=model,
         reward_funcs=reward,
-        train_dataset=dataset.add_column("completion", ["3", "1#1,77", "", "5"] * 4),
+        train_dataset=name_teachers(dataset.add_column("completion", ["3", "1#1,77", "", "5"] * 4)),
         trainer_kwargs={
-            "teacher_model": make_teacher() if teacher is None else teacher,
+            "teacher_model": teacher,
             "rollout_func": rollout,
             "callbacks": list(callbacks),
-            "eval_dataset": make_dataset(1),
+            "eval_dataset": name_teachers(make_dataset(1)),
         },
         shuffle_dataset=False,
         per_device_train_batch_size=ROLLOUTS // processes,

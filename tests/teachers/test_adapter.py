@@ -1,0 +1,201 @@
+"""The student's own base as its teacher: with the adapter off, or with another one on."""
+
+import copy
+
+import pytest
+import torch
+from helpers import (
+    capture_rollouts,
+    dense_costs,
+    history,
+    loss_and_gradients,
+    make_model,
+    make_rows,
+    make_teacher,
+    make_trainer,
+    micro_batches,
+    random_completions,
+    relative_error,
+    run,
+    scripted,
+)
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+
+from trl_cmdp import GKDDistillTrainer, MiniLLMDistillTrainer
+
+
+LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.5}
+
+
+def student(
+    *adapters: str, dropout: float = 0.5, modules_to_save: list[str] | None = None, size: float = 1.0
+) -> PeftModel:
+    """Student of random adapters: `default`, which is trained, and those named."""
+    config = LoraConfig(**{**LORA, "lora_dropout": dropout}, modules_to_save=modules_to_save)
+    model = get_peft_model(make_model(spread=0.6), config)
+    for name in adapters:
+        model.add_adapter(name, config)
+    generator = torch.Generator().manual_seed(3)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora" in parameter_name or "modules_to_save" in parameter_name:
+            parameter.data = size * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def build(tmp_path, model, adapter_name, **kwargs):
+    return make_trainer(
+        tmp_path,
+        model=model,
+        trainer_kwargs={"rollout_func": scripted(random_completions(8))},
+        **{"teacher_adapter_name": adapter_name, "cost_limit": 0.2, "gradient_accumulation_steps": 2, **kwargs},
+    )
+
+
+def separate_copy(model: PeftModel, adapter_name: str) -> torch.nn.Module:
+    """The teacher as a model of its own."""
+    if adapter_name == "base":
+        return make_model(spread=0.6)
+    model = copy.deepcopy(model).eval()
+    model.set_adapter(adapter_name)
+    return model.merge_and_unload()
+
+
+@pytest.mark.parametrize("modules_to_save", [None, ["lm_head"]], ids=["lora", "and-head"])
+@pytest.mark.parametrize("adapter_name", ["base", "expert"])
+def test_costs_are_those_of_a_separate_copy(tmp_path, monkeypatch, adapter_name, modules_to_save):
+    """Against the dense divergence from a teacher made of the same weights; dropout does not touch the teacher."""
+    model = student("expert", dropout=0.0, modules_to_save=modules_to_save)
+    teacher, student_copy = separate_copy(model, adapter_name), separate_copy(model, "default")
+    trainer = build(tmp_path, model, adapter_name)
+    captured = capture_rollouts(trainer, monkeypatch)
+    batches = micro_batches(trainer, make_rows(8))
+    expected = torch.cat(
+        [dense_costs(student_copy, teacher, batch)[batch["completion_mask"].bool()] for batch in batches]
+    )
+    costs = captured[0].costs[captured[0].mask]
+    assert costs.max() > 0.1
+    torch.testing.assert_close(costs.double().sort().values, expected.sort().values, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("adapter_name", ["base", "expert"])
+def test_loss_and_gradients_are_those_of_a_separate_copy(tmp_path, adapter_name):
+    results = []
+    for separate in (False, True):
+        model = student("expert", dropout=0.0)
+        if separate:
+            trainer = make_trainer(
+                tmp_path,
+                model=model,
+                trainer_kwargs={
+                    "rollout_func": scripted(random_completions(8)),
+                    "teacher_model": separate_copy(model, adapter_name),
+                },
+                cost_limit=0.2,
+                gradient_accumulation_steps=2,
+            )
+        else:
+            trainer = build(tmp_path, model, adapter_name)
+        batches = micro_batches(trainer, make_rows(8))
+        assert any(batch["divergence_weights"].any() for batch in batches)
+        results.append(loss_and_gradients(trainer, batches))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert relative_error(results[0][1], results[1][1]) < 1e-5
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("adapter_name", ["base", "expert"])
+def test_everything_is_put_back(tmp_path, adapter_name, recomputed):
+    """Active adapter, what is trainable (one parameter is frozen by hand) and the mode, after scoring and loss."""
+    model = student("expert")
+    frozen = next(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    model.get_parameter(frozen).requires_grad_(False)
+    trainer = build(tmp_path, model, adapter_name, teacher_hidden_memory_mb=1e-6 if recomputed else 256)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    loss_and_gradients(trainer, micro_batches(trainer, make_rows(8)))
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert model.active_adapter == "default"
+    assert model.training
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert layers
+    assert not any(layer.disable_adapters for layer in layers)
+
+
+@pytest.mark.parametrize("adapter_name", ["base", "expert"])
+def test_the_teacher_has_no_dropout(tmp_path, adapter_name):
+    """Its hidden states are the same each time, while the student trains with dropout."""
+    trainer = build(tmp_path, student("expert"), adapter_name)
+    trainer.model.train()
+    (teacher,) = trainer.teachers.values()
+    inputs = torch.randint(2, 16, (2, 6))
+    rows = torch.ones(2, 3, dtype=torch.bool)
+    hidden = [teacher.hidden_states(inputs, torch.ones_like(inputs), rows) for _ in range(2)]
+    assert torch.equal(*hidden)
+
+
+def test_training(tmp_path):
+    """A student away from its base is drawn back to it; neither base nor teacher's adapter changes."""
+    model = student("expert", dropout=0.0, size=0.5)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainer = run(
+        tmp_path,
+        model=model,
+        teacher_adapter_name="base",
+        cost_limit=1e-3,
+        max_steps=60,
+        learning_rate=0.1,
+        save_strategy="steps",
+        save_steps=60,
+    )
+    costs = history(trainer, "constraint/cost")
+    assert sum(costs[-5:]) < 0.5 * sum(costs[:5])
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed
+    assert all(".default." in name for name in changed)
+    # What is saved is the student's adapter, in PEFT's own form.
+    saved = load_file(tmp_path / "checkpoint-60" / "adapter_model.safetensors")
+    reloaded = PeftModel.from_pretrained(make_model(spread=0.6), tmp_path / "checkpoint-60")
+    assert saved
+    inputs = torch.randint(2, 16, (2, 6))
+    model.eval()
+    torch.testing.assert_close(reloaded(input_ids=inputs).logits, model(input_ids=inputs).logits)
+
+
+def test_peft_config(tmp_path):
+    """A fresh adapter starts at its base, with nothing to pay."""
+    trainer = run(tmp_path, trainer_kwargs={"peft_config": LoraConfig(r=2)}, teacher_adapter_name="base", max_steps=1)
+    assert history(trainer, "constraint/cost")[0] == pytest.approx(0.0, abs=1e-6)
+    assert history(trainer, "constraint/satisfaction_rate") == [1.0]
+
+
+class TestBadInput:
+    def test_without_an_adapter(self, tmp_path):
+        with pytest.raises(ValueError, match="must train an adapter: pass `peft_config`"):
+            make_trainer(tmp_path, teacher_adapter_name="base")
+
+    def test_unknown(self, tmp_path):
+        with pytest.raises(ValueError, match=r"no adapter 'judge', only \['default', 'expert'\]"):
+            build(tmp_path, student("expert"), "judge")
+
+    def test_the_one_that_is_trained(self, tmp_path):
+        with pytest.raises(ValueError, match="the adapter that is being trained"):
+            build(tmp_path, student("expert"), "default")
+
+    def test_beside_another_teacher(self, tmp_path):
+        with pytest.raises(ValueError, match="leave out `teacher_model`"):
+            make_trainer(
+                tmp_path,
+                model=student(),
+                teacher_adapter_name="base",
+                trainer_kwargs={"teacher_model": make_teacher()},
+            )
+
+    @pytest.mark.parametrize(
+        ("trainer_class", "kwargs"),
+        [(MiniLLMDistillTrainer, {}), (GKDDistillTrainer, {"lmbda": 0.5, "seq_kd": True})],
+        ids=["minillm", "gkd"],
+    )
+    def test_it_cannot_be_sampled_from(self, tmp_path, trainer_class, kwargs):
+        with pytest.raises(ValueError, match="samples completions from the teacher"):
+            make_trainer(tmp_path, trainer_class, model=student(), teacher_adapter_name="base", **kwargs)

@@ -1,0 +1,86 @@
+"""The teachers of a trainer, from its arguments, and the dataset column that chooses among several."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+from trl.models.utils import prepare_deepspeed
+
+from ..teachers import AdapterTeacher, LocalTeacher, Teacher, base_model, check_vocabulary, load_teacher
+from ._config import DistillConfig
+
+
+TeacherModel = str | PreTrainedModel | dict[str, str | PreTrainedModel]
+
+
+def has_teacher(teacher_model: TeacherModel | None, args: Any) -> bool:
+    """
+    Whether the arguments of a trainer name a teacher.
+
+    Raises:
+        ValueError: If they name two in different ways.
+    """
+    if not isinstance(args, DistillConfig) or args.teacher_adapter_name is None:
+        return teacher_model is not None
+    if teacher_model is not None:
+        raise ValueError(
+            "`teacher_adapter_name` makes the student's own base model the teacher: leave out `teacher_model`, or it."
+        )
+    return True
+
+
+def make_teachers(trainer: GRPOTrainer, teacher_model: TeacherModel | None) -> dict[str, Teacher]:
+    """
+    Teachers by name, loaded, checked against the student and prepared for its devices.
+
+    Raises:
+        ValueError: For a teacher that shares what is trained, another vocabulary, a dataset that names none.
+    """
+    adapter_name = trainer.args.teacher_adapter_name
+    if adapter_name is not None:
+        return {adapter_name: AdapterTeacher(trainer.model, trainer.accelerator, adapter_name)}
+    if not isinstance(teacher_model, dict):
+        return {"teacher": _local_teacher(trainer, teacher_model)}
+    if not teacher_model:
+        raise ValueError("`teacher_model` is an empty dict. Name at least one teacher.")
+    evaluation = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
+    for dataset in (trainer.train_dataset, *evaluation.values()):
+        if isinstance(dataset, Dataset):  # a stream is checked as it comes
+            names = dataset.unique("teacher") if "teacher" in dataset.column_names else [None]
+            for name in names:
+                check_teacher_name(name, list(teacher_model))
+    return {name: _local_teacher(trainer, model) for name, model in teacher_model.items()}
+
+
+def check_teacher_name(name: str | None, names: list[str]) -> None:
+    """
+    Check what a row of the dataset says in its column `teacher`, `None` where it has none.
+
+    Raises:
+        ValueError: If it is not the name of a teacher.
+    """
+    if name not in names:
+        found = "no such column" if name is None else repr(name)
+        raise ValueError(
+            "With several teachers the dataset's column `teacher` chooses one for each prompt, of "
+            f"{', '.join(map(repr, names))}; found {found}. Add or correct the column."
+        )
+
+
+def _local_teacher(trainer: GRPOTrainer, model: str | PreTrainedModel) -> LocalTeacher:
+    args, accelerator = trainer.args, trainer.accelerator
+    # Before the teacher is frozen, which would freeze what it shares with the student.
+    trained = {id(parameter) for parameter in trainer.model.parameters()}
+    if isinstance(model, torch.nn.Module) and any(id(shared) in trained for shared in model.parameters()):
+        raise ValueError(
+            "`teacher_model` shares parameters with the model being trained, so it would change with the student. Pass "
+            "another instance, or the teacher's path. For a student that trains an adapter, "
+            "`teacher_adapter_name='base'` takes its base model as the teacher."
+        )
+    teacher = load_teacher(model, args.teacher_model_revision, args.teacher_model_init_kwargs)
+    check_vocabulary(base_model(accelerator.unwrap_model(trainer.model)), trainer._tokenizer, teacher.config)
+    if trainer.is_deepspeed_enabled:
+        return LocalTeacher(prepare_deepspeed(teacher, accelerator), accelerator)
+    return LocalTeacher(accelerator.prepare_model(teacher, evaluation_mode=True), accelerator)
