@@ -11,7 +11,7 @@ venv: .venv/.stamp
 .venv/.stamp: pyproject.toml setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peft]' --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[quantization]' --group dev
 	touch $@
 
 .venv/.stamp-llm: .venv/.stamp
@@ -45,4 +45,4 @@ bench: venv
 	$(BIN)/python benchmarks/overhead.py
 
 clean:
-	rm -rf .venv build dist outputs *.egg-info
+	rm -rf .venv .venv-vllm build dist outputs *.egg-info

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import trl.trainer.utils
 from helpers import (
     EOS,
     capture_rollouts,
@@ -25,6 +24,8 @@ from helpers import (
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+import trl_cmdp.core._fused
 
 
 LIMIT = 2.4  # about half of the scripted rollouts violate it
@@ -139,10 +140,8 @@ class LargestVocabularyTensor(TorchDispatchMode):
 class TestMemory:
     VOCAB = 4096
 
-    def test_no_tensor_of_batch_times_vocabulary(self, tmp_path, monkeypatch):
+    def test_no_tensor_of_batch_times_vocabulary(self, tmp_path):
         """In scoring, loss and backward no tensor holds the logits of all tokens: tiles of the stated bound."""
-        # TRL's own head tiles vocabularies above 32,768: let it tile this one, so that what is left is ours.
-        monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 512)
         completions = random_completions(8, longest=32)
         tokens = sum(len(ids) for ids in completions)
         trainer = build(
@@ -153,10 +152,10 @@ class TestMemory:
             per_device_train_batch_size=8,
             gradient_accumulation_steps=1,
             max_completion_length=32,
-            divergence_memory_mb=0.5,
+            divergence_memory_mb=0.25,
             cost_limit=1e-9,
         )
-        bound = int(0.5 * 2**20 // (4 * self.VOCAB * 4))  # rows of a tile: four float32 buffers share the memory
+        bound = int(0.25 * 2**20 // (2 * self.VOCAB * 4))  # rows of a tile: both models' in float32 share the memory
         assert tokens > 10 * bound
         rows = make_rows(8)
         with LargestVocabularyTensor(self.VOCAB) as largest:
@@ -175,6 +174,62 @@ class TestMemory:
         assert largest.rows == 18
 
 
+LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"]
+
+
+class TestOneProjection:
+    """TRL's log-probabilities and entropy from the divergence's own projection of the student."""
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            *({"loss_type": loss_type} for loss_type in LOSS_TYPES),
+            {"credit_assignment": "token", "temperature": 0.7},
+            {"entropy_coef": 0.1, "teacher_beta": 0.5},
+            {"top_entropy_quantile": 0.5, "teacher_beta": 0.0},
+            {"importance_sampling_level": "sequence", "violation_distill_loss": "teacher_nll"},
+            {"steps_per_generation": 4, "gradient_accumulation_steps": 1},
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+    def test_same_loss_and_gradients_as_apart(self, tmp_path, settings, lora):
+        """As with TRL's head and the divergence beside it, with an expectation of the policy gradient or without."""
+        results = []
+        for fused, expecting in ((False, False), (True, True), (True, False)):
+            trainer_kwargs = {"peft_config": LoraConfig(**LORA)} if lora else {}
+            trainer = build(tmp_path, trainer_kwargs=trainer_kwargs, **{"beta": 0.1 if lora else 0.0, **settings})
+            trainer._student_forward._fused = fused
+            batches = micro_batches(trainer, make_rows(8))
+            if not expecting:
+                trainer._expected_log_prob_grad = lambda inputs, mask, token_weight: None
+            results.append(loss_and_gradients(trainer, batches))
+        for loss, gradients in results[1:]:
+            assert loss == pytest.approx(results[0][0], rel=1e-5, abs=1e-6)
+            assert relative_error(gradients, results[0][1]) < 2e-5
+
+    @pytest.mark.parametrize("credit_assignment", ["trajectory", "token"])
+    @pytest.mark.parametrize("loss_type", LOSS_TYPES)
+    def test_the_policy_gradient_is_foreseen_on_policy(self, tmp_path, monkeypatch, loss_type, credit_assignment):
+        """No position is projected a second time, whatever the loss; with an entropy bonus, which adds to it, they are."""
+        corrected = []
+        correct = trl_cmdp.core._fused._policy_gradient
+
+        def count(head, workspace, hidden, *args):
+            corrected.append(len(hidden))
+            return correct(head, workspace, hidden, *args)
+
+        monkeypatch.setattr(trl_cmdp.core._fused, "_policy_gradient", count)
+        for entropy_coef, expected in ((0.0, False), (0.1, True)):
+            trainer = build(
+                tmp_path, loss_type=loss_type, credit_assignment=credit_assignment, entropy_coef=entropy_coef
+            )
+            batches = micro_batches(trainer, make_rows(8))
+            assert all(batch["divergence_weights"].any() for batch in batches)
+            loss_and_gradients(trainer, batches)
+            assert bool(corrected) == expected
+
+
 class TestPrecision:
     def test_bf16_scores_as_the_loss_does(self, tmp_path, monkeypatch):
         """Under autocast, the costs that judge a rollout equal the costs in the loss's forward, before any step."""
@@ -182,9 +237,11 @@ class TestPrecision:
         captured = capture_rollouts(trainer, monkeypatch)
         requests = []
         forward = trainer._student_forward
-        differentiate = forward._differentiate
+        differentiate = forward._differentiate_fused
         monkeypatch.setattr(
-            forward, "_differentiate", lambda request, *args: requests.append(request) or differentiate(request, *args)
+            forward,
+            "_differentiate_fused",
+            lambda request, **kwargs: requests.append(request) or differentiate(request, **kwargs),
         )
         batches = micro_batches(trainer, make_rows(8))
         loss, gradients = loss_and_gradients(trainer, batches)

@@ -9,14 +9,16 @@ from .budget import (
     scheduled_limit,
     violation_weights,
 )
-from .divergence import chunked_divergence, chunked_log_probs, token_divergence
+from .divergence import chunked_divergence, chunked_log_probs, chunked_scores, token_divergence
 from .intervals import (
     bootstrap_interval,
     clopper_pearson_interval,
     two_level_bootstrap_interval,
     wilson_interval,
 )
+from .lower_bound import top_k_divergence_lower_bound
 from .multipliers import DualMultiplier, FixedMultiplier, PIDMultiplier
+from .policy_divergence import chunked_policy_divergence
 from .rewards import modified_reward, returns_to_go, token_modified_rewards
 
 
@@ -28,6 +30,8 @@ __all__ = [
     "bootstrap_interval",
     "chunked_divergence",
     "chunked_log_probs",
+    "chunked_policy_divergence",
+    "chunked_scores",
     "clopper_pearson_interval",
     "constrained_advantages",
     "group_advantages",
@@ -40,6 +44,7 @@ __all__ = [
     "scheduled_limit",
     "token_divergence",
     "token_modified_rewards",
+    "top_k_divergence_lower_bound",
     "two_level_bootstrap_interval",
     "violation_weights",
     "wilson_interval",

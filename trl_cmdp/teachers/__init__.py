@@ -1,21 +1,33 @@
 """Teachers, one file per backend, and what the divergence needs of any model."""
 
 from .adapter import AdapterTeacher
-from .heads import LMHead, base_model, head_divergence, head_log_probs, last_hidden_state, lm_head
+from .heads import (
+    LMHead,
+    base_model,
+    head_divergence,
+    head_log_probs,
+    head_policy_divergence,
+    head_scores,
+    last_hidden_state,
+    lm_head,
+)
 from .local import LocalTeacher, check_vocabulary, load_teacher
+from .remote import EXACT_SERVER_COMMAND, RemoteTeacher, TeacherServerError
 
-
-Teacher = LocalTeacher | AdapterTeacher
 
 __all__ = [
+    "EXACT_SERVER_COMMAND",
     "AdapterTeacher",
     "LMHead",
     "LocalTeacher",
-    "Teacher",
+    "RemoteTeacher",
+    "TeacherServerError",
     "base_model",
     "check_vocabulary",
     "head_divergence",
     "head_log_probs",
+    "head_policy_divergence",
+    "head_scores",
     "last_hidden_state",
     "lm_head",
     "load_teacher",

@@ -30,6 +30,8 @@ class AdapterTeacher:
         ValueError: If the student has no adapter, no adapter of this name, or is training it.
     """
 
+    exact = True  # as of [`LocalTeacher`]
+
     def __init__(self, student: torch.nn.Module, accelerator: Accelerator, adapter_name: str):
         self._student, self._accelerator, self._adapter_name = student, accelerator, adapter_name
         self._redirect = _ForwardRedirection()

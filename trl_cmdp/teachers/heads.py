@@ -1,12 +1,13 @@
 """What the divergence needs of a model, teacher or student: its last hidden states and its head."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from ..core import chunked_divergence, chunked_log_probs
+from ..core import chunked_divergence, chunked_log_probs, chunked_policy_divergence, chunked_scores
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,7 @@ def head_divergence(
     teacher_hidden: torch.Tensor,
     teacher_head: LMHead,
     weights: torch.Tensor | None = None,
-    beta: float = 1.0,
-    temperature: float = 1.0,
-    memory_mb: float = 256,
-    teacher_prob_floor: float = 0.0,
-    cross_entropy: bool = False,
+    **settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     [`~core.chunked_divergence`] between two heads, on the tokens that their vocabularies share: the longer one only
@@ -114,52 +111,126 @@ def head_divergence(
             Teacher's head.
         weights (`torch.Tensor`, *optional*):
             Weights of shape `(N,)`.
-        beta (`float`, *optional*, defaults to `1.0`):
-            Divergence: 1 reverse KL, 0 forward KL, generalised JSD between.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature of both models.
-        memory_mb (`float`, *optional*, defaults to `256`):
-            Memory of the vocabulary-sized tiles, in MiB.
-        teacher_prob_floor (`float`, *optional*, defaults to `0.0`):
-            Mixture of the teacher with the uniform distribution.
-        cross_entropy (`bool`, *optional*, defaults to `False`):
-            Take the teacher's expected negative log-likelihood in place of the divergence.
+        settings:
+            `beta`, `temperature`, `memory_mb`, `teacher_prob_floor` and `cross_entropy` of that function.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Loss Σ weights·costs, and costs of shape `(N,)` in nats.
     """
-    shared = slice(min(len(student_head.weight), len(teacher_head.weight)))
+    vocab_size = min(len(student_head.weight), len(teacher_head.weight))
+    student, teacher = _first_tokens(student_head, vocab_size), _first_tokens(teacher_head, vocab_size)
     return chunked_divergence(
         student_hidden,
-        student_head.weight[shared],
+        student.weight,
         teacher_hidden,
-        teacher_head.weight[shared],
+        teacher.weight,
         weights,
-        beta=beta,
-        temperature=temperature,
-        student_bias=None if student_head.bias is None else student_head.bias[shared],
-        teacher_bias=None if teacher_head.bias is None else teacher_head.bias[shared],
-        memory_mb=memory_mb,
-        student_logit_scale=student_head.logit_scale,
-        teacher_logit_scale=teacher_head.logit_scale,
-        student_final_logit_softcapping=student_head.final_logit_softcapping,
-        teacher_final_logit_softcapping=teacher_head.final_logit_softcapping,
-        teacher_prob_floor=teacher_prob_floor,
-        cross_entropy=cross_entropy,
+        student_bias=student.bias,
+        teacher_bias=teacher.bias,
+        **_logit_transforms(student, teacher),
+        **settings,
+    )
+
+
+def head_policy_divergence(
+    student_hidden: torch.Tensor,
+    student_head: LMHead,
+    token_ids: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_head: LMHead,
+    weights: torch.Tensor,
+    log_prob_grad: torch.Tensor | None = None,
+    **settings: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    [`~core.chunked_policy_divergence`] between two heads.
+
+    Args:
+        student_hidden (`torch.Tensor`):
+            Student hidden states of shape `(N, H_s)`.
+        student_head ([`LMHead`]):
+            Student's head.
+        token_ids (`torch.Tensor`):
+            Sampled tokens of shape `(N,)`.
+        teacher_hidden (`torch.Tensor`):
+            Teacher hidden states of shape `(M, H_t)`, of the positions of weight other than 0.
+        teacher_head ([`LMHead`]):
+            Teacher's head.
+        weights (`torch.Tensor`):
+            Weights of shape `(N,)`.
+        log_prob_grad (`torch.Tensor`, *optional*):
+            Expected derivative by each log-probability, of shape `(N,)`.
+        settings:
+            `beta`, `temperature`, `memory_mb`, `teacher_prob_floor` and `cross_entropy` of that function.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]`: Log-probabilities and entropies of shape
+        `(N,)`, the loss Σ weights·costs, and costs of shape `(M,)`, in nats.
+    """
+    return chunked_policy_divergence(
+        student_hidden,
+        student_head.weight,
+        token_ids,
+        teacher_hidden,
+        teacher_head.weight,
+        weights,
+        log_prob_grad,
+        student_bias=student_head.bias,
+        teacher_bias=teacher_head.bias,
+        **_logit_transforms(student_head, teacher_head),
+        **settings,
+    )
+
+
+def head_scores(
+    student_hidden: torch.Tensor,
+    student_head: LMHead,
+    teacher_hidden: torch.Tensor,
+    teacher_head: LMHead,
+    token_ids: torch.Tensor,
+    **settings: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    [`~core.chunked_scores`] of two heads, on the tokens that their vocabularies share.
+
+    Args:
+        student_hidden (`torch.Tensor`):
+            Student hidden states of shape `(N, H_s)`.
+        student_head ([`LMHead`]):
+            Student's head.
+        teacher_hidden (`torch.Tensor`):
+            Teacher hidden states of shape `(N, H_t)`.
+        teacher_head ([`LMHead`]):
+            Teacher's head.
+        token_ids (`torch.Tensor`):
+            Sampled tokens of shape `(N,)`.
+        settings:
+            `beta`, `temperature`, `memory_mb` and `teacher_prob_floor` of that function.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Costs, the student's log-probabilities and the teacher's, of
+        shape `(N,)` each, in nats.
+    """
+    vocab_size = min(len(student_head.weight), len(teacher_head.weight))
+    student, teacher = _first_tokens(student_head, vocab_size), _first_tokens(teacher_head, vocab_size)
+    return chunked_scores(
+        student_hidden,
+        student.weight,
+        teacher_hidden,
+        teacher.weight,
+        token_ids,
+        student_bias=student.bias,
+        teacher_bias=teacher.bias,
+        **_logit_transforms(student, teacher),
+        **settings,
     )
 
 
 def head_log_probs(
-    hidden: torch.Tensor,
-    head: LMHead,
-    token_ids: torch.Tensor,
-    vocab_size: int,
-    temperature: float = 1.0,
-    memory_mb: float = 256,
-    prob_floor: float = 0.0,
+    hidden: torch.Tensor, head: LMHead, token_ids: torch.Tensor, temperature: float = 1.0, memory_mb: float = 256
 ) -> torch.Tensor:
     """
-    [`~core.chunked_log_probs`] of a head, on the first `vocab_size` tokens.
+    [`~core.chunked_log_probs`] of a head.
 
     Args:
         hidden (`torch.Tensor`):
@@ -167,27 +238,37 @@ def head_log_probs(
         head ([`LMHead`]):
             Head.
         token_ids (`torch.Tensor`):
-            Tokens of shape `(N,)`.
-        vocab_size (`int`):
-            Number of tokens that student and teacher share.
+            Tokens of shape `(N,)` or `(N, k)`.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature.
         memory_mb (`float`, *optional*, defaults to `256`):
             Memory of the vocabulary-sized tiles, in MiB.
-        prob_floor (`float`, *optional*, defaults to `0.0`):
-            Mixture with the uniform distribution.
 
     Returns:
-        `torch.Tensor`: Log-probabilities of shape `(N,)`, in nats.
+        `torch.Tensor`: Log-probabilities of the shape of `token_ids`, in nats.
     """
     return chunked_log_probs(
         hidden,
-        head.weight[:vocab_size],
+        head.weight,
         token_ids,
         temperature,
-        None if head.bias is None else head.bias[:vocab_size],
+        head.bias,
         memory_mb,
         logit_scale=head.logit_scale,
         final_logit_softcapping=head.final_logit_softcapping,
-        prob_floor=prob_floor,
     )
+
+
+def _first_tokens(head: LMHead, vocab_size: int) -> LMHead:
+    if vocab_size == len(head.weight):  # a slice of everything would cost its backward a copy of the gradient
+        return head
+    return replace(head, weight=head.weight[:vocab_size], bias=None if head.bias is None else head.bias[:vocab_size])
+
+
+def _logit_transforms(student: LMHead, teacher: LMHead) -> dict[str, float | None]:
+    return {
+        "student_logit_scale": student.logit_scale,
+        "teacher_logit_scale": teacher.logit_scale,
+        "student_final_logit_softcapping": student.final_logit_softcapping,
+        "teacher_final_logit_softcapping": teacher.final_logit_softcapping,
+    }

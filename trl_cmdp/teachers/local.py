@@ -31,6 +31,8 @@ class LocalTeacher:
             Whose autocast the forward runs under.
     """
 
+    exact = True  # hidden states, and so the divergence over the full vocabulary
+
     def __init__(self, module: torch.nn.Module, accelerator: Accelerator):
         self.module = module
         self._model: PreTrainedModel = accelerator.unwrap_model(module)

@@ -18,13 +18,14 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
 from ..core import infeasible_steps, rollout_cost
-from ..teachers import LocalTeacher, Teacher, base_model
+from ..teachers import LocalTeacher, base_model
 from ._config import DistillConfig
 from ._forward import DivergenceRequest, StudentForward
+from ._processes import gather_rows
 from ._rewards import check_reward_columns, no_reward
-from ._scoring import RolloutScorer, gather_rows
+from ._scoring import RolloutScorer
 from ._signal import Rollouts, Signal
-from ._teachers import TeacherModel, check_teacher_name, has_teacher, make_teachers
+from ._teachers import Teacher, TeacherModel, check_teacher_name, has_teacher, make_teachers
 
 
 _METHOD_STATE_FILE = "trl_cmdp_state.json"
@@ -46,6 +47,7 @@ class DistillTrainer(GRPOTrainer):
     _config_class: type[DistillConfig]
     _divergence_coefficient = 1.0  # factor on all divergence weights, read at each micro-step
     # What a method asks of the base; a property where it depends on the arguments.
+    _needs_divergence = True  # over the full vocabulary; what a teacher of log-probabilities alone lacks
     _needs_log_probs = False  # of the sampled tokens, in its `Rollouts`
     _distill_cross_entropy = False  # differentiate E_π[−log μ] in place of the divergence
     _teacher_mixed_alpha = 0.0  # share of the teacher in what training rollouts are sampled from
@@ -117,7 +119,9 @@ class DistillTrainer(GRPOTrainer):
         if self._samples_from_teacher:
             self._sampling_teacher()  # refuse before training what cannot sample
         student = base_model(self.accelerator.unwrap_model(self.model))
-        self._student_forward = StudentForward(student, args, maybe_gather_lm_head_ctx)
+        # DeepSpeed may have the head partitioned again by the time of a backward that reads it.
+        fused = not (args.cast_lm_head_to_fp32 or self.is_deepspeed_enabled)
+        self._student_forward = StudentForward(student, args, maybe_gather_lm_head_ctx, fused)
         self._scorer = RolloutScorer(self.teachers, self._student_forward, self.accelerator, args)
         self._rows: list[dict[str, Any]] = []  # of the dataset, that are being generated for
         self._rewards_per_func: torch.Tensor | None = None
@@ -148,7 +152,7 @@ class DistillTrainer(GRPOTrainer):
         return None
 
     def _after_micro_step(self, inputs: dict[str, Any]) -> None:
-        """Called after the loss of each training micro-step, with a teacher only. `inputs` has `costs` (b, T)."""
+        """Called after the loss of each training micro-step, with a teacher only. `inputs` has exact `costs` (b, T)."""
 
     def _method_state(self) -> dict[str, Any]:
         """What a method must find again when it resumes from a checkpoint."""
@@ -283,7 +287,7 @@ class DistillTrainer(GRPOTrainer):
             num_generations=self.num_generations if self._mode == "train" else self.num_generations_eval,
             horizon=self.max_completion_length,
             teacher_index=self.accelerator.gather(output["teacher_index"]),
-            **scores,
+            **{"costs": None, **scores},
         )
         signal = self._signal(rollouts)
 
@@ -299,7 +303,8 @@ class DistillTrainer(GRPOTrainer):
             if kept is not None:
                 # One tensor per rollout, so that TRL's shuffle and split carry it.
                 output["teacher_hidden"] = self._scorer.weighted_hidden(kept, weights, local_mask)
-        output["costs"] = local["costs"]
+        if "costs" in local:
+            output["costs"] = local["costs"]
         self._log_rollouts(rollouts, signal)
         return output
 
@@ -335,7 +340,7 @@ class DistillTrainer(GRPOTrainer):
     def _compute_loss(self, model, inputs):
         if not self.teachers:
             return super()._compute_loss(model, inputs)
-        if "divergence_weights" in inputs:
+        if "divergence_weights" in inputs and self._divergence_coefficient != 0:
             loss = self._compute_loss_with_divergence(model, inputs)
         else:
             loss = super()._compute_loss(model, inputs)
@@ -349,7 +354,12 @@ class DistillTrainer(GRPOTrainer):
         token_weight = self._policy_token_weight(mask, inputs["num_items_in_batch"])  # (B, 1) or ()
         weights = inputs["divergence_weights"] * token_weight * self._divergence_coefficient  # (B, T)
         states = self._scorer.weighted_states(inputs, inputs["divergence_weights"] != 0)
-        request = DivergenceRequest(states, weights, cross_entropy=self._distill_cross_entropy)
+        request = DivergenceRequest(
+            states,
+            weights,
+            log_prob_grad=self._expected_log_prob_grad(inputs, mask, token_weight),
+            cross_entropy=self._distill_cross_entropy,
+        )
         with self._student_forward.answering(request):
             loss = super()._compute_loss(model, inputs)
 
@@ -357,6 +367,15 @@ class DistillTrainer(GRPOTrainer):
         distill_loss = self.accelerator.gather(request.loss.detach() * accumulation).mean()
         self._count("distill_loss", distill_loss, 1)
         return loss + request.loss
+
+    def _expected_log_prob_grad(self, inputs, mask, token_weight) -> torch.Tensor | None:
+        """Derivative (b, T) of TRL's loss by each log-probability, which on policy is known before it is computed."""
+        if inputs.get("old_per_token_logps") is not None or self.beta != 0.0:
+            return None
+        advantages = inputs["advantages"]
+        advantages = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
+        ratio = min(1.0, self.epsilon_high) if self.loss_type == "cispo" else 1.0  # cispo clips also a ratio of 1
+        return -ratio * advantages * mask * token_weight
 
     def _policy_token_weight(self, mask: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
         """
@@ -383,7 +402,11 @@ class DistillTrainer(GRPOTrainer):
     # ---------------------------------------------------------------------------------------------------------- logging
 
     def _log_rollouts(self, rollouts: Rollouts, signal: Signal) -> None:
-        self._count("teacher/divergence", rollouts.costs.sum(), rollouts.mask.sum())
+        if rollouts.costs is not None:
+            self._count("teacher/divergence", rollouts.costs.sum(), rollouts.mask.sum())
+        if rollouts.divergence_lower_bound is not None:
+            bound = rollouts.divergence_lower_bound.sum()
+            self._count("teacher/divergence_lower_bound", bound, rollouts.mask.sum())
 
         # TRL has logged GRPO's own advantages for these rollouts: replace them.
         advantages = signal.advantages

@@ -1,5 +1,6 @@
 """Configuration fields that every trainer with a teacher shares."""
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,18 @@ class DistillConfig(GRPOConfig):
             Makes the student's own base model its teacher, at no second copy of the weights: `"base"` with every
             adapter off, or the name of another adapter loaded on the student's `PeftModel`. Takes the place of
             `teacher_model`.
+        teacher_model_server_url (`str`, *optional*):
+            Address of a vLLM server that runs the teacher (docs/remote_teachers.md). A pooling server gives the exact
+            divergence; a completion server only log-probabilities. `teacher_model`, if given, is then the path or hub id
+            of the checkpoint that the server runs, for its tokenizer and head; by default what the server names.
+        teacher_model_server_api_key (`str`, *optional*):
+            Key of that server. Sent to it alone, and never logged or saved.
+        teacher_model_server_timeout (`float`, *optional*, defaults to `120.0`):
+            Seconds that the server may stay silent.
+        teacher_model_server_max_wait (`float`, *optional*, defaults to `600.0`):
+            Seconds that training waits for a server that is gone before it stops with an error.
+        teacher_model_server_top_k (`int`, *optional*, defaults to `0`):
+            With a completion server, log `teacher/divergence_lower_bound` from the teacher's k likeliest tokens.
         teacher_beta (`float`, *optional*, defaults to `1.0`):
             Divergence D: `1.0` is reverse KL(student‖teacher), `0.0` forward KL(teacher‖student), generalised JSD
             between. The convention of TRL's `DistillationConfig.beta`.
@@ -60,6 +73,25 @@ class DistillConfig(GRPOConfig):
             "help": "Make the student's own base model its teacher: 'base' with every adapter off, or the name of "
             "another adapter loaded on the student."
         },
+    )
+    teacher_model_server_url: str | None = field(
+        default=None, kw_only=True, metadata={"help": "Address of a vLLM server that runs the teacher."}
+    )
+    teacher_model_server_api_key: str | None = field(
+        default=None, kw_only=True, repr=False, metadata={"help": "Key of that server, never logged or saved."}
+    )
+    teacher_model_server_timeout: float = field(
+        default=120.0, kw_only=True, metadata={"help": "Seconds that the teacher server may stay silent."}
+    )
+    teacher_model_server_max_wait: float = field(
+        default=600.0,
+        kw_only=True,
+        metadata={"help": "Seconds that training waits for a teacher server that is gone, before it stops."},
+    )
+    teacher_model_server_top_k: int = field(
+        default=0,
+        kw_only=True,
+        metadata={"help": "With a completion server, bound the divergence from below by the teacher's k likeliest."},
     )
     teacher_beta: float = field(
         default=1.0,
@@ -115,7 +147,23 @@ class DistillConfig(GRPOConfig):
             )
         if not 0.0 <= self.teacher_prob_floor < 1.0:
             raise ValueError(f"`teacher_prob_floor` must lie in [0, 1), got {self.teacher_prob_floor}.")
-        self._check_positive("divergence_memory_mb", "teacher_hidden_memory_mb")
+        self._check_positive(
+            "divergence_memory_mb",
+            "teacher_hidden_memory_mb",
+            "teacher_model_server_timeout",
+            "teacher_model_server_max_wait",
+        )
+
+    # What is written anywhere (logs, cards, `training_args.bin`) comes from one of these: none has the key.
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "teacher_model_server_api_key": None}
+
+    def __str__(self) -> str:
+        return super(DistillConfig, copy.copy(self)).__str__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "teacher_model_server_api_key": None}
 
     def _check_unit_interval(self, *names: str) -> None:
         for name in names:

@@ -9,8 +9,17 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
 
-from ..teachers import LMHead, head_divergence, head_log_probs, last_hidden_state, lm_head
+from ..teachers import (
+    LMHead,
+    head_divergence,
+    head_log_probs,
+    head_policy_divergence,
+    head_scores,
+    last_hidden_state,
+    lm_head,
+)
 from ._config import DistillConfig
 
 
@@ -46,7 +55,11 @@ class DivergenceRequest:
         scored_rows (`torch.Tensor`, *optional*):
             Booleans of shape `(B, T)`, the tokens to score, where there are no weights.
         token_ids (`torch.Tensor`, *optional*):
-            Completions of shape `(B, T)`, where the log-probabilities of their tokens are wanted too.
+            Completions of shape `(B, T)`, where the log-probabilities of their tokens are wanted too. Without teachers
+            also several tokens at each position, `(B, T, k)`.
+        log_prob_grad (`torch.Tensor`, *optional*):
+            What the derivative of the loss by the log-probability of each completion token is expected to be, of shape
+            `(B, T)`. A right expectation saves time, a wrong one changes nothing.
         cross_entropy (`bool`, *optional*):
             Differentiate the teacher's expected negative log-likelihood in place of the divergence.
 
@@ -58,6 +71,7 @@ class DivergenceRequest:
     weights: torch.Tensor | None = None
     scored_rows: torch.Tensor | None = None
     token_ids: torch.Tensor | None = None
+    log_prob_grad: torch.Tensor | None = None
     cross_entropy: bool = False
     loss: torch.Tensor | None = None
     scores: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -76,6 +90,8 @@ class StudentForward:
             Where β, temperature, memory and probability floor come from.
         gathered_head (`Callable`):
             Context manager that gathers the parameters it is given where they are sharded.
+        fused (`bool`):
+            Whether TRL's own outputs may come from the divergence's projection of the student.
     """
 
     def __init__(
@@ -83,8 +99,9 @@ class StudentForward:
         student: PreTrainedModel,
         args: DistillConfig,
         gathered_head: Callable[..., AbstractContextManager],
+        fused: bool,
     ):
-        self._student, self._args, self._gathered_head = student, args, gathered_head
+        self._student, self._args, self._gathered_head, self._fused = student, args, gathered_head, fused
         self._request: DivergenceRequest | None = None
         self._mixture: _TeacherMixture | None = None
         self._fused_forward = student.forward
@@ -125,6 +142,8 @@ class StudentForward:
             hidden = last_hidden_state(self._student, request.scored_rows.size(1), **kwargs)
             self._score(request, hidden)
             return hidden
+        if self._fused and len(request.teachers) == 1 and not kwargs.get("output_router_logits"):
+            return self._differentiate_fused(request, **kwargs)
         captured = []
         hook = self._student.base_model.register_forward_hook(
             lambda module, inputs, output: captured.append(output.last_hidden_state)
@@ -136,68 +155,101 @@ class StudentForward:
         self._differentiate(request, captured[0][:, -(request.weights.size(1) + 1) : -1])
         return outputs
 
+    def _differentiate_fused(
+        self, request: DivergenceRequest, *, labels: torch.Tensor, fused_lm_head: bool, **model_inputs: Any
+    ) -> FusedCausalLMOutput:
+        """TRL's outputs and the loss Σ weights·divergences from one projection of the student's hidden states."""
+        (states,) = request.teachers
+        hidden = self._student.base_model(**model_inputs, use_cache=False).last_hidden_state[:, :-1]
+        labels = labels[:, 1:]
+        mask = labels != -100  # (B, P + T - 1), the positions that TRL wants log-probabilities of
+        length = request.weights.size(1)
+
+        def scored(values: torch.Tensor) -> torch.Tensor:  # (B, T) to (N,)
+            return torch.nn.functional.pad(values, (labels.size(1) - length, 0))[mask]
+
+        rows = states.rows & (request.weights != 0)  # a weight may have underflowed
+        teacher_hidden = states.hidden if rows.equal(states.rows) else states.hidden[rows[states.rows]]  # (M, H_t)
+        expected = None if request.log_prob_grad is None else scored(request.log_prob_grad)
+        head = lm_head(self._student)
+        with self._gathered_head(head.weight, head.bias), self._gathered_head(states.head.weight, states.head.bias):
+            log_probs, entropy, request.loss, costs = head_policy_divergence(
+                hidden[mask],
+                head,
+                labels[mask],
+                teacher_hidden,
+                states.head,
+                scored(request.weights),
+                expected,
+                cross_entropy=request.cross_entropy,
+                **self._settings,
+            )
+        self._put(request, "costs", rows, costs)
+
+        def placed(values: torch.Tensor) -> torch.Tensor:  # (N,) to (B, P + T - 1)
+            return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+        return FusedCausalLMOutput(log_probs=placed(log_probs), entropy=placed(entropy))
+
     def _differentiate(self, request: DivergenceRequest, hidden: torch.Tensor) -> None:
         """Set the loss Σ weights·divergences, with gradient to the student's hidden states (B, T, H) and head."""
         request.loss = hidden.new_zeros((), dtype=torch.float32)
+        head = lm_head(self._student)
         for states in request.teachers:
-            loss, costs = self._divergence(states, hidden, request.weights[states.rows], request.cross_entropy)
+            with (
+                self._gathered_head(head.weight, head.bias),
+                self._gathered_head(states.head.weight, states.head.bias),
+            ):
+                loss, costs = head_divergence(
+                    hidden[states.rows],
+                    head,
+                    states.hidden,
+                    states.head,
+                    request.weights[states.rows],
+                    cross_entropy=request.cross_entropy,
+                    **self._settings,
+                )
             request.loss = request.loss + loss
             self._put(request, "costs", states.rows, costs)
 
     def _score(self, request: DivergenceRequest, hidden: torch.Tensor) -> None:
         """Set the scores, without gradient."""
-        args, rows = self._args, request.scored_rows
-        for states in request.teachers:
-            _, costs = self._divergence(states, hidden)
-            self._put(request, "costs", states.rows, costs)
-        if request.token_ids is None:
-            return
         head = lm_head(self._student)
-        settings = (args.temperature, args.divergence_memory_mb)
         for states in request.teachers:
-            token_ids = request.token_ids[states.rows]
-            shared = min(len(head.weight), len(states.head.weight))
-            with self._gathered_head(head.weight, head.bias):
-                student_logps = head_log_probs(hidden[states.rows], head, token_ids, shared, *settings)
-            with self._gathered_head(states.head.weight, states.head.bias):
-                teacher_logps = head_log_probs(
-                    states.hidden, states.head, token_ids, shared, *settings, args.teacher_prob_floor
-                )
-            self._put(request, "student_logps", states.rows, student_logps)
-            self._put(request, "teacher_logps", states.rows, teacher_logps)
+            models = (hidden[states.rows], head, states.hidden, states.head)
+            with (
+                self._gathered_head(head.weight, head.bias),
+                self._gathered_head(states.head.weight, states.head.bias),
+            ):
+                if request.token_ids is None:
+                    scores = head_divergence(*models, **self._settings)[1:]
+                else:
+                    scores = head_scores(*models, request.token_ids[states.rows], **self._settings)
+            names = ("costs", "student_logps", "teacher_logps")
+            for name, values in zip(names, scores, strict=False):
+                self._put(request, name, states.rows, values)
         if not request.teachers:  # a teacher that knows the tokens' log-probabilities alone
+            rows, args = request.scored_rows, self._args
             with self._gathered_head(head.weight, head.bias):
-                logps = head_log_probs(hidden[rows], head, request.token_ids[rows], len(head.weight), *settings)
+                logps = head_log_probs(
+                    hidden[rows], head, request.token_ids[rows], args.temperature, args.divergence_memory_mb
+                )
             self._put(request, "student_logps", rows, logps)
 
     def _put(self, request: DivergenceRequest, name: str, rows: torch.Tensor, values: torch.Tensor) -> None:
-        scores = request.scores.setdefault(name, torch.zeros(rows.shape, dtype=values.dtype, device=values.device))
-        scores[rows] = values
+        if name not in request.scores:
+            request.scores[name] = values.new_zeros((*rows.shape, *values.shape[1:]))
+        request.scores[name][rows] = values
 
-    def _divergence(
-        self,
-        states: TeacherStates,
-        hidden: torch.Tensor,
-        weights: torch.Tensor | None = None,
-        cross_entropy: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        args, head = self._args, lm_head(self._student)
-        with (
-            self._gathered_head(head.weight, head.bias),
-            self._gathered_head(states.head.weight, states.head.bias),
-        ):
-            return head_divergence(
-                hidden[states.rows],
-                head,
-                states.hidden,
-                states.head,
-                weights,
-                beta=args.teacher_beta,
-                temperature=args.temperature,
-                memory_mb=args.divergence_memory_mb,
-                teacher_prob_floor=args.teacher_prob_floor,
-                cross_entropy=cross_entropy,
-            )
+    @property
+    def _settings(self) -> dict[str, float]:
+        args = self._args
+        return {
+            "beta": args.teacher_beta,
+            "temperature": args.temperature,
+            "memory_mb": args.divergence_memory_mb,
+            "teacher_prob_floor": args.teacher_prob_floor,
+        }
 
 
 class _TeacherMixture:

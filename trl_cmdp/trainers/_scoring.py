@@ -5,9 +5,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..teachers import Teacher
+from ..core import top_k_divergence_lower_bound
 from ._config import DistillConfig
 from ._forward import DivergenceRequest, StudentForward, TeacherStates
+from ._processes import on_any_process
+from ._server_teacher import ServerTeacher
+from ._teachers import Teacher
 
 
 class RolloutScorer:
@@ -67,42 +70,75 @@ class RolloutScorer:
                 Optimizer step, for messages.
 
         Returns:
-            `tuple[dict[str, torch.Tensor], list[torch.Tensor] | None]`: Scores of shape `(b, T)` each, and each
-            rollout's teacher hidden states `(L, H_t)`, `None` if they do not fit.
+            `tuple[dict[str, torch.Tensor], list[torch.Tensor] | None]`: Scores of shape `(b, T)` each, named as in
+            [`Rollouts`], and each rollout's teacher hidden states `(L, H_t)`, `None` if they do not fit.
 
         Raises:
             ValueError: If a score is not finite, or a token is beyond the teacher's vocabulary, on any process.
         """
         self._check_token_ids(inputs, step)
-        names = ("costs", "student_logps", "teacher_logps") if log_probs else ("costs",)
-        scores = {name: torch.zeros(mask.shape, device=mask.device) for name in names}
-        widths = [teacher.head().weight for teacher in self._teachers.values()]
-        bytes_per_token = max(weight.size(1) * weight.element_size() for weight in widths)
-        keep = most_tokens * bytes_per_token <= self._args.teacher_hidden_memory_mb * 2**20
+        teachers = list(self._teachers.values())
+        exact = all(teacher.exact for teacher in teachers)
+        scores: dict[str, torch.Tensor] = {}
         kept: list[torch.Tensor] = []
+        keep = exact and most_tokens * self._bytes_per_token() <= self._args.teacher_hidden_memory_mb * 2**20
         teacher_is_finite = True
         for start in range(0, len(mask), batch_size):
             rows = slice(start, start + batch_size)
-            model_inputs = _model_inputs(inputs, rows)
-            states = self._states(model_inputs, mask[rows], inputs["teacher_index"][rows])
-            teacher_is_finite = teacher_is_finite and all(bool(part.hidden.isfinite().all()) for part in states)
-            request = DivergenceRequest(
-                states,
-                scored_rows=mask[rows],
-                token_ids=inputs["completion_ids"][rows] if log_probs else None,
-            )
-            # Under autocast as the loss's forward, or costs would differ from it.
-            with self._accelerator.autocast(), self._student_forward.answering(request):
-                student(**model_inputs)
-            for name, values in request.scores.items():
-                scores[name][rows] = values.to(scores[name].dtype)
-            if keep:
-                kept.extend(self._per_rollout(states, mask[rows]))
+            row_inputs, row_mask, token_ids = _model_inputs(inputs, rows), mask[rows], inputs["completion_ids"][rows]
+            if exact:
+                states = self._states(row_inputs, row_mask, inputs["teacher_index"][rows])
+                teacher_is_finite = teacher_is_finite and all(bool(part.hidden.isfinite().all()) for part in states)
+                request = DivergenceRequest(states, scored_rows=row_mask, token_ids=token_ids if log_probs else None)
+                self._answer(student, request, row_inputs)
+                answer = request.scores
+                if keep:
+                    kept.extend(self._per_rollout(states, row_mask))
+            else:
+                answer = self._score_log_probs(student, teachers[0], row_inputs, row_mask, token_ids)
+            for name, values in answer.items():
+                scores.setdefault(name, torch.zeros(mask.shape, device=mask.device))[rows] = values
         teacher_failed = on_any_process(self._accelerator, not teacher_is_finite)
         scores_are_finite = all(bool(values.isfinite().all()) for values in scores.values())
         if teacher_failed or on_any_process(self._accelerator, not scores_are_finite):
             self._raise_not_finite(teacher_failed, step)
         return scores, kept if keep else None
+
+    def _answer(self, student: torch.nn.Module, request: DivergenceRequest, inputs: dict[str, torch.Tensor]) -> None:
+        # Under autocast as the loss's forward, or costs would differ from it.
+        with self._accelerator.autocast(), self._student_forward.answering(request):
+            student(**inputs)
+
+    def _score_log_probs(
+        self,
+        student: torch.nn.Module,
+        teacher: ServerTeacher,
+        inputs: dict[str, torch.Tensor],
+        rows: torch.Tensor,
+        token_ids: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Scores (b, T) by a teacher that knows log-probabilities alone: both models', and a bound if asked for."""
+        k = self._args.teacher_model_server_top_k
+        wanted = token_ids.unsqueeze(-1)  # (b, T, 1 + k)
+        if k > 0:
+            likely_ids, teacher_top_k = teacher.top_k(**inputs, rows=rows, k=k)  # (N, k) each
+            wanted = torch.cat([wanted, wanted.expand(*rows.shape, k)], -1)
+            wanted[..., 1:][rows] = likely_ids
+        request = DivergenceRequest([], scored_rows=rows, token_ids=wanted)
+        self._answer(student, request, inputs)
+        student_logps = request.scores["student_logps"]  # (b, T, 1 + k)
+        teacher_logps = torch.zeros(rows.shape, device=rows.device)
+        teacher_logps[rows] = teacher.log_probs(**inputs, rows=rows)
+        scores = {"student_logps": student_logps[..., 0], "teacher_logps": teacher_logps}
+        if k > 0:
+            bound = torch.zeros_like(teacher_logps)
+            bound[rows] = top_k_divergence_lower_bound(student_logps[rows][:, 1:], teacher_top_k)
+            scores["divergence_lower_bound"] = bound
+        return scores
+
+    def _bytes_per_token(self) -> int:
+        heads = [teacher.head().weight for teacher in self._teachers.values()]
+        return max(head.size(1) * head.element_size() for head in heads)
 
     def weighted_hidden(
         self, kept: list[torch.Tensor], weights: torch.Tensor, mask: torch.Tensor
@@ -167,7 +203,8 @@ class RolloutScorer:
             )
 
     def _raise_not_finite(self, teacher_failed: bool, step: int) -> None:
-        heads_are_finite = all(bool(teacher.head().weight.isfinite().all()) for teacher in self._teachers.values())
+        teachers = [teacher for teacher in self._teachers.values() if teacher.exact]
+        heads_are_finite = all(bool(teacher.head().weight.isfinite().all()) for teacher in teachers)
         if on_any_process(self._accelerator, not heads_are_finite) or teacher_failed:
             raise ValueError(
                 f"The teacher returned NaN or infinite values at step {step}. Check its weights, and load it in a "
@@ -175,23 +212,11 @@ class RolloutScorer:
                 "`teacher_model_init_kwargs={'dtype': 'bfloat16'}`. The last checkpoint is untouched."
             )
         raise ValueError(
-            f"The divergence from the teacher is not finite at step {step} although the teacher's hidden states are. "
-            "Either the student diverged (lower the learning rate, see `grad_norm`), or the teacher gives probability "
+            f"The cost of a token is not finite at step {step}, and it is not the teacher's weights. Either the "
+            "student diverged (lower the learning rate, see `grad_norm`), or the teacher gives probability "
             "0 to a token that the student can choose: set `teacher_prob_floor`, for example to 1e-6. The last "
             "checkpoint is untouched."
         )
-
-
-def on_any_process(accelerator: Accelerator, condition: bool | torch.Tensor) -> bool:
-    """Whether it holds anywhere: all processes must raise together, or the others would wait for ever."""
-    return bool(accelerator.gather(torch.tensor([bool(condition)], device=accelerator.device)).any())
-
-
-def gather_rows(accelerator: Accelerator, local: torch.Tensor) -> torch.Tensor:
-    """(b, T) of this process to (B, T) of all, padded with 0 to the longest T."""
-    # Padding makes booleans int64, on the processes alone that need it: the others would gather another dtype.
-    rows = local.int() if local.dtype == torch.bool else local
-    return accelerator.gather(accelerator.pad_across_processes(rows, dim=1)).to(local.dtype)
 
 
 def _model_inputs(inputs: dict[str, Any], rows: slice = slice(None)) -> dict[str, torch.Tensor]:

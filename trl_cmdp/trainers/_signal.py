@@ -13,8 +13,9 @@ class Rollouts:
     Args:
         rewards (`torch.Tensor`):
             Weighted task rewards of shape `(B,)`, NaN where no reward function scored the rollout.
-        costs (`torch.Tensor`):
-            Per-token divergences of shape `(B, T)`, in nats, 0 where masked.
+        costs (`torch.Tensor` or `None`):
+            Per-token divergences of shape `(B, T)`, in nats, 0 where masked. `None` from a teacher that knows
+            log-probabilities alone.
         mask (`torch.Tensor`):
             Mask of shape `(B, T)` of the completion tokens that count.
         num_generations (`int`):
@@ -27,16 +28,19 @@ class Rollouts:
             Student's log-probabilities of the sampled tokens, of shape `(B, T)`, for a method that needs them.
         teacher_logps (`torch.Tensor`, *optional*):
             Teacher's, of shape `(B, T)`.
+        divergence_lower_bound (`torch.Tensor`, *optional*):
+            Lower bound of each divergence from the teacher's likeliest tokens, of shape `(B, T)`. Never a cost.
     """
 
     rewards: torch.Tensor
-    costs: torch.Tensor
+    costs: torch.Tensor | None
     mask: torch.Tensor
     num_generations: int
     horizon: int
     teacher_index: torch.Tensor
     student_logps: torch.Tensor | None = None
     teacher_logps: torch.Tensor | None = None
+    divergence_lower_bound: torch.Tensor | None = None
 
 
 @dataclass

@@ -8,10 +8,20 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.models.utils import prepare_deepspeed
 
-from ..teachers import AdapterTeacher, LocalTeacher, Teacher, base_model, check_vocabulary, load_teacher
+from ..teachers import (
+    EXACT_SERVER_COMMAND,
+    AdapterTeacher,
+    LocalTeacher,
+    RemoteTeacher,
+    base_model,
+    check_vocabulary,
+    load_teacher,
+)
 from ._config import DistillConfig
+from ._server_teacher import ServerTeacher
 
 
+Teacher = LocalTeacher | AdapterTeacher | ServerTeacher
 TeacherModel = str | PreTrainedModel | dict[str, str | PreTrainedModel]
 
 
@@ -22,13 +32,20 @@ def has_teacher(teacher_model: TeacherModel | None, args: Any) -> bool:
     Raises:
         ValueError: If they name two in different ways.
     """
-    if not isinstance(args, DistillConfig) or args.teacher_adapter_name is None:
+    if not isinstance(args, DistillConfig):
         return teacher_model is not None
-    if teacher_model is not None:
+    by_server, by_adapter = args.teacher_model_server_url is not None, args.teacher_adapter_name is not None
+    if by_adapter and (by_server or teacher_model is not None):
         raise ValueError(
-            "`teacher_adapter_name` makes the student's own base model the teacher: leave out `teacher_model`, or it."
+            "`teacher_adapter_name` makes the student's own base model the teacher: leave out `teacher_model` and "
+            "`teacher_model_server_url`, or it."
         )
-    return True
+    if by_server and not (teacher_model is None or isinstance(teacher_model, str)):
+        raise ValueError(
+            "With `teacher_model_server_url` the server runs the teacher: leave out `teacher_model`, or give the path "
+            "or hub id of the checkpoint that the server runs."
+        )
+    return by_server or by_adapter or teacher_model is not None
 
 
 def make_teachers(trainer: GRPOTrainer, teacher_model: TeacherModel | None) -> dict[str, Teacher]:
@@ -36,11 +53,15 @@ def make_teachers(trainer: GRPOTrainer, teacher_model: TeacherModel | None) -> d
     Teachers by name, loaded, checked against the student and prepared for its devices.
 
     Raises:
+        TeacherServerError: If there is no teacher server at the address given, or it is of no use.
         ValueError: For a teacher that shares what is trained, another vocabulary, a dataset that names none.
     """
-    adapter_name = trainer.args.teacher_adapter_name
-    if adapter_name is not None:
-        return {adapter_name: AdapterTeacher(trainer.model, trainer.accelerator, adapter_name)}
+    args = trainer.args
+    if args.teacher_adapter_name is not None:
+        adapter_teacher = AdapterTeacher(trainer.model, trainer.accelerator, args.teacher_adapter_name)
+        return {args.teacher_adapter_name: adapter_teacher}
+    if args.teacher_model_server_url is not None:
+        return {"teacher": _server_teacher(trainer, teacher_model)}
     if not isinstance(teacher_model, dict):
         return {"teacher": _local_teacher(trainer, teacher_model)}
     if not teacher_model:
@@ -84,3 +105,37 @@ def _local_teacher(trainer: GRPOTrainer, model: str | PreTrainedModel) -> LocalT
     if trainer.is_deepspeed_enabled:
         return LocalTeacher(prepare_deepspeed(teacher, accelerator), accelerator)
     return LocalTeacher(accelerator.prepare_model(teacher, evaluation_mode=True), accelerator)
+
+
+def _server_teacher(trainer: GRPOTrainer, model: str | None) -> ServerTeacher:
+    args = trainer.args
+    remote = RemoteTeacher(
+        args.teacher_model_server_url,
+        args.teacher_model_server_api_key,
+        model=model,
+        revision=args.teacher_model_revision,
+        timeout=args.teacher_model_server_timeout,
+        max_wait=args.teacher_model_server_max_wait,
+    )
+    student = base_model(trainer.accelerator.unwrap_model(trainer.model))
+    check_vocabulary(student, trainer._tokenizer, remote.config)
+    if args.max_completion_length >= remote.max_model_len:
+        raise ValueError(
+            f"`max_completion_length={args.max_completion_length}` leaves no room for a prompt in the teacher server's "
+            f"{remote.max_model_len} tokens. Start it with a larger `--max-model-len`."
+        )
+    if remote.exact:
+        return ServerTeacher(remote, trainer.accelerator)
+    if trainer._needs_divergence:
+        raise ValueError(
+            f"The teacher server at {remote.url} gives log-probabilities of tokens only, and {type(trainer).__name__} "
+            "with these arguments needs the divergence over the full vocabulary. Start a server that gives it: "
+            f"{EXACT_SERVER_COMMAND}. Or use `ConstrainedDistillTrainer` with `cost='log_ratio'` or 'teacher_nll', "
+            "`violation_distill_coef=0` and a `cost_limit` that is a number."
+        )
+    if args.temperature != 1.0 or args.teacher_prob_floor > 0:
+        raise ValueError(
+            f"The teacher server at {remote.url} gives log-probabilities at temperature 1 and no more. Set "
+            f"`temperature=1.0` and `teacher_prob_floor=0`, or start an exact server: {EXACT_SERVER_COMMAND}"
+        )
+    return ServerTeacher(remote, trainer.accelerator)

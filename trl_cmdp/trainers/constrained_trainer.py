@@ -70,6 +70,11 @@ class ConstrainedDistillTrainer(DistillTrainer):
     }
 
     @property
+    def _needs_divergence(self) -> bool:
+        args = self.args
+        return args.cost == "divergence" or args.violation_distill_coef > 0 or args.cost_limit == "auto"
+
+    @property
     def _needs_log_probs(self) -> bool:
         return self.args.cost != "divergence"
 

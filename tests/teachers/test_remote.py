@@ -1,0 +1,648 @@
+"""A remote teacher against a server that answers as vLLM does, or as it should not."""
+
+import json
+import logging
+import random
+import socket
+import threading
+import time
+from contextlib import suppress
+
+import pytest
+import torch
+from fake_vllm import DTYPES, KEY, FakeServer, always, fail_first, serving
+from helpers import make_teacher
+from test_heads import MODELS, build
+from transformers import PhiConfig, PhiForCausalLM
+
+from trl_cmdp.core import token_divergence
+from trl_cmdp.core.lower_bound import top_k_divergence_lower_bound
+from trl_cmdp.teachers import _checkpoint as checkpoint
+from trl_cmdp.teachers import head_divergence, lm_head
+from trl_cmdp.teachers._checkpoint import load_config, load_head
+from trl_cmdp.teachers._server import TeacherServer, TeacherServerError
+from trl_cmdp.teachers.remote import RemoteTeacher
+
+
+SEQUENCES = [[2, 3, 4, 5, 6], [7, 8], [9, 10, 11, 12, 13, 14, 15, 3, 2], [4, 4, 4]]
+NUM_LAST = [3, 1, 8, 0]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_teacher().eval()
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("teacher"))
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def pooling(model, folder):
+    with serving(FakeServer(model, folder, key=KEY)) as server:
+        yield server
+
+
+@pytest.fixture
+def completions(model, folder):
+    with serving(FakeServer(model, folder, "v1/completions")) as server:
+        yield server
+
+
+def connect(server, **kwargs):
+    return RemoteTeacher(server.url, server.key, **{"max_wait": 5, "timeout": 5, **kwargs})
+
+
+@torch.no_grad()
+def expected_hidden(model, sequence, count):
+    hidden = model.base_model(torch.tensor([sequence])).last_hidden_state[0]
+    return hidden[len(sequence) - count - 1 : -1]
+
+
+def assert_right(teacher, model):
+    hidden = teacher.hidden_states(SEQUENCES, NUM_LAST)
+    for values, sequence, count in zip(hidden, SEQUENCES, NUM_LAST, strict=True):
+        assert values.shape == (count, model.config.hidden_size)
+        torch.testing.assert_close(values, expected_hidden(model, sequence, count))
+
+
+# --------------------------------------------------------------------------------------------------------- exact teacher
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_hidden_states_of_uneven_sequences(folder, dtype):
+    model = make_teacher(dtype=dtype).eval()
+    with serving(FakeServer(model, folder)) as server:
+        teacher = connect(server)
+        assert teacher.exact
+        assert teacher.dtype == teacher.head.weight.dtype == dtype
+        assert teacher.vocab_size == model.config.vocab_size
+        assert teacher.config.name_or_path == folder
+        for values, sequence, count in zip(
+            teacher.hidden_states(SEQUENCES, NUM_LAST), SEQUENCES, NUM_LAST, strict=True
+        ):
+            assert values.dtype == dtype
+            torch.testing.assert_close(values, expected_hidden(model, sequence, count), rtol=1e-2, atol=1e-2)
+        paths = [path for path, payload, _ in server.requests if payload and payload["encoding_format"] != "float"]
+        assert len(paths) == 1 + 3  # the probe, and nothing for the sequence of which nothing is asked
+
+
+def test_exact_divergence_equals_the_local_one(pooling, model):
+    teacher = connect(pooling)
+    student_hidden = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
+    student_head = lm_head(make_teacher(seed=2))
+    local = torch.cat([expected_hidden(model, *pair) for pair in zip(SEQUENCES, NUM_LAST, strict=True)])
+    remote = torch.cat(teacher.hidden_states(SEQUENCES, NUM_LAST))
+    _, expected = head_divergence(student_hidden, student_head, local, lm_head(model), temperature=0.7)
+    _, costs = head_divergence(student_hidden, student_head, remote, teacher.head, temperature=0.7)
+    torch.testing.assert_close(costs, expected)
+
+
+def test_order_is_kept_under_concurrency(pooling, model):
+    def slow(handler, payload):
+        time.sleep(0.02 * random.random())
+        return False
+
+    teacher = connect(pooling, concurrency=8)
+    pooling.fault = slow
+    sequences = [[2 + index % 14, 2 + index // 14, 5] for index in range(60)]
+    for values, sequence in zip(teacher.hidden_states(sequences, [2] * 60), sequences, strict=True):
+        torch.testing.assert_close(values, expected_hidden(model, sequence, 2))
+    assert teacher.hidden_states([], []) == []
+
+
+def test_a_sequence_that_just_fits(pooling, model):
+    teacher = connect(pooling)
+    sequence = [2 + index % 14 for index in range(33)]  # its last token is not sent
+    torch.testing.assert_close(teacher.hidden_states([sequence], [32])[0], expected_hidden(model, sequence, 32))
+    with pytest.raises(ValueError, match="max_model_len 32"):
+        teacher.hidden_states([[*sequence, 2]], [1])
+    for count in (-1, 33):
+        with pytest.raises(ValueError, match="`num_last`"):
+            teacher.hidden_states([sequence], [count])
+
+
+# ------------------------------------------------------------------------------------------------ log-probabilities only
+
+
+@torch.no_grad()
+def test_log_probs_and_top_k(completions, model):
+    teacher = connect(completions)
+    assert not teacher.exact
+    assert teacher.head is None
+    log_probs = teacher.log_probs(SEQUENCES, NUM_LAST)
+    top_k = teacher.top_k(SEQUENCES, NUM_LAST, 4)
+    student = make_teacher(seed=3)
+    for sequence, count, logps, (token_ids, likely) in zip(SEQUENCES, NUM_LAST, log_probs, top_k, strict=True):
+        positions = slice(len(sequence) - count - 1, -1)
+        teacher_logits = model(torch.tensor([sequence])).logits[0, positions]
+        expected = teacher_logits.log_softmax(-1)
+        own = torch.tensor(sequence)[len(sequence) - count :, None]
+        torch.testing.assert_close(logps, expected.gather(-1, own)[:, 0])
+        torch.testing.assert_close(likely, expected.topk(4).values)
+        torch.testing.assert_close(likely, expected.gather(-1, token_ids))
+        student_logits = student(torch.tensor([sequence])).logits[0, positions]
+        bound = top_k_divergence_lower_bound(student_logits.log_softmax(-1).gather(-1, token_ids), likely)
+        assert (bound <= token_divergence(student_logits, teacher_logits) + 1e-5).all()
+
+
+def test_what_a_server_cannot_do_is_said(completions, pooling):
+    with pytest.raises(ValueError, match="--runner pooling"):
+        connect(completions).hidden_states([[2, 3]], [1])
+    with pytest.raises(ValueError, match="temperature 1 only"):
+        connect(completions).log_probs([[2, 3]], [1], temperature=0.9)
+    with pytest.raises(ValueError, match="`k`"):
+        connect(completions).top_k([[2, 3]], [1], 0)
+    with pytest.raises(ValueError, match="max_model_len"):
+        connect(completions).log_probs([[2] * 32], [1])
+    with pytest.raises(ValueError, match="returns hidden states"):
+        connect(pooling).log_probs([[2, 3]], [1])
+
+
+@pytest.mark.parametrize(
+    ("position", "match"),
+    [
+        ({"2": {"logprob": 3.5}}, "raw_logits"),
+        ({"99": {"logprob": -1.0}, "2": {"logprob": -1.0}}, "beyond the vocabulary"),
+        ({"5": {"logprob": -1.0}}, "the sequence's own"),
+        ({"2": {"logprob": None}}, "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_log_probs_that_cannot_be_right(completions, position, match):
+    teacher = connect(completions)
+    completions.fault = always(200, {"choices": [{"prompt_logprobs": [None, position]}]})
+    with pytest.raises(TeacherServerError, match=match):
+        teacher.log_probs([[2, 2]], [1])
+
+
+# ------------------------------------------------------------------------------------------------------- coming and going
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_tries_again_while_the_server_has_trouble(pooling, model, status):
+    teacher = connect(pooling, max_wait=20)
+    pooling.fault = fail_first(5, status)
+    assert_right(teacher, model)
+
+
+def cut_body(handler):
+    handler.send(200, b"\0" * 40, length=200)
+
+
+def cut_chunks(handler):
+    handler.protocol_version = "HTTP/1.1"
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    handler.wfile.write(b"20\r\n" + b"\0" * 10)
+
+
+def cut_header(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Le")
+
+
+def cut_at_once(handler):
+    pass
+
+
+@pytest.mark.parametrize("cut", [cut_body, cut_chunks, cut_at_once, cut_header])
+def test_tries_again_when_the_connection_is_cut(pooling, model, cut):
+    left = iter(range(3))
+
+    def fault(handler, payload):
+        if next(left, None) is None:
+            return False
+        cut(handler)
+        handler.close_connection = True
+        return True
+
+    teacher = connect(pooling, max_wait=20)
+    pooling.fault = fault
+    assert_right(teacher, model)
+
+
+def test_goes_on_after_a_restart(model, folder, caplog):
+    with serving(FakeServer(model, folder)) as server:
+        teacher = connect(server, max_wait=20)
+        assert_right(teacher, model)
+        port = server.server_port
+    results = []
+    waiting = threading.Thread(target=lambda: results.append(teacher.hidden_states(SEQUENCES, NUM_LAST)))
+    state = random.getstate()
+    with caplog.at_level(logging.WARNING):
+        waiting.start()
+        time.sleep(0.7)
+        assert not results
+        with serving(FakeServer(model, folder, port=port)):
+            waiting.join(timeout=20)
+            assert_right(teacher, model)
+    for values, sequence, count in zip(results[0], SEQUENCES, NUM_LAST, strict=True):
+        torch.testing.assert_close(values, expected_hidden(model, sequence, count))
+    assert random.getstate() == state  # training must not depend on an outage
+    warnings = [record.message for record in caplog.records if "Waiting for the teacher server" in record.message]
+    assert len(warnings) == 1  # not one per thread
+    assert "Connection refused" in warnings[0]
+
+
+def test_gives_up_with_one_error_that_says_what_to_do(model, folder):
+    with serving(FakeServer(model, folder)) as server:
+        teacher = connect(server, max_wait=0.5)
+    start = time.monotonic()
+    with pytest.raises(TeacherServerError, match="resume_from_checkpoint") as caught:
+        teacher.hidden_states(SEQUENCES * 30, NUM_LAST * 30)
+    assert time.monotonic() - start < 2  # once, not once per sequence
+    assert server.url in str(caught.value)
+    assert "Connection refused" in str(caught.value)
+    assert isinstance(caught.value, RuntimeError)
+    assert caught.value.__suppress_context__  # not a chain of them
+
+
+def test_a_silent_server_and_a_slow_body_end_too(pooling):
+    def trickle(handler, payload):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "192")
+        handler.end_headers()
+        with suppress(OSError):
+            for _ in range(100):
+                handler.wfile.write(b"\0")
+                time.sleep(0.05)
+        return True
+
+    teacher = connect(pooling, timeout=0.3, max_wait=0)
+    for fault in (lambda handler, payload: time.sleep(1) or True, trickle):
+        pooling.fault = fault
+        start = time.monotonic()
+        with pytest.raises(TeacherServerError, match="TimeoutError"):
+            teacher.hidden_states([[2, 3, 4, 5, 6]], [1])
+        assert time.monotonic() - start < 0.9
+
+
+@pytest.mark.parametrize(
+    ("fault", "match"),
+    [
+        (always(200, b"\0" * 10), "10 bytes where 4 hidden states"),
+        (always(200, b"\0" * 10_000), "more than the 192 bytes"),
+        (always(400, {"error": {"message": "no such thing"}}), "no such thing"),
+        (always(404, b"<html>"), "HTTP 404"),
+        (always(401, b""), "does not accept the API key"),
+    ],
+)
+def test_what_no_retry_would_mend_is_an_error_at_once(pooling, fault, match):
+    teacher = connect(pooling, concurrency=1)
+    pooling.fault, before = fault, len(pooling.requests)
+    with pytest.raises(TeacherServerError, match=match):
+        teacher.hidden_states([[2, 3, 4, 5, 6]], [1])
+    assert len(pooling.requests) == before + 1
+
+
+def test_unending_body_is_not_read(pooling):
+    sent = []
+
+    def endless(handler, payload):
+        handler.send_response(200)
+        handler.end_headers()
+        with suppress(OSError):
+            while len(sent) < 10_000:
+                handler.wfile.write(b"\0" * 2**16)
+                sent.append(2**16)
+        return True
+
+    teacher = connect(pooling)
+    pooling.fault = endless
+    with pytest.raises(TeacherServerError, match="more than the 192 bytes"):
+        teacher.hidden_states([[2, 3, 4, 5, 6]], [1])
+    time.sleep(0.1)
+    assert sum(sent) < 2**25
+
+
+# ------------------------------------------------------------------------------------------------------------- the secret
+
+
+def test_a_redirect_is_not_followed(pooling):
+    teacher = connect(pooling)
+    with serving(FakeServer(pooling.model, "", key=KEY)) as other:
+        for status in (301, 302, 307, 308):
+            pooling.fault = always(status, b"", headers=[("Location", other.url + "/pooling")])
+            with pytest.raises(TeacherServerError, match="redirects elsewhere"):
+                teacher.hidden_states([[2, 3]], [1])
+        assert other.requests == []
+
+
+def test_proxies_of_the_environment_never_see_a_request(pooling, model, monkeypatch):
+    with serving(FakeServer(model, "")) as proxy:
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, proxy.url)
+        assert_right(connect(pooling), model)
+        assert proxy.requests == []
+
+
+def quote_status(handler, payload):
+    handler.wfile.write(f"{KEY}\r\n\r\n".encode())
+    return True
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        always(400, {"error": {"message": f"{'x' * 285} {KEY} is not for you"}}),
+        always(503, {"error": f"Bearer {KEY}"}),
+        always(401, KEY.encode()),
+        always(200, {"choices": [{"prompt_logprobs": [None, {KEY: {"logprob": -1.0}}]}]}),
+        always(200, {"choices": [{"prompt_logprobs": [None, {"x" * 190 + KEY: {"logprob": -1.0}}]}]}),
+        quote_status,
+    ],
+)
+def test_the_key_is_in_no_text(completions, folder, model, fault, caplog):
+    completions.key = KEY
+    teacher = connect(completions, max_wait=0.2)
+    assert KEY not in repr(teacher)
+    assert KEY not in repr(teacher._server)
+    completions.fault = fault
+    with caplog.at_level(logging.DEBUG), pytest.raises(TeacherServerError) as caught:
+        teacher.log_probs([[2, 3]], [1])
+    error = caught.value
+    while error is not None:
+        assert KEY[:9] not in str(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    assert KEY not in caplog.text
+
+
+def test_the_key_is_sent_as_a_bearer_token(pooling):
+    connect(pooling)
+    assert {headers["Authorization"] for _, _, headers in pooling.requests} == {f"Bearer {KEY}"}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "localhost:8000",
+        "ftp://host",
+        "http://",
+        "http://host:port",
+        "http://host/?a=b",
+        "http://host/a b",
+        "//host",
+    ],
+)
+def test_urls_that_cannot_be_used(url):
+    with pytest.raises(ValueError, match="must look like"):
+        TeacherServer(url)
+
+
+def test_credentials_have_no_place_in_a_url_and_are_not_repeated():
+    for url in (f"http://user:{KEY}@host:8000", f"http://{KEY}@host:8000", f"http://:{KEY}@host:x"):
+        with pytest.raises(ValueError, match="API key") as caught:
+            TeacherServer(url)
+        assert KEY not in str(caught.value)
+
+
+def test_a_key_that_no_header_can_carry_is_not_repeated():
+    for key in (f"{KEY}\n", f"{KEY} ", f"{KEY}é", ""):
+        with pytest.raises(ValueError, match="printable ASCII") as caught:
+            TeacherServer("http://host:8000", key)
+        assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "kept"),
+    [
+        ("http://host:8000/", "http://host:8000"),
+        ("https://host/v1/", "https://host"),
+        ("http://[::1]:8000/teacher/v1", "http://[::1]:8000/teacher"),
+    ],
+)
+def test_urls_may_end_as_openai_clients_write_them(url, kept):
+    assert TeacherServer(url).url == kept
+
+
+# ---------------------------------------------------------------------------------------------------- what the server is
+
+
+def test_nothing_listening_says_what_to_start():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(TeacherServerError, match=r"Connection refused.*vllm serve MODEL --runner pooling"):
+            RemoteTeacher(url)
+
+
+def test_wrong_or_missing_key(pooling):
+    with pytest.raises(TeacherServerError, match="does not accept the API key"):
+        RemoteTeacher(pooling.url, "another")
+    with pytest.raises(TeacherServerError, match="needs an API key"):
+        RemoteTeacher(pooling.url)
+
+
+@pytest.mark.parametrize(
+    "models",
+    [{}, [], None, {"data": []}, {"data": [{"id": "x"}]}, {"data": [{"id": 1, "root": "r", "max_model_len": 3}]}],
+)
+def test_another_kind_of_server(pooling, models):
+    pooling.models = models
+    with pytest.raises(TeacherServerError, match="is not a vLLM server"):
+        connect(pooling)
+
+
+def test_a_web_server_is_no_teacher(pooling):
+    pooling.fault = always(404, b"<html>not here</html>")
+    with pytest.raises(TeacherServerError, match="is not a vLLM server"):
+        connect(pooling)
+    pooling.fault = always(200, b"<html>welcome</html>")
+    with pytest.raises(TeacherServerError, match="not JSON"):
+        connect(pooling)
+
+
+def only_pooling(status, content):
+    return lambda handler, payload: handler.path == "/pooling" and (handler.send(status, content) or True)
+
+
+@pytest.mark.parametrize(
+    ("fault", "match"),
+    [
+        (only_pooling(400, {"error": {"message": "--pooler-config.task embed"}}), "--pooler-config.task embed"),
+        (only_pooling(200, {"data": [{"data": [0.1] * 12}]}), "shape 12"),
+        (only_pooling(200, {"data": [{"data": [[0.1] * 12]}]}), "shape 1×12"),
+        (only_pooling(200, {"data": [{"data": [[12**-0.5] * 12] * 3}]}), "normalised"),
+        (only_pooling(200, {"data": [{"data": [[0.7] * 16] * 3}]}), "different models"),
+        (only_pooling(200, {"data": "nothing"}), "shape 0"),
+        (only_pooling(200, {"data": [{"data": [[1, 2], [3]]}]}), "shape 0"),
+    ],
+)
+def test_a_pooling_server_of_another_kind(pooling, fault, match):
+    pooling.fault = fault
+    with pytest.raises(TeacherServerError, match=match):
+        connect(pooling)
+
+
+def test_a_server_that_gives_neither(pooling):
+    pooling.route = "v1/chat/completions"
+    with pytest.raises(TeacherServerError, match="neither hidden states"):
+        connect(pooling)
+
+
+def test_a_checkpoint_that_is_not_here(pooling, folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pooling.models["data"][0]["root"] = "/on/the/server"
+    with pytest.raises(ValueError, match="config cannot be read from '/on/the/server'"):
+        connect(pooling)
+    assert connect(pooling, model=folder).exact
+
+
+# ------------------------------------------------------------------------------------------------------------------- fuzz
+
+
+def random_response(generator):
+    """Bytes of a response: noise, or one of the right kind with something wrong."""
+    noise = bytes(generator.randrange(256) for _ in range(generator.randrange(200)))
+    values = [
+        None,
+        True,
+        -1,
+        1e400,
+        "x",
+        [],
+        {},
+        [[]],
+        [[1.0] * 12] * 3,
+        noise.decode("latin-1"),
+        10**400,
+        float("nan"),
+    ]
+
+    def value(depth):
+        if depth == 0 or generator.random() < 0.3:
+            return generator.choice(values)
+        names = ["data", "choices", "prompt_logprobs", "id", "root", "max_model_len", "logprob", "2", "3"]
+        if generator.random() < 0.5:
+            return [value(depth - 1) for _ in range(generator.randrange(4))]
+        return {generator.choice(names): value(depth - 1) for _ in range(generator.randrange(5))}
+
+    body = generator.choice(
+        [
+            noise,
+            json.dumps(value(5)).encode(),
+            json.dumps({"choices": [{"prompt_logprobs": [None, None, value(3)]}]}).encode(),
+            b"[" * 100_000,
+            b'{"data": [{"data": [[' + b"9" * 6000 + b"]]}]}",
+        ]
+    )
+    status = generator.choice(
+        [b"200 OK"] * 6 + [b"204 x", b"206 x", b"400 x", b"500 x", b"999 x", b"-1 x", noise[:20]]
+    )
+    header = generator.choice(
+        [
+            b"Content-Length: %d" % len(body),
+            b"Content-Length: %d" % (len(body) + 7),
+            b"Content-Length: -5",
+            b"Transfer-Encoding: chunked",
+            b"Transfer-Encoding: chunked\r\n\r\n-5",
+            b"X: " + noise,
+            b"X: " + b"y" * 70_000,
+            b"X: y\r\n" * 120,
+        ]
+    )
+    if generator.random() < 0.1:
+        return noise
+    return b"HTTP/1.1 " + status + b"\r\n" + header + b"\r\n\r\n" + body
+
+
+def test_nothing_but_a_teacher_server_error_comes_of_random_answers(pooling, completions):
+    generator = random.Random(0)
+
+    def fault(handler, payload):
+        with suppress(OSError):
+            handler.wfile.write(random_response(generator))
+        return True
+
+    teachers = [connect(server, max_wait=0, timeout=2) for server in (pooling, completions)]
+    pooling.fault = completions.fault = fault
+    calls = [
+        lambda: teachers[0].hidden_states([[2, 3, 2]], [2]),
+        lambda: teachers[1].log_probs([[2, 3, 2]], [1]),
+        lambda: teachers[1].top_k([[2, 3, 2]], [1], 1),
+        lambda: connect(pooling, max_wait=0, timeout=2),
+    ]
+    for index in range(400):
+        with suppress(TeacherServerError):
+            calls[index % 4]()
+    # And past the first answer.
+    pooling.fault = lambda handler, payload: handler.path == "/pooling" and fault(handler, payload)
+    completions.fault = lambda handler, payload: handler.path != "/v1/models" and fault(handler, payload)
+    for index in range(200):
+        with suppress(TeacherServerError):
+            connect((pooling, completions)[index % 2], max_wait=0, timeout=2)
+
+
+# --------------------------------------------------------------------------------------------------------------- the head
+
+
+HEADS = {
+    **MODELS,
+    "phi bias": lambda: PhiForCausalLM(
+        PhiConfig(vocab_size=11, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    ),
+}
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "2KB"])
+@pytest.mark.parametrize("name", HEADS)
+def test_head_alone_is_the_loaded_models_head(name, shard_size, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, name, HEADS[name])
+    model = build(name).to(torch.bfloat16)
+    if model.get_output_embeddings().bias is not None:
+        model.get_output_embeddings().bias.data.normal_()
+    model.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard_size == "2KB")
+    head, expected = load_head(str(tmp_path), load_config(str(tmp_path))), lm_head(model)
+    assert head.weight.dtype == torch.bfloat16
+    assert torch.equal(head.weight, expected.weight)
+    assert (head.bias is None) == (expected.bias is None)
+    assert head.bias is None or torch.equal(head.bias, expected.bias)
+    assert head.logit_scale == expected.logit_scale
+    assert head.final_logit_softcapping == expected.final_logit_softcapping
+
+
+def test_only_the_heads_shard_is_fetched(tmp_path, monkeypatch):
+    model = build("llama")
+    model.save_pretrained(tmp_path, max_shard_size="2KB")
+    weight_map = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    fetched = []
+
+    def download(repo, name, revision):
+        assert (repo, revision) == ("org/teacher", "abc")
+        fetched.append(name)
+        if not (tmp_path / name).exists():
+            raise checkpoint.EntryNotFoundError(name)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(checkpoint, "hf_hub_download", download)
+    head = load_head("org/teacher", model.config, "abc")
+    assert torch.equal(head.weight, model.lm_head.weight)
+    assert set(fetched) == {"model.safetensors.index.json", weight_map["lm_head.weight"]}
+    assert len(set(weight_map.values())) > 2
+
+
+def test_pickled_weights_and_remote_code_are_refused(tmp_path):
+    model = build("llama")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="no safetensors"):
+        load_head(str(tmp_path), model.config)
+    settings = {"model_type": "novel", "auto_map": {"AutoConfig": "code.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "code.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ValueError, match="config cannot be read"):
+        load_config(str(tmp_path))
+
+
+def test_a_checkpoint_without_a_head_that_fits(tmp_path):
+    model = build("llama")
+    model.save_pretrained(tmp_path)
+    model.config.vocab_size += 1
+    with pytest.raises(ValueError, match=r"of shape \(12, 16\)"):
+        load_head(str(tmp_path), model.config)

@@ -1,0 +1,341 @@
+"""Training with the teacher behind a server: the same numbers as with the teacher in this process, or a clear error."""
+
+import shutil
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fake_vllm import KEY, FakeServer, fail_first, serving
+from helpers import (
+    capture_rollouts,
+    history,
+    loss_and_gradients,
+    make_model,
+    make_rows,
+    make_teacher,
+    make_tokenizer,
+    make_trainer,
+    micro_batches,
+    random_completions,
+    relative_error,
+    scripted,
+    weights,
+)
+from transformers import TrainerCallback
+
+from trl_cmdp import ConstrainedDistillTrainer, GKDDistillTrainer, LagrangianDistillTrainer, MiniLLMDistillTrainer
+from trl_cmdp.teachers import TeacherServerError
+
+
+LIMIT = 2.4  # about half of the scripted rollouts violate it
+LOG_PROBS_ONLY = {"cost": "log_ratio", "violation_distill_coef": 0.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher")
+    make_teacher().save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def exact_server(folder):
+    with serving(FakeServer(make_teacher().eval(), folder, key=KEY)) as server:
+        yield server
+
+
+@pytest.fixture
+def completion_server(folder):
+    with serving(FakeServer(make_teacher().eval(), folder, "v1/completions")) as server:
+        yield server
+
+
+def build(tmp_path, server, trainer_class=ConstrainedDistillTrainer, *, trainer_kwargs=None, **kwargs):
+    """Trainer on scripted rollouts. Without a server the same teacher is in this process."""
+    if server is None:
+        trainer_kwargs = {"teacher_model": make_teacher(), **(trainer_kwargs or {})}
+    else:
+        kwargs = {"teacher_model_server_url": server.url, "teacher_model_server_api_key": server.key, **kwargs}
+    return make_trainer(
+        tmp_path,
+        trainer_class,
+        model=make_model(spread=0.4),
+        trainer_kwargs={"rollout_func": scripted(random_completions(8)), **(trainer_kwargs or {})},
+        **{
+            "cost_limit": LIMIT,
+            "gradient_accumulation_steps": 2,
+            "teacher_model_server_timeout": 5,
+            "teacher_model_server_max_wait": 2,
+            **kwargs,
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "settings"),
+    [
+        (ConstrainedDistillTrainer, {}),
+        (ConstrainedDistillTrainer, {"teacher_hidden_memory_mb": 1e-6, "temperature": 0.7, "teacher_beta": 0.5}),
+        (ConstrainedDistillTrainer, {"cost": "teacher_nll", "cost_scope": "worst_prefix", "cost_limit": 4.0}),
+        (LagrangianDistillTrainer, {"multiplier": "dual"}),
+        (GKDDistillTrainer, {"teacher_prob_floor": 1e-3}),
+        (MiniLLMDistillTrainer, {"teacher_mixed_alpha": 0.0}),
+    ],
+    ids=["constrained", "recomputed", "teacher_nll", "dual", "gkd", "minillm"],
+)
+def test_exact_server_is_the_local_teacher(tmp_path, monkeypatch, exact_server, trainer_class, settings):
+    """Costs, loss and gradients of every method."""
+    results = []
+    for server in (None, exact_server):
+        trainer = build(tmp_path, server, trainer_class, **settings)
+        captured = capture_rollouts(trainer, monkeypatch)
+        batches = micro_batches(trainer, make_rows(8))
+        results.append((captured[0], *loss_and_gradients(trainer, batches)))
+    (local, local_loss, local_gradients), (remote, remote_loss, remote_gradients) = results
+    assert local.costs.max() > 0.1
+    torch.testing.assert_close(remote.costs, local.costs, rtol=1e-5, atol=1e-5)
+    assert remote_loss == pytest.approx(local_loss, rel=1e-5, abs=1e-7)
+    assert relative_error(remote_gradients, local_gradients) < 1e-5
+
+
+def test_tool_tokens_are_not_scored(tmp_path, monkeypatch, exact_server):
+    """Tokens that the student did not write are sent, as the teacher must read them, and not asked about."""
+    completions = random_completions(8)
+    env_mask = [[index % 3 != 1 for index, _ in enumerate(completion)] for completion in completions]
+    costs = []
+    for server in (None, exact_server):
+        trainer = build(tmp_path, server, trainer_kwargs={"rollout_func": scripted(completions, env_mask)})
+        captured = capture_rollouts(trainer, monkeypatch)
+        micro_batches(trainer, make_rows(8))
+        costs.append(captured[0].costs[captured[0].mask])
+    assert 0 < len(costs[0]) < sum(map(len, completions))
+    torch.testing.assert_close(costs[1], costs[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cost", ["log_ratio", "teacher_nll"])
+def test_completion_server(tmp_path, monkeypatch, completion_server, cost):
+    """Sampled costs and advantages are those of the teacher in this process; nothing claims to be a divergence."""
+    settings = {"cost": cost, "violation_distill_coef": 0.0, "cost_limit": 1.0}
+    results = []
+    for server in (None, completion_server):
+        trainer = build(tmp_path, server, **settings)
+        captured = capture_rollouts(trainer, monkeypatch)
+        batches = micro_batches(trainer, make_rows(8))
+        results.append((captured[0], trainer._signal(captured[0]).advantages, loss_and_gradients(trainer, batches)))
+    local, remote = results
+    assert remote[0].costs is None
+    torch.testing.assert_close(remote[0].teacher_logps, local[0].teacher_logps, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(remote[0].student_logps, local[0].student_logps, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(remote[1], local[1], rtol=1e-4, atol=1e-5)
+    assert relative_error(remote[2][1], local[2][1]) < 1e-4
+
+
+def test_lower_bound_is_logged_and_below_the_divergence(tmp_path, completion_server):
+    bounds = []
+    for k in (1, 5, 16):
+        trainer = build(tmp_path, completion_server, **LOG_PROBS_ONLY, teacher_model_server_top_k=k, max_steps=1)
+        trainer.train()
+        assert not history(trainer, "teacher/divergence")
+        bounds.append(history(trainer, "teacher/divergence_lower_bound")[0])
+    local = build(tmp_path, None, max_steps=1)
+    local.train()
+    exact = history(local, "teacher/divergence")[0]
+    assert 0 < bounds[0] < bounds[1] < bounds[2]
+    assert bounds[2] == pytest.approx(exact, rel=1e-5)  # all 16 tokens of the vocabulary
+    assert bounds[1] < exact
+
+
+class AtStep(TrainerCallback):
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+def restarted(server, folder):
+    """The same address, after a while."""
+    port = server.server_port
+    server.shutdown()
+    server.server_close()
+    other = FakeServer.__new__(FakeServer)
+
+    def start():
+        time.sleep(1.0)
+        FakeServer.__init__(other, make_teacher().eval(), folder, key=KEY, port=port)
+        other.serve_forever(0.01)
+
+    threading.Thread(target=start, daemon=True).start()
+    return other
+
+
+def train(tmp_path, server, action=None, **kwargs):
+    callbacks = [] if action is None else [AtStep(2, action)]
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "teacher_model_server_max_wait": 10}
+    return build(tmp_path, server, trainer_kwargs={"callbacks": callbacks}, **{**settings, **kwargs})
+
+
+def test_training_goes_on_after_the_server_was_away(tmp_path, folder, exact_server):
+    """Killed between two steps and started again, or failing for a while: the weights are those of a quiet run."""
+    quiet = train(tmp_path / "quiet", exact_server)
+    quiet.train()
+
+    def fail():
+        exact_server.fault = fail_first(3, 503)
+
+    failing = train(tmp_path / "failing", exact_server, fail)
+    failing.train()
+    others = []
+    killed = train(tmp_path / "killed", exact_server, lambda: others.append(restarted(exact_server, folder)))
+    killed.train()
+    others[0].shutdown()
+    assert others[0].requests
+    for trainer in (failing, killed):
+        assert relative_error(weights(trainer), weights(quiet)) < 1e-6
+
+
+def test_a_server_that_is_gone_ends_training_with_a_whole_checkpoint(tmp_path, folder):
+    """One error that says what to do; the last checkpoint resumes to the weights of the run never interrupted."""
+    server = FakeServer(make_teacher().eval(), folder, key=KEY)
+    with serving(server):
+        quiet = train(tmp_path / "quiet", server)
+        quiet.train()
+
+    server = FakeServer(make_teacher().eval(), folder, key=KEY)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+
+    def kill():
+        server.shutdown()
+        server.server_close()
+
+    broken = train(tmp_path / "broken", server, kill, teacher_model_server_max_wait=1)
+    with pytest.raises(TeacherServerError, match=r"did not answer for .* resume with") as error:
+        broken.train()
+    assert KEY not in str(error.value)
+    assert (tmp_path / "broken" / "checkpoint-2").is_dir()
+    with serving(FakeServer(make_teacher().eval(), folder, key=KEY)) as server:
+        resumed = train(tmp_path / "broken", server)
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert relative_error(weights(resumed), weights(quiet)) < 1e-6
+
+
+def test_the_key_is_written_nowhere(tmp_path, caplog, capfd, exact_server):
+    """Not in a checkpoint, the arguments, a card, a log, or what is printed."""
+    trainer = train(tmp_path, exact_server, report_to=["tensorboard"] if has_tensorboard() else [])
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    trainer.create_model_card()
+    args = trainer.args
+    texts = [repr(args), str(args), args.to_json_string(), caplog.text, *capfd.readouterr(), repr(trainer.teachers)]
+    assert not [text for text in texts if KEY in text]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.bin" for path in files)
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+    assert any(headers.get("Authorization") == f"Bearer {KEY}" for _, _, headers in exact_server.requests)
+
+
+def has_tensorboard():
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class TestBadInput:
+    def test_nothing_listens(self, tmp_path):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        with pytest.raises(TeacherServerError, match="vllm serve MODEL --runner pooling"):
+            make_trainer(tmp_path, teacher_model_server_url=url)
+
+    def test_wrong_key(self, tmp_path, exact_server):
+        with pytest.raises(TeacherServerError, match="does not accept the API key"):
+            build(tmp_path, exact_server, teacher_model_server_api_key="another")
+
+    def test_another_vocabulary(self, tmp_path, exact_server):
+        with pytest.raises(ValueError, match="different tokenizers"):
+            make_trainer(
+                tmp_path,
+                model=make_model(vocab_size=5),
+                tokenizer=make_tokenizer("abc"),
+                teacher_model_server_url=exact_server.url,
+                teacher_model_server_api_key=KEY,
+            )
+
+    def test_head_of_another_model(self, tmp_path, exact_server):
+        other = tmp_path / "other"
+        make_teacher(hidden_size=20).save_pretrained(other)
+        make_tokenizer().save_pretrained(other)
+        with pytest.raises(TeacherServerError, match="they are different models"):
+            build(tmp_path, exact_server, trainer_kwargs={"teacher_model": str(other)})
+
+    def test_checkpoint_by_path(self, tmp_path, folder, exact_server):
+        """Where the server's own path cannot be read here."""
+        exact_server.models["data"][0]["root"] = "/not/here"
+        with pytest.raises(ValueError, match=r"config cannot be read from '/not/here'.* Pass the checkpoint"):
+            build(tmp_path, exact_server)
+        copy = shutil.copytree(folder, tmp_path / "copy")
+        trainer = build(tmp_path, exact_server, trainer_kwargs={"teacher_model": str(copy)})
+        assert micro_batches(trainer, make_rows(8))
+
+    def test_teacher_as_instance(self, tmp_path, exact_server):
+        with pytest.raises(ValueError, match="the server runs the teacher"):
+            build(tmp_path, exact_server, trainer_kwargs={"teacher_model": make_teacher()})
+
+    def test_beside_an_adapter(self, tmp_path, exact_server):
+        with pytest.raises(ValueError, match="leave out `teacher_model` and `teacher_model_server_url`, or it"):
+            build(tmp_path, exact_server, teacher_adapter_name="base")
+
+    @pytest.mark.parametrize(
+        ("trainer_class", "settings"),
+        [
+            (ConstrainedDistillTrainer, {}),
+            (ConstrainedDistillTrainer, {"cost": "log_ratio"}),
+            (ConstrainedDistillTrainer, {**LOG_PROBS_ONLY, "cost_limit": "auto"}),
+            (LagrangianDistillTrainer, {}),
+            (GKDDistillTrainer, {}),
+            (MiniLLMDistillTrainer, {"teacher_mixed_alpha": 0.0}),
+        ],
+    )
+    def test_divergence_from_a_completion_server(self, tmp_path, completion_server, trainer_class, settings):
+        with pytest.raises(ValueError, match=r"log-probabilities of tokens only, .* needs the divergence"):
+            build(tmp_path, completion_server, trainer_class, **settings)
+
+    @pytest.mark.parametrize("settings", [{"temperature": 0.7}, {"teacher_prob_floor": 0.1}])
+    def test_temperature_of_a_completion_server(self, tmp_path, completion_server, settings):
+        with pytest.raises(ValueError, match="at temperature 1 and no more"):
+            build(tmp_path, completion_server, **LOG_PROBS_ONLY, **settings)
+
+    def test_too_long(self, tmp_path, exact_server):
+        with pytest.raises(ValueError, match="leaves no room for a prompt in the teacher server's 32 tokens"):
+            build(tmp_path, exact_server, max_completion_length=32)
+
+    def test_sampling_from_a_server(self, tmp_path, exact_server):
+        with pytest.raises(ValueError, match="samples completions from the teacher"):
+            build(tmp_path, exact_server, MiniLLMDistillTrainer, trainer_kwargs={"rollout_func": None})
+
+    def test_nan_from_the_server(self, tmp_path, exact_server):
+        trainer = build(tmp_path, exact_server)
+        with torch.no_grad():
+            exact_server.model.model.norm.weight.fill_(torch.nan)
+        with pytest.raises(ValueError, match="The teacher returned NaN or infinite values at step 0"):
+            micro_batches(trainer, make_rows(8))
+
+
+def test_nothing_is_left_in_the_folder(tmp_path, exact_server):
+    """Only the head is in this process, and nothing of the teacher is saved."""
+    trainer = train(tmp_path, exact_server)
+    trainer.train()
+    (teacher,) = trainer.teachers.values()
+    assert set(vars(teacher.head())) == {"weight", "bias", "logit_scale", "final_logit_softcapping"}
+    assert trainer.teacher_model is None
+    assert not list(Path(tmp_path).rglob("*teacher*"))
