@@ -41,8 +41,12 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: venv
+# About an hour on two cores; each script can be run by itself.
+bench: .venv/.stamp-llm
+	$(BIN)/python benchmarks/divergence.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/teachers.py
+	$(BIN)/python benchmarks/remote.py
 
 clean:
 	rm -rf .venv .venv-vllm build dist outputs *.egg-info

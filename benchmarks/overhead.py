@@ -7,7 +7,9 @@ The ratio is (constrained step) / (plain GRPO step + one teacher forward + one s
 this one run, in alternating rounds, on completions of fixed length. The two forwards are TRL's own scoring forward
 (log-probabilities through the fused head, no gradient) with the teacher's and with the student's weights. Printed with
 generation and without it (what both trainers spend in `_generate` taken off), with every rollout violating the limit,
-the most that the method ever does, and with none.
+the most that the method ever does, and with none. Then the share of each part: the student's forwards (GRPO's with its
+head, ours without), the teacher's, the kernels of both heads (scores; log-probabilities, divergence and the gradients of
+both), the rest of backward, and the optimizer.
 """
 
 import argparse
@@ -16,7 +18,9 @@ import platform
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
@@ -30,30 +34,31 @@ from trl.trainer.utils import add_fused_lm_head
 
 from trl_cmdp import ConstrainedDistillConfig, ConstrainedDistillTrainer
 from trl_cmdp.tasks.arithmetic import demo_model_path, load_problems
+from trl_cmdp.trainers import _forward
 
 
 NUM_GENERATIONS = 8
 CASES = {
     # name: (batch of rollouts, completion length, models)
     "demo": (128, 32, lambda: (_embedded("student"), _embedded("teacher"))),
-    "vocabulary-49k": (16, 64, lambda: (_wide_vocabulary(0), _wide_vocabulary(1))),
+    "vocabulary-152k": (16, 64, lambda: (_wide_vocabulary(0, 256), _wide_vocabulary(1, 512))),
 }
+PARTS = ("generation", "student", "teacher", "divergence", "backward", "optimizer")
 
 
 def _embedded(name):
     return AutoModelForCausalLM.from_pretrained(demo_model_path(name))
 
 
-def _wide_vocabulary(seed):
+def _wide_vocabulary(seed, hidden_size):
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=2,
-            num_attention_heads=9,
-            num_key_value_heads=3,
+            vocab_size=151936,
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=4,
+            num_attention_heads=hidden_size // 64,
             tie_word_embeddings=True,
             eos_token_id=1,
             pad_token_id=0,
@@ -62,29 +67,57 @@ def _wide_vocabulary(seed):
 
 
 class StepTimer(TrainerCallback):
-    """Seconds of each optimizer step, and of the generation in it."""
+    """Seconds of each optimizer step, and of its parts."""
 
     def __init__(self):
-        self.steps, self.generation, self._in_generation = [], [], 0.0
+        self.steps, self.parts = [], []
+        self._part = dict.fromkeys(PARTS, 0.0)
+        self._inside = []
+
+    def timed(self, name, function):
+        """The function, its time counted as part `name` and not as that of a part around it."""
+
+        def call(*args, **kwargs):
+            # Generation is one part, whatever it calls.
+            if "generation" in self._inside:
+                return function(*args, **kwargs)
+            start = time.perf_counter()
+            self._inside.append(name)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._inside.pop()
+                seconds = time.perf_counter() - start
+                self._part[name] += seconds
+                if self._inside:
+                    self._part[self._inside[-1]] -= seconds
+
+        return call
 
     def watch(self, trainer):
-        generate = trainer._generate
-
-        def timed(prompts):
-            start = time.perf_counter()
-            output = generate(prompts)
-            self._in_generation += time.perf_counter() - start
-            return output
-
-        trainer._generate = timed
+        trainer._generate = self.timed("generation", trainer._generate)
+        trainer.accelerator.backward = self.timed("backward", trainer.accelerator.backward)
+        if isinstance(trainer, ConstrainedDistillTrainer):
+            (teacher,) = trainer.teachers.values()
+            teacher.hidden_states = self.timed("teacher", teacher.hidden_states)
+            student = trainer._student_forward
+            student._forward = self.timed("student", student._forward)
+        else:
+            trainer.model.forward = self.timed("student", trainer.model.forward)
 
     def on_step_begin(self, args, state, control, **kwargs):
         # The batch is prepared, and so generated, inside the step.
-        self._start, self._in_generation = time.perf_counter(), 0.0
+        self._start, self._part = time.perf_counter(), dict.fromkeys(PARTS, 0.0)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._optimizer_start = time.perf_counter()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self._part["optimizer"] += time.perf_counter() - self._optimizer_start
 
     def on_step_end(self, args, state, control, **kwargs):
         self.steps.append(time.perf_counter() - self._start)
-        self.generation.append(self._in_generation)
+        self.parts.append(self._part)
 
 
 def reward(completions, **kwargs):
@@ -124,8 +157,18 @@ def timed_training(trainer_class, config_class, models, batch, length, steps, te
         )
         trainer.remove_callback(transformers.PrinterCallback)
         timer.watch(trainer)
-        trainer.train()
-    return timer.steps[1:], timer.generation[1:]  # the first step warms up
+        # What the kernels of both heads take, out of the student's forward.
+        names = ("head_divergence", "head_policy_divergence", "head_scores")
+        with ExitStack() as patches:
+            for name in names:
+                timed = timer.timed("divergence", getattr(_forward, name))
+                patches.enter_context(mock.patch.object(_forward, name, timed))
+            trainer.train()
+    return timer.steps[1:], timer.parts[1:]  # the first step warms up
+
+
+def medians(parts):
+    return {name: statistics.median(part[name] for part in parts) for name in PARTS}
 
 
 @torch.no_grad()
@@ -147,23 +190,22 @@ def measure(name, rounds, steps):
     batch, length, build = CASES[name]
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path("student"))
     ratios = {key: [] for key in ("violating", "violating, no generation", "feasible", "feasible, no generation")}
-    seconds = {
-        key: [] for key in ("grpo", "violating", "feasible", "generation", "teacher forward", "student forward")
-    }
+    seconds = {key: [] for key in ("grpo", "violating", "feasible", "teacher forward", "student forward")}
+    parts = {key: [] for key in ("grpo", "violating", "feasible")}
     for _ in range(rounds):
-        student, teacher = build()
         forwards = {
             "teacher forward": statistics.median(timed_scoring(build()[1], batch, length, steps)),
             "student forward": statistics.median(timed_scoring(build()[0], batch, length, steps)),
         }
-        plain, plain_generation = timed_training(
+        plain, plain_parts = timed_training(
             GRPOTrainer, GRPOConfig, (build()[0], tokenizer), batch, length, steps, None
         )
-        grpo, generation = statistics.median(plain), statistics.median(plain_generation)
+        grpo, generation = statistics.median(plain), medians(plain_parts)["generation"]
         bound = grpo + sum(forwards.values())
+        parts["grpo"].extend(plain_parts)
         for key, limit in (("violating", 1e-9), ("feasible", 1e9)):
             student, teacher = build()
-            constrained, constrained_generation = timed_training(
+            constrained, constrained_parts = timed_training(
                 ConstrainedDistillTrainer,
                 ConstrainedDistillConfig,
                 (student, tokenizer),
@@ -175,19 +217,24 @@ def measure(name, rounds, steps):
             )
             step = statistics.median(constrained)
             ratios[key].append(step / bound)
-            without = step - statistics.median(constrained_generation)
+            without = step - medians(constrained_parts)["generation"]
             ratios[f"{key}, no generation"].append(without / (bound - generation))
             seconds[key].append(step)
+            parts[key].extend(constrained_parts)
         seconds["grpo"].append(grpo)
-        seconds["generation"].append(generation)
         for key, value in forwards.items():
             seconds[key].append(value)
+    shares = {}
+    for key, values in parts.items():
+        shares[key] = {name: value / statistics.median(seconds[key]) for name, value in medians(values).items()}
+        shares[key]["rest"] = 1 - sum(shares[key].values())
     return {
         "rollouts": batch,
         "completion_length": length,
         "ratio": {key: statistics.median(values) for key, values in ratios.items()},
         "ratio_range": {key: [min(values), max(values)] for key, values in ratios.items()},
         "seconds": {key: statistics.median(values) for key, values in seconds.items()},
+        "share": shares,
     }
 
 
@@ -208,6 +255,15 @@ def main():
         results[name] = measure(name, arguments.rounds, arguments.steps)
         ratios = [f"{value:.3f}" for value in results[name]["ratio"].values()]
         table.add_row(name, f"{results[name]['rollouts']} × {results[name]['completion_length']}", *ratios)
+    Console().print(table)
+    table = Table(title="share of a step")
+    for column in ("models", "trainer", "seconds", *PARTS, "rest"):
+        table.add_column(column)
+    for name, result in results.items():
+        for key, shares in result["share"].items():
+            table.add_row(
+                name, key, f"{result['seconds'][key]:.2f}", *(f"{100 * share:.0f}%" for share in shares.values())
+            )
     Console().print(table)
     record = {
         "command": "python benchmarks/overhead.py",

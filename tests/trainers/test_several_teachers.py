@@ -97,6 +97,28 @@ def test_each_rollout_has_its_own_teacher(tmp_path, monkeypatch, recomputed, bat
     assert relative_error(gradients, reference) < 1e-4
 
 
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+def test_a_rollout_without_tokens_that_count(tmp_path, recomputed):
+    """One of each teacher, beside others in one micro-batch: nothing to score, nothing to distil, no gradient lost."""
+    completions = random_completions(8)
+    env_mask = [[index not in (1, 6)] * len(completion) for index, completion in enumerate(completions)]
+    results = []
+    for batch_size in (8, 4):
+        trainer = make_trainer(
+            tmp_path,
+            model=make_model(spread=0.4),
+            train_dataset=dataset(),
+            trainer_kwargs={"teacher_model": teachers(), "rollout_func": scripted(completions, env_mask)},
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=8 // batch_size,
+            cost_limit=1e-9,
+            teacher_hidden_memory_mb=1e-6 if recomputed else 256,
+        )
+        results.append(loss_and_gradients(trainer, micro_batches(trainer, rows())))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+    assert relative_error(results[1][1], results[0][1]) < 1e-5
+
+
 def test_a_limit_for_each(tmp_path, monkeypatch):
     """With limits between the teachers' costs, all rollouts of one teacher violate and none of the other does."""
     trainer = build(tmp_path, cost_limit={"far": 1e-6, "near": 1e3})

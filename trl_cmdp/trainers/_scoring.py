@@ -159,11 +159,13 @@ class RolloutScorer:
         for index, teacher in enumerate(self._teachers.values()):
             # Also a teacher that no rollout here has: gathering a sharded head takes all processes.
             head, own = teacher.head(), inputs["teacher_index"] == index
-            hidden = [head.weight.new_empty((0, head.weight.size(1)))]
-            hidden += [part for part, is_own in zip(inputs["teacher_hidden"], own.tolist(), strict=True) if is_own]
-            states.append(
-                TeacherStates(rows & own.unsqueeze(1), torch.cat([part.to(rows.device) for part in hidden]), head)
-            )
+            hidden = [
+                part.to(rows.device)
+                for part, is_own in zip(inputs["teacher_hidden"], own.tolist(), strict=True)
+                if is_own and len(part) > 0  # a rollout without tokens has the width of any teacher
+            ]
+            hidden = torch.cat(hidden) if hidden else head.weight.new_empty((0, head.weight.size(1)))
+            states.append(TeacherStates(rows & own.unsqueeze(1), hidden, head))
         return states
 
     def _states(
