@@ -19,7 +19,14 @@ from transformers import (
 )
 
 from trl_cmdp.core import token_divergence
-from trl_cmdp.teachers import base_model, head_divergence, last_hidden_state, lm_head
+from trl_cmdp.teachers import (
+    base_model,
+    head_divergence,
+    head_policy_divergence,
+    head_scores,
+    last_hidden_state,
+    lm_head,
+)
 
 
 VOCAB = 11
@@ -64,6 +71,43 @@ def test_divergence_from_hidden_states_is_that_of_the_models_own_logits(name):
     reference = token_divergence(*logits, temperature=0.8).flatten()
     assert reference.max() > 0.05
     torch.testing.assert_close(costs, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("expected", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_policy_and_divergence_are_those_of_the_models_own_logits(name, expected):
+    """Log-probabilities, scores and the gradient of all the student's parameters, tied embeddings among them."""
+    student, teacher = build(name), build("llama", seed=1)
+    input_ids, length = torch.randint(3, VOCAB, (2, 9)), 5
+    token_ids = input_ids[:, -length:].flatten()  # (N,)
+    weights = torch.tensor([1.0, 0.0] * length)  # (N,)
+    log_prob_grad = torch.linspace(-1, 1, 2 * length)  # (N,)
+
+    logits = [model(input_ids).logits[:, -length - 1 : -1].flatten(0, 1) / 0.8 for model in (student, teacher)]
+    logps, teacher_logps = (values.log_softmax(-1).gather(-1, token_ids[:, None])[:, 0] for values in logits)
+    costs = token_divergence(logits[0], logits[1].detach())
+    loss = (weights * costs).sum() + (log_prob_grad * logps).sum()
+    reference = torch.autograd.grad(loss, list(student.parameters()))
+
+    hidden = [last_hidden_state(model, length, input_ids=input_ids).flatten(0, 1) for model in (student, teacher)]
+    heads = lm_head(student), lm_head(teacher)
+    scores = head_scores(hidden[0], heads[0], hidden[1], heads[1], token_ids, temperature=0.8)
+    for values, expected_values in zip(scores, (costs, logps, teacher_logps), strict=True):
+        torch.testing.assert_close(values, expected_values.detach(), rtol=1e-4, atol=1e-5)
+    own_logps, _, divergence_loss, _ = head_policy_divergence(
+        hidden[0],
+        heads[0],
+        token_ids,
+        hidden[1][weights != 0],
+        heads[1],
+        weights,
+        log_prob_grad if expected else None,
+        temperature=0.8,
+    )
+    torch.testing.assert_close(own_logps, logps, rtol=1e-4, atol=1e-5)
+    gradients = torch.autograd.grad(divergence_loss + (log_prob_grad * own_logps).sum(), list(student.parameters()))
+    for gradient, reference_gradient in zip(gradients, reference, strict=True):
+        torch.testing.assert_close(gradient, reference_gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_falcon_h1_scale_is_read_from_its_config():

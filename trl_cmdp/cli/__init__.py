@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from . import compare, demo
+from . import compare, constrained, demo, env, gkd, lagrangian, minillm
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -11,8 +11,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="trl-cmdp", description="Reward-aware distillation under a teacher budget that holds."
     )
+    parser.set_defaults(trains=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    compare.add_parser(commands)
-    demo.add_parser(commands)
-    arguments = parser.parse_args(argv)
+    for command in (constrained, lagrangian, gkd, minillm, demo, compare, env):
+        command.add_parser(commands)
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.trains:  # reads its hundreds of arguments itself, with TRL's parser
+        return arguments.run(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return arguments.run(arguments)

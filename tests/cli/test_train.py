@@ -1,0 +1,238 @@
+"""The training commands: files and overrides in, a plain checkpoint out; what is refused; what accelerate is given."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from helpers import CHARACTERS, make_dataset, make_model, make_teacher, make_tokenizer
+from transformers import AutoModelForCausalLM
+
+from trl_cmdp.cli import main
+
+
+COMMANDS = ["constrained", "lagrangian", "gkd", "minillm"]
+SETTINGS = {
+    "reward_funcs": ["helpers.length_reward"],
+    "per_device_train_batch_size": 4,
+    "num_generations": 4,
+    "max_completion_length": 6,
+    "max_steps": 3,
+    "learning_rate": 1e-2,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A student, teachers, a dataset as JSONL, Parquet and a folder of splits, and a YAML file that names them."""
+    folder = tmp_path_factory.mktemp("train")
+    make_model().save_pretrained(folder / "student")
+    make_tokenizer().save_pretrained(folder / "student")
+    make_teacher().save_pretrained(folder / "teacher")
+    make_tokenizer().save_pretrained(folder / "teacher")
+    make_teacher().save_pretrained(folder / "stranger")
+    make_tokenizer(CHARACTERS[::-1]).save_pretrained(folder / "stranger")
+    dataset = make_dataset()
+    dataset.to_json(folder / "data.jsonl")
+    dataset.to_parquet(folder / "data.parquet")
+    (folder / "splits").mkdir()
+    dataset.to_json(folder / "splits" / "train.jsonl")
+    dataset.select(range(4)).to_json(folder / "splits" / "test.jsonl")
+    write_config(folder / "config.yaml", folder)
+    return folder
+
+
+def write_config(path, folder, **changes):
+    named = {
+        "model_name_or_path": str(folder / "student"),
+        "teacher_model": str(folder / "teacher"),
+        "dataset_name": str(folder / "data.jsonl"),
+    }
+    path.write_text(yaml.safe_dump({**SETTINGS, **named, **changes}))
+
+
+def train(command, config, output_dir, *arguments):
+    return main([command, "--config", str(config), "--output_dir", str(output_dir), *arguments])
+
+
+def trained_args(output_dir):
+    """The arguments that a run used."""
+    return torch.load(output_dir / "training_args.bin", weights_only=False)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_trains_and_saves(command, folder, tmp_path):
+    assert train(command, folder / "config.yaml", tmp_path, "--max_steps", "1", "--cost-limit", "0.2") == 0
+    args = trained_args(tmp_path)
+    assert type(args).__name__.lower().startswith(command)
+    assert (args.max_steps, args.cost_limit, args.learning_rate) == (1, 0.2, 1e-2)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    student = AutoModelForCausalLM.from_pretrained(folder / "student").state_dict()
+    assert any(not torch.equal(saved[name], student[name]) for name in student)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "arguments"),
+    [
+        ("data.parquet", []),
+        ("splits", ["--eval_strategy", "steps", "--eval_steps", "1", "--per_device_eval_batch_size", "4"]),
+    ],
+)
+def test_parquet_and_folders(dataset, arguments, folder, tmp_path, capsys):
+    dataset_name = ["--dataset_name", str(folder / dataset)]
+    assert train("gkd", folder / "config.yaml", tmp_path, "--max_steps", "1", *dataset_name, *arguments) == 0
+    assert ("eval_constraint/cost" in capsys.readouterr().out) == bool(arguments)
+
+
+def test_a_mixture_and_no_reward(folder, tmp_path):
+    """The teacher alone, on a dataset of the YAML file."""
+    mixture = [{"path": "json", "data_files": str(folder / "data.jsonl")}]
+    config = tmp_path / "config.yaml"
+    write_config(config, folder, datasets=mixture, dataset_name=None, reward_funcs=None, max_steps=1)
+    assert train("constrained", config, tmp_path / "out") == 0
+
+
+def test_a_reward_of_the_working_directory(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    (tmp_path / "rewards_of_mine.py").write_text(
+        "def two(completions, **kwargs):\n    return [2.0] * len(completions)\n"
+    )
+    arguments = ["--max_steps", "1", "--logging_steps", "1", "--reward_funcs", "rewards_of_mine.two"]
+    assert train("constrained", folder / "config.yaml", tmp_path / "out", *arguments) == 0
+    assert "'rewards/two/mean': '2'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("limit", "parsed"), [("auto", "auto"), ("0.3", 0.3), ('{"teacher": 0.4}', {"teacher": 0.4})])
+def test_limits_are_numbers_or_words(limit, parsed, folder, tmp_path):
+    from trl_cmdp import ConstrainedDistillConfig
+    from trl_cmdp.cli._train import TrainingParser
+
+    parser = TrainingParser("constrained", ConstrainedDistillConfig)
+    arguments = ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path), "--cost_limit", limit]
+    assert parser.parse_args_and_config(arguments)[-1].cost_limit == parsed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset_name", "missing.jsonl"], "missing.jsonl"),
+        (["--dataset_train_split", "validation"], "no split 'validation', it has 'train'"),
+        (["--model_name_or_path", "./missing"], "missing"),
+        (["--reward_funcs", "nonsense"], "Unknown reward 'nonsense': give one of accuracy_reward"),
+        (["--reward_funcs", "no_such_module.reward"], "No module named 'no_such_module'"),
+        (["--reward_funcs", "helpers.nothing"], "The module helpers has no reward 'nothing'"),
+        (["--teacher_model", "STRANGER"], "different tokenizers"),
+        (["--cost_limit", "-1"], "`cost_limit` must be positive"),
+        (["--cost_limit", "tight"], "must be a number, 'auto'"),
+        (["--max_steps", "many"], "argument --max_steps/--max-steps: invalid int value: 'many'"),
+        (["--cost_limt", "0.2"], "unrecognized arguments: --cost_limt 0.2"),
+        (["--accelerate_config", "fsdp9"], "Accelerate config fsdp9 is neither"),
+        (
+            ["--teacher_model_server_url", "http://127.0.0.1:9"],
+            "teacher server at http://127.0.0.1:9 is not available",
+        ),
+        (["--resume_from_checkpoint", "missing"], "there is no folder 'missing'"),
+        (["--config"], "--config expects a YAML file"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message, folder, tmp_path, capsys):
+    arguments = [str(folder / "stranger") if argument == "STRANGER" else argument for argument in arguments]
+    assert train("constrained", folder / "config.yaml", tmp_path, *arguments) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("trl-cmdp constrained: error: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher_model": None, "reward_funcs": None}, "neither a reward nor a teacher"),
+        ({"model_name_or_path": None}, "--model_name_or_path is needed"),
+        ({"dataset_name": None}, "Either --dataset_name"),
+        ({"datasets": [{"pth": "json"}]}, "unexpected keyword argument 'pth'"),
+        ({"cost_limt": 0.2}, "unrecognized arguments: --cost_limt 0.2"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(changes, message, folder, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    write_config(config, folder, **changes)
+    assert train("constrained", config, tmp_path / "out") == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("trl-cmdp constrained: error: ")
+    assert message in line
+
+
+def test_what_happens_in_training_is_raised(folder, tmp_path, monkeypatch):
+    def broken(completions, **kwargs):
+        raise ValueError("of the reward's own")
+
+    monkeypatch.setattr("helpers.length_reward", broken)
+    with pytest.raises(ValueError, match="of the reward's own"):
+        train("constrained", folder / "config.yaml", tmp_path, "--max_steps", "1")
+
+
+def test_several_processes_go_through_accelerate(folder, tmp_path, monkeypatch):
+    """Launch arguments of the command line and of the file reach accelerate, all others the processes it starts."""
+    from trl_cmdp.cli import _train
+
+    launches = []
+    monkeypatch.setattr(_train, "launch_command", launches.append)
+    config = tmp_path / "config.yaml"
+    write_config(config, folder, num_processes=2, max_steps=1)
+    rest = ["--config", str(config), "--output_dir", str(tmp_path / "out")]
+    assert main(["gkd", *rest, "--accelerate_config", "fsdp2", "--main_process_port", "0", "--lmbda", "1"]) == 0
+    (args,) = launches
+    assert args.config_file.endswith("fsdp2.yaml")
+    assert (args.num_processes, args.main_process_port) == (2, 0)
+    assert (args.module, args.training_script) == (True, "trl_cmdp")
+    assert args.training_script_args == ["gkd", "--launched", *rest, "--lmbda", "1"]
+
+    # Such a process trains, and does not launch again.
+    assert main(args.training_script_args) == 0
+    assert len(launches) == 1
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_several_gpus_take_a_process_each(folder, tmp_path, monkeypatch):
+    from trl_cmdp import GKDDistillConfig
+    from trl_cmdp.cli import _train
+
+    launches = []
+    monkeypatch.setattr(_train, "launch_command", launches.append)
+    monkeypatch.setattr(GKDDistillConfig, "n_gpu", 2)
+    assert train("gkd", folder / "config.yaml", tmp_path) == 0
+    assert launches[0].training_script_args[:2] == ["gkd", "--launched"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_grouped(command, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([command, "--help"])
+    assert error.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: trl-cmdp {command} [--config FILE.yaml]")
+    titles = ["script and dataset:", "model:", "dataset mixture (YAML):", "training (GRPOConfig):", "distillation:"]
+    places = [out.index(f"\n{title}\n") for title in titles]
+    assert places == sorted(places)
+    assert places[0] < out.index("--teacher_model ") < places[1]
+    assert places[-1] < out.index("--cost_limit ")
+
+
+def test_help_of_all_commands_imports_nothing_heavy():
+    script = (
+        "import sys\nfrom trl_cmdp.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n"
+        "    print({'torch', 'transformers', 'trl'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert all(command in run.stdout for command in COMMANDS)
+    assert run.stdout.endswith("set()\n")

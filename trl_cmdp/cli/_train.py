@@ -1,0 +1,257 @@
+"""What the training commands share: arguments and YAML as in `trl grpo`, and several processes through accelerate."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import transformers
+import yaml
+from accelerate.commands.launch import launch_command, launch_command_parser
+from datasets import load_dataset
+from datasets.exceptions import DatasetsError
+from packaging.version import Version
+from trl import (
+    DatasetMixtureConfig,
+    GRPOConfig,
+    ModelConfig,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+    rewards,
+)
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
+from trl.scripts.grpo import GRPOScriptArguments
+
+from ..teachers import TeacherServerError
+from ..trainers._base import DistillTrainer
+from ..trainers._config import DistillConfig
+
+
+# What a user can put right, as long as training has not begun. All else shows its traceback.
+_MISTAKES = (ValueError, OSError, ImportError, NotImplementedError, DatasetsError, TeacherServerError, yaml.YAMLError)
+_FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+_TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
+# First argument of the processes that accelerate starts: launch arguments in the YAML file are dealt with.
+_LAUNCHED = "--launched"
+
+
+@dataclass
+class DistillScriptArguments(GRPOScriptArguments):
+    """
+    Script arguments of the training commands: those of `trl grpo`, and the teacher.
+
+    Args:
+        teacher_model (`str`, *optional*):
+            Path or hub id of the teacher. With `teacher_model_server_url`, of the checkpoint that the server runs.
+    """
+
+    teacher_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Path or hub id of the teacher. With `teacher_model_server_url`, of the checkpoint that the server "
+            "runs."
+        },
+    )
+
+
+class TrainingParser(TrlParser):
+    """
+    [`~trl.TrlParser`] with its help grouped by topic. It raises mistakes, where `argparse` prints all options.
+
+    Args:
+        command (`str`):
+            Command.
+        config_class (`type[DistillConfig]`):
+            Config of its trainer.
+    """
+
+    def __init__(self, command: str, config_class: type[DistillConfig]):
+        # Ours come last, where a terminal leaves off.
+        types = (DistillScriptArguments, ModelConfig, DatasetMixtureConfig, config_class)
+        titles = ("script and dataset", "model", "dataset mixture (YAML)", "distillation")
+        self._titles = {
+            option.name: title for owner, title in zip(types, titles, strict=True) for option in fields(owner)
+        }
+        self._titles |= {option.name: "training (GRPOConfig)" for option in fields(GRPOConfig)}
+        self._groups: dict[str, Any] = {}
+        super().__init__(
+            types,
+            prog=f"trl-cmdp {command}",
+            usage=f"trl-cmdp {command} [--config FILE.yaml] [--accelerate_config NAME] [options]",
+            epilog="Any option of `accelerate launch` (--num_processes 4), or --accelerate_config with single_gpu, "
+            "multi_gpu, fsdp1, fsdp2, zero1, zero2, zero3 or a path, starts the processes through accelerate.",
+            allow_abbrev=False,
+        )
+
+    def add_argument(self, *names: str, **kwargs: Any) -> Any:
+        title = self._titles.get(kwargs.get("dest") or names[0].lstrip("-"))
+        if title is None:  # --help
+            return super().add_argument(*names, **kwargs)
+        if title not in self._groups:
+            self._groups[title] = self.add_argument_group(title)
+        return self._groups[title].add_argument(*names, **kwargs)
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def run_training(command: str, trainer_class: type[DistillTrainer], arguments: list[str]) -> int:
+    """
+    Run a training command.
+
+    Args:
+        command (`str`):
+            Its name.
+        trainer_class (`type[DistillTrainer]`):
+            Its trainer.
+        arguments (`list[str]`):
+            What follows it on the command line.
+
+    Returns:
+        `int`: 0, or 2 for a mistake that is found before training begins. What happens after that is raised.
+    """
+    launched = arguments[:1] == [_LAUNCHED]
+    if launched:
+        arguments = arguments[1:]
+    try:
+        *parsed, of_config, of_command_line = _parse(command, trainer_class._config_class, arguments)
+        # Several GPUs take one process each, as in `trl grpo`: in one, transformers would use `nn.DataParallel`.
+        if of_command_line or (not launched and (of_config or parsed[-1].n_gpu > 1)):
+            _launch(command, of_config, of_command_line, arguments)
+            return 0
+        trainer, script_args = _make_trainer(trainer_class, *parsed), parsed[0]
+    except _MISTAKES as error:
+        print(f"trl-cmdp {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    _train(trainer, script_args.dataset_name)
+    return 0
+
+
+def _parse(command: str, config_class: type[DistillConfig], arguments: list[str]) -> tuple[Any, ...]:
+    """Script, model, dataset and training arguments, and what is none of them, of the file and of the command line."""
+    if arguments[-1:] == ["--config"]:
+        raise ValueError("--config expects a YAML file.")
+    try:
+        return TrainingParser(command, config_class).parse_args_and_config(
+            arguments, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    except TypeError as error:  # YAML of another type than the field
+        raise ValueError(str(error)) from error
+
+
+def _launch(command: str, of_config: list[str], of_command_line: list[str], arguments: list[str]) -> None:
+    """Run the command in the processes that accelerate starts."""
+    launch_args = resolve_accelerate_config_argument(of_config + of_command_line)
+    left_over = iter([*of_command_line, None])  # in the order of `arguments`
+    current = next(left_over)
+    own = []
+    for argument in arguments:
+        if argument == current:
+            current = next(left_over)
+        else:
+            own.append(argument)
+    # Quiet: the process has said what was wrong.
+    options = ["--quiet", "--module", *launch_args]
+    args, unknown = launch_command_parser().parse_known_args([*options, "trl_cmdp", command, _LAUNCHED, *own])
+    if args.training_script != "trl_cmdp":  # something before it was taken for the script
+        unknown.append(args.training_script)
+    if unknown:
+        raise ValueError(f"unrecognized arguments: {' '.join(unknown)}")
+    launch_command(args)
+
+
+def _make_trainer(
+    trainer_class: type[DistillTrainer],
+    script_args: DistillScriptArguments,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+    training_args: DistillConfig,
+) -> DistillTrainer:
+    if model_args.model_name_or_path is None:
+        raise ValueError("--model_name_or_path is needed: the student.")
+    checkpoint = training_args.resume_from_checkpoint
+    if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
+        raise ValueError(f"--resume_from_checkpoint: there is no folder {checkpoint!r}.")
+    reward_funcs: list[Any] = [load_reward(name) for name in script_args.reward_funcs or []]
+    if script_args.reward_model_name_or_path:
+        reward_funcs.insert(0, script_args.reward_model_name_or_path)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    dataset = _load_dataset(script_args, dataset_args)
+    splits = [script_args.dataset_train_split]
+    if training_args.eval_strategy != "no":
+        splits.append(script_args.dataset_test_split)
+    for split in splits:
+        if split not in dataset:
+            raise ValueError(f"The dataset has no split {split!r}, it has {', '.join(map(repr, dataset))}.")
+    return trainer_class(
+        model=model_args.model_name_or_path,
+        reward_funcs=reward_funcs or None,
+        args=training_args,
+        train_dataset=dataset[splits[0]],
+        eval_dataset=dataset[splits[1]] if len(splits) > 1 else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+        teacher_model=script_args.teacher_model,
+    )
+
+
+def load_reward(name: str) -> Callable[..., list[float | None]]:
+    """
+    A reward function by the name that `trl grpo` knows it by, or by its dotted path from the working directory.
+
+    Raises:
+        ValueError: If there is no such function.
+        ImportError: If the module of a dotted path cannot be imported.
+    """
+    if name == "get_soft_overlong_punishment":
+        return rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
+    if name in _TRL_REWARDS:
+        return getattr(rewards, name)
+    path, _, function = name.rpartition(".")
+    if not path:
+        raise ValueError(
+            f"Unknown reward {name!r}: give one of {', '.join(_TRL_REWARDS)}, or a dotted path (my_lib.rewards.mine)."
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    module = import_module(path)
+    try:
+        return getattr(module, function)
+    except AttributeError:
+        raise ValueError(f"The module {path} has no reward {function!r}.") from None
+
+
+def _load_dataset(script_args: DistillScriptArguments, dataset_args: DatasetMixtureConfig) -> Any:
+    if dataset_args.datasets:
+        return get_dataset(dataset_args)
+    if not script_args.dataset_name:
+        raise ValueError("Either --dataset_name, or `datasets` in the YAML file, is needed.")
+    options = {"name": script_args.dataset_config, "streaming": script_args.dataset_streaming}
+    file_format = _FILE_FORMATS.get(Path(script_args.dataset_name).suffix)
+    if file_format is not None:
+        return load_dataset(file_format, data_files=script_args.dataset_name, **options)
+    return load_dataset(script_args.dataset_name, **options)
+
+
+def _train(trainer: DistillTrainer, dataset_name: str | None) -> None:
+    args = trainer.args
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    trainer.accelerator.print(f"Model saved to {args.output_dir}.")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
+        trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
+    # Finish the trackers and destroy the process group, as TRL's scripts do.
+    if Version(transformers.__version__) >= Version("5.18.0"):
+        trainer.end()
