@@ -37,6 +37,8 @@ ATTRIBUTES = {
     "_tag_names": list,
     "_name": str,
     "_paper": dict,
+    "beta": float,
+    "epsilon_high": float,
     "is_deepspeed_enabled": bool,
     "loss_type": str,
     "max_completion_length": int,
