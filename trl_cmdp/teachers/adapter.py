@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
-from trl.models.utils import _ForwardRedirection
 
-from .heads import LMHead, base_model, last_hidden_state, lm_head
+from .heads import LMHead, base_model, lm_head
+from .local import hidden_states_inside
 
 
 BASE = "base"  # the name that stands for no adapter at all
@@ -34,7 +34,6 @@ class AdapterTeacher:
 
     def __init__(self, student: torch.nn.Module, accelerator: Accelerator, adapter_name: str):
         self._student, self._accelerator, self._adapter_name = student, accelerator, adapter_name
-        self._redirect = _ForwardRedirection()
         self._peft_model = accelerator.unwrap_model(student)
         self._check()
         self._model = base_model(self._peft_model)
@@ -87,17 +86,10 @@ class AdapterTeacher:
     @torch.no_grad()
     def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Hidden states (N, H) that predict the tokens at `rows` (B, T), as [`LocalTeacher.hidden_states`]."""
-        with self._as_teacher(), self._accelerator.autocast():
-            hidden = self._redirect(
-                self._student,
-                self._peft_model,
-                last_hidden_state,
-                self._model,
-                rows.size(1),
-                input_ids=input_ids,
-                attention_mask=attention_mask,
+        with self._as_teacher():
+            return hidden_states_inside(
+                self._student, self._peft_model, self._model, self._accelerator, input_ids, attention_mask, rows
             )
-        return hidden[rows]
 
     def head(self) -> LMHead:
         """Head of the base model, or of the teacher's adapter if that has one of its own (`modules_to_save`)."""

@@ -20,6 +20,32 @@ from .heads import LMHead, last_hidden_state, lm_head
 logger = logging.get_logger(__name__)
 
 
+def hidden_states_inside(
+    wrapper: torch.nn.Module,
+    wrapped: torch.nn.Module,
+    model: PreTrainedModel,
+    accelerator: Accelerator,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    rows: torch.Tensor,
+) -> torch.Tensor:
+    """
+    Hidden states (N, H) of `model` that predict the tokens at `rows` (B, T). They are computed inside the forward of
+    `wrapper`, which gathers what it shards of the module `wrapped`, and under autocast.
+    """
+    with accelerator.autocast():
+        hidden = _ForwardRedirection()(
+            wrapper,
+            wrapped,
+            last_hidden_state,
+            model,
+            rows.size(1),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+        )
+    return hidden[rows]
+
+
 class LocalTeacher:
     """
     A teacher in this process.
@@ -37,7 +63,6 @@ class LocalTeacher:
         self.module = module
         self._model: PreTrainedModel = accelerator.unwrap_model(module)
         self._accelerator = accelerator
-        self._redirect = _ForwardRedirection()
         self.vocab_size = self._model.get_input_embeddings().num_embeddings
 
     @torch.no_grad()
@@ -56,17 +81,9 @@ class LocalTeacher:
         Returns:
             `torch.Tensor`: Hidden states of shape `(N, H_t)`, in row-major order and the teacher's dtype.
         """
-        with self._accelerator.autocast():
-            hidden = self._redirect(
-                self.module,
-                self._model,
-                last_hidden_state,
-                self._model,
-                rows.size(1),
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-            )
-        return hidden[rows]
+        return hidden_states_inside(
+            self.module, self._model, self._model, self._accelerator, input_ids, attention_mask, rows
+        )
 
     def head(self) -> LMHead:
         """Head, gathered where FSDP2 shards it."""

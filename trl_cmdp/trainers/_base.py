@@ -278,9 +278,9 @@ class DistillTrainer(GRPOTrainer):
 
         output["teacher_index"] = self._teacher_index(inputs)  # (b,)
         local_mask = _loss_mask(output).bool()  # (b, T)
-        mask = self._gather_rows(local_mask)  # (B, T), T now the longest of all processes
+        mask = gather_rows(self.accelerator, local_mask)  # (B, T), T now the longest of all processes
         local, kept = self._score(output, local_mask, mask)
-        scores = {name: self._gather_rows(values) for name, values in local.items()}  # (B, T) each
+        scores = {name: gather_rows(self.accelerator, values) for name, values in local.items()}  # (B, T) each
         rollouts = Rollouts(
             rewards=rewards,
             mask=mask,
@@ -331,9 +331,6 @@ class DistillTrainer(GRPOTrainer):
                 log_probs=self._needs_log_probs,
                 step=self.state.global_step,
             )
-
-    def _gather_rows(self, local: torch.Tensor) -> torch.Tensor:
-        return gather_rows(self.accelerator, local)
 
     # ------------------------------------------------------------------------------------------------------------- loss
 
