@@ -1,11 +1,23 @@
-"""Wilson and Clopper-Pearson against SciPy; the bootstraps' coverage, clusters, levels and seed."""
+"""Wilson and Clopper-Pearson against SciPy; the clustered interval's coverage; the bootstraps' coverage, clusters, levels and seed."""
 
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from scipy.special import betaincinv
 from scipy.stats import beta, binom, binomtest
+from scipy.stats import t as student_t
 
-from trl_cmdp.core import bootstrap_interval, clopper_pearson_interval, wilson_interval
-from trl_cmdp.core.intervals import two_level_bootstrap_interval
+from trl_cmdp.core import (
+    bootstrap_interval,
+    clopper_pearson_interval,
+    clustered_rate_interval,
+    wilson_interval,
+)
+from trl_cmdp.core.intervals import _beta_quantile, two_level_bootstrap_interval
 
 
 INTERVALS = [(wilson_interval, "wilson"), (clopper_pearson_interval, "exact")]
@@ -175,3 +187,109 @@ def test_two_level_errors(groups, confidence):
     """No group, an empty one, a matrix, or a level that is none."""
     with pytest.raises(ValueError, match=r"groups|confidence"):
         two_level_bootstrap_interval([torch.tensor(values) for values in groups], confidence=confidence)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [(1, 1), (1, 30), (30, 1), (0.5, 5), (0.5, 5e5), (13, 500), (2, 99_999), (0.2, 1600.8), (5e4, 5e4 + 1)]
+)
+def test_beta_quantiles_equal_scipys(a, b):
+    for probability in (1e-7, 0.025, 0.5, 0.975, 1 - 1e-7):
+        assert _beta_quantile(probability, a, b) == pytest.approx(betaincinv(a, b, probability), rel=1e-8, abs=1e-300)
+
+
+def coverage_benchmark():
+    """`benchmarks/intervals.py`: the simulation, for all repetitions at once."""
+    path = Path(__file__).parents[2] / "benchmarks" / "intervals.py"
+    spec = importlib.util.spec_from_file_location("intervals_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_clustered_interval_covers():
+    """
+    At 95%, between 93% and 98% for rates of 0.5 to 0.95, and at least 94% from there to 1, over clustered rollouts.
+    Of the whole grid these are the extremes and their neighbours; `benchmarks/results/intervals.json` has the rest.
+    """
+    simulation = coverage_benchmark()
+    rng = np.random.default_rng(1)
+    for k, correlations in ((1, [0.0]), (2, [0.3, 0.9]), (4, [0.0, "mixture"]), (32, [0.0, 0.6, 1.0])):
+        for correlation in correlations:
+            for rate in (0.5, 0.8, 0.95, 0.97, 0.99, 0.995, 1.0):
+                case = rate, correlation, k, 200
+                assert simulation.same_as_the_function(*case, rng), case
+                coverage = simulation.coverage(*case, 4000, rng)
+                assert coverage >= (0.93 if rate <= 0.95 else 0.94), case
+                assert coverage <= 0.98 or rate > 0.95, case
+
+
+def test_the_committed_simulation_covers():
+    """The whole grid, as it was run."""
+    record = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "intervals.json").read_text())
+    simulation = coverage_benchmark()
+    assert [tuple(row[:-1]) for row in record["rows"]] == simulation.GRID
+    assert record["repetitions"] >= 5000
+    for rate, *_, coverage in record["rows"]:
+        assert coverage >= (0.93 if rate <= 0.95 else 0.94)
+        assert coverage <= 0.98 or rate > 0.95
+
+
+def test_what_ignoring_clusters_would_claim():
+    """The simulation tells: counting rollouts as independent covers far less than it says."""
+    simulation = coverage_benchmark()
+    rng = np.random.default_rng(1)
+    counts = simulation.draw(0.8, 0.6, 8, 200, 2000, rng)
+    rate, _ = simulation.effective_trials(counts)
+    assert simulation.holds(rate, np.full_like(rate, 1600.0), 0.8).mean() < 0.7
+
+
+def test_one_trial_per_cluster_is_clopper_pearson():
+    for k, n in [(0, 5), (3, 7), (40, 41), (512, 512)]:
+        outcomes = (torch.arange(n) < k).long()
+        expected = pytest.approx(clopper_pearson_interval(k, n), rel=1e-12)
+        assert clustered_rate_interval(outcomes, torch.ones(n, dtype=torch.long)) == expected
+
+
+def test_clusters_of_one_mind_count_once():
+    """Eight equal outcomes of a prompt are one; so they are where no cluster differs."""
+    outcomes = (torch.arange(50) < 30).long()
+    expected = pytest.approx(clopper_pearson_interval(30, 50), rel=1e-9)
+    assert clustered_rate_interval(8 * outcomes, torch.full((50,), 8)) == expected
+    full = torch.full((50,), 8)
+    assert clustered_rate_interval(full, full) == pytest.approx(clopper_pearson_interval(50, 50), rel=1e-9)
+    assert clustered_rate_interval(torch.tensor([3]), torch.tensor([6])) == pytest.approx(
+        (beta.ppf(0.025, 0.5, 1.5), beta.ppf(0.975, 1.5, 0.5)), rel=1e-9
+    )
+
+
+def test_clustered_interval_of_unequal_clusters():
+    """The formula, with SciPy's quantiles: variance of a ratio, its degrees of freedom, and the discount."""
+    generator = torch.Generator().manual_seed(0)
+    trials = torch.randint(1, 9, (120,), generator=generator)
+    rates = torch.rand(120, generator=generator) ** 0.5
+    successes = torch.binomial(trials.double(), rates.double(), generator=generator).long()
+    n, rate = trials.sum().item(), (successes.sum() / trials.sum()).item()
+    squares = (successes.double() - rate * trials).square().numpy()
+    estimate = rate * (1 - rate) / (120 / 119 * squares.sum() / n**2)
+    least = n**2 / trials.square().sum().item()
+    assert least < estimate < n
+    degrees = 2 * squares.sum() ** 2 / ((squares**2).sum() - squares.sum() ** 2 / 120)
+    effective = least + (estimate - least) * (1.959964 / student_t.ppf(0.975, degrees)) ** 4
+    expected = (
+        beta.ppf(0.025, rate * effective, (1 - rate) * effective + 1),
+        beta.ppf(0.975, rate * effective + 1, (1 - rate) * effective),
+    )
+    assert clustered_rate_interval(successes, trials) == pytest.approx(expected, rel=1e-5)
+    order = torch.randperm(120, generator=generator)
+    assert clustered_rate_interval(successes[order], trials[order]) == pytest.approx(expected, rel=1e-5)
+    low, high = clustered_rate_interval(trials - successes, trials)
+    assert (1 - high, 1 - low) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "confidence"),
+    [([], [], 0.95), ([1], [1, 2], 0.95), ([3], [2], 0.95), ([-1], [2], 0.95), ([0], [0], 0.95), ([1], [2], 1.0)],
+)
+def test_clustered_errors(successes, trials, confidence):
+    with pytest.raises(ValueError, match=r"trials|confidence"):
+        clustered_rate_interval(torch.tensor(successes).long(), torch.tensor(trials).long(), confidence)

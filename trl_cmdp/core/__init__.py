@@ -13,6 +13,7 @@ from .divergence import chunked_divergence, chunked_log_probs, chunked_scores, t
 from .intervals import (
     bootstrap_interval,
     clopper_pearson_interval,
+    clustered_rate_interval,
     two_level_bootstrap_interval,
     wilson_interval,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "chunked_policy_divergence",
     "chunked_scores",
     "clopper_pearson_interval",
+    "clustered_rate_interval",
     "constrained_advantages",
     "group_advantages",
     "infeasible_steps",

@@ -1,5 +1,6 @@
-"""Intervals for rates and means: Wilson, Clopper-Pearson, and bootstraps that respect clusters and levels."""
+"""Intervals for rates and means: Wilson, Clopper-Pearson also of clusters, and bootstraps over clusters and levels."""
 
+import math
 from collections.abc import Sequence
 from statistics import NormalDist
 
@@ -34,7 +35,7 @@ def clopper_pearson_interval(k: int, n: int, confidence: float = 0.95) -> tuple[
     """
     Clopper-Pearson interval for a binomial rate (1934): coverage is at least the confidence level, always.
 
-    Each bound solves its binomial tail equation by bisection on the exact tail sum. For a one-sided bound at level α
+    Each bound solves its binomial tail equation, a quantile of the beta distribution. For a one-sided bound at level α
     take the matching end of the interval at confidence 1 − 2α.
 
     Args:
@@ -50,9 +51,54 @@ def clopper_pearson_interval(k: int, n: int, confidence: float = 0.95) -> tuple[
     """
     _check_counts(k, n, confidence)
     alpha = (1 - confidence) / 2
-    lower = 0.0 if k == 0 else _bisect_tail(k, n, alpha)
-    # P(X <= k | p) = alpha is P(n − X >= n − k | 1 − p) = alpha.
-    upper = 1.0 if k == n else 1 - _bisect_tail(n - k, n, alpha)
+    # P(X >= k | p) is the distribution function of Beta(k, n - k + 1) at p; for P(X <= k | p) count the failures.
+    lower = 0.0 if k == 0 else _beta_quantile(alpha, k, n - k + 1)
+    upper = 1.0 if k == n else 1 - _beta_quantile(alpha, n - k, k + 1)
+    return lower, upper
+
+
+def clustered_rate_interval(
+    successes: torch.Tensor, trials: torch.Tensor, confidence: float = 0.95
+) -> tuple[float, float]:
+    """
+    Interval for the rate of trials that are independent between clusters only, such as the rollouts of a prompt:
+    Clopper-Pearson on an effective number of independent trials (Korn and Graubard 1998).
+
+    The effective number is p(1 − p) over the estimated variance of the rate. It lies between what clusters give that
+    are all of one mind, (Σn)²/Σn² (the number of clusters, where they are of one size), and the number of trials. Near
+    0 and 1 a handful of clusters decides the estimate, so the part above the lower end is multiplied by (z/t_ν)⁴, ν
+    the degrees of freedom of the estimate itself (Satterthwaite 1946); where no cluster differs nothing is left of it.
+    With the exponents 2 and 3 coverage falls below 94% near the boundary; `benchmarks/results/intervals.json` has the
+    coverage by simulation.
+
+    Args:
+        successes (`torch.Tensor`):
+            Successes of each cluster, of shape `(C,)`.
+        trials (`torch.Tensor`):
+            Trials of each cluster, at least 1, of shape `(C,)`.
+        confidence (`float`, *optional*, defaults to `0.95`):
+            Two-sided confidence level.
+
+    Returns:
+        `tuple[float, float]`: Lower and upper bound.
+
+    Raises:
+        ValueError: If the counts are none, or there is no cluster.
+    """
+    if successes.dim() != 1 or successes.shape != trials.shape or len(trials) == 0:
+        raise ValueError(
+            "`successes` and `trials` must be non-empty vectors of one length, got shapes "
+            f"{tuple(successes.shape)} and {tuple(trials.shape)}."
+        )
+    if not bool(((successes >= 0) & (successes <= trials) & (trials >= 1)).all()):
+        raise ValueError("Each cluster needs 0 <= successes <= trials and at least one trial.")
+    k, n = int(successes.sum()), int(trials.sum())
+    _check_counts(k, n, confidence)
+    rate = k / n
+    effective = _effective_trials(successes.double(), trials.double(), confidence)
+    alpha = (1 - confidence) / 2
+    lower = 0.0 if k == 0 else _beta_quantile(alpha, rate * effective, (1 - rate) * effective + 1)
+    upper = 1.0 if k == n else 1 - _beta_quantile(alpha, (1 - rate) * effective, rate * effective + 1)
     return lower, upper
 
 
@@ -153,17 +199,59 @@ def two_level_bootstrap_interval(
     return low, high
 
 
-def _bisect_tail(k: int, n: int, alpha: float) -> float:
-    """The p at which P(X >= k) = alpha for X ~ Binomial(n, p), 1 <= k <= n."""
-    i = torch.arange(k, n + 1, dtype=torch.float64)
-    total = torch.tensor(float(n), dtype=torch.float64)
-    log_choose = torch.lgamma(total + 1) - torch.lgamma(i + 1) - torch.lgamma(total - i + 1)
+def _effective_trials(successes: torch.Tensor, trials: torch.Tensor, confidence: float) -> float:
+    """Number of independent trials that say as much about the rate as the clusters do."""
+    num_clusters, n = len(trials), trials.sum().item()
+    least = n**2 / trials.square().sum().item()
+    rate = successes.sum().item() / n
+    squares = (successes - rate * trials).square()  # (C,)
+    total = squares.sum().item()
+    if total <= 1e-12 * n:  # no cluster differs, or there is only one: nothing to estimate from
+        return float(least)
+    variance = num_clusters / (num_clusters - 1) * total / n**2
+    estimate = min(max(rate * (1 - rate) / variance, least), n)
+    # Twice the squared mean of a variance over its own variance.
+    spread = squares.square().sum().item() - total**2 / num_clusters
+    degrees = min(max(2 * total**2 / max(spread, 1e-6 * total**2), 1.0), 1e6)
+    # P(T² <= t²) is the Beta(1/2, ν/2) distribution at t²/(ν + t²).
+    beta = _beta_quantile(confidence, 0.5, degrees / 2)
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    return float(least + (estimate - least) * (z**2 * (1 - beta) / (degrees * beta)) ** 2)
+
+
+def _beta_quantile(probability: float, a: float, b: float) -> float:
+    """The x at which the distribution function of Beta(a, b) is `probability`."""
     low, high = 0.0, 1.0
-    for _ in range(60):  # past float64's resolution
-        p = torch.tensor((low + high) / 2, dtype=torch.float64)
-        tail = (log_choose + i * torch.log(p) + (total - i) * torch.log1p(-p)).exp().sum()
-        low, high = (low, p.item()) if tail > alpha else (p.item(), high)
+    for _ in range(1100):
+        x = (low + high) / 2
+        if x in (low, high):  # neighbours in float64
+            break
+        low, high = (x, high) if _beta_cdf(x, a, b) < probability else (low, x)
     return (low + high) / 2
+
+
+def _beta_cdf(x: float, a: float, b: float) -> float:
+    """Regularised incomplete beta function at 0 < x < 1, by its continued fraction (modified Lentz)."""
+    if x > (a + 1) / (a + b + 2):  # there the other end's converges faster
+        return 1 - _beta_cdf(1 - x, b, a)
+    tiny = 1e-300
+    c, d = 1.0, 1 / _away_from_zero(1 - (a + b) * x / (a + 1), tiny)
+    fraction = d
+    for m in range(1, 100_000):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for numerator in (even, odd):
+            d = 1 / _away_from_zero(1 + numerator * d, tiny)
+            c = _away_from_zero(1 + numerator / c, tiny)
+            fraction *= c * d
+        if abs(c * d - 1) < 1e-15:
+            break
+    log_scale = a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    return math.exp(log_scale) * fraction / a
+
+
+def _away_from_zero(value: float, tiny: float) -> float:
+    return value if abs(value) > tiny else tiny
 
 
 def _check_counts(k: int, n: int, confidence: float) -> None:
