@@ -1,0 +1,64 @@
+"""Any dataset by the names of its columns."""
+
+import pytest
+from datasets import Dataset
+
+from trl_cmdp.tasks.table import final_answer_reward, load_problems
+
+
+ROWS = [{"q": f"What is {n} + 1?", "a": n + 1, "steps": n % 3, "other": None} for n in range(1, 9)]
+COLUMNS = {"prompt_column": "q", "answer_column": "a"}
+
+
+@pytest.fixture(params=["jsonl", "parquet", "csv"])
+def path(request, tmp_path):
+    file = tmp_path / f"rows.{request.param}"
+    dataset = Dataset.from_list(ROWS).remove_columns("other")
+    {"jsonl": dataset.to_json, "parquet": dataset.to_parquet, "csv": dataset.to_csv}[request.param](file)
+    return str(file)
+
+
+def test_columns_by_name(path):
+    problems = load_problems(None, "train", 0, path=path, **COLUMNS, difficulty_column="steps")
+    assert problems.column_names == ["prompt", "answer", "difficulty"]
+    expected = {row["q"]: (str(row["a"]), str(row["steps"])) for row in ROWS}
+    assert {row["prompt"]: (row["answer"], row["difficulty"]) for row in problems} == expected
+    assert final_answer_reward([f"#### {row['answer']}" for row in problems], problems["answer"]) == [1.0] * 8
+
+
+def test_seed_and_prefix(path):
+    order = list(load_problems(None, "train", 1, path=path, **COLUMNS)["prompt"])
+    assert list(load_problems(5, "train", 1, path=path, **COLUMNS)["prompt"]) == order[:5]
+    assert list(load_problems(None, "train", 2, path=path, **COLUMNS)["prompt"]) != order
+
+
+def test_conversational_and_system_prompt(path):
+    problems = load_problems(1, "train", 0, path=path, **COLUMNS, conversational=True, system_prompt="Be brief.")
+    (system, user) = problems[0]["prompt"]
+    assert system == {"role": "system", "content": "Be brief."}
+    assert user["role"] == "user"
+    assert user["content"] in {row["q"] for row in ROWS}
+    with pytest.raises(ValueError, match="set `conversational`"):
+        load_problems(1, "train", 0, path=path, **COLUMNS, system_prompt="Be brief.")
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_messages_stay_what_they_are(tmp_path, conversational):
+    messages = [
+        {"role": "user", "content": "2?"},
+        {"role": "assistant", "content": "3"},
+        {"role": "user", "content": "4?"},
+    ]
+    Dataset.from_list([{"prompt": messages, "answer": "5"}]).to_json(tmp_path / "rows.jsonl")
+    path = str(tmp_path / "rows.jsonl")
+    (row,) = load_problems(None, "train", 0, path=path, conversational=conversational)
+    assert row == {"prompt": messages, "answer": "5"}
+    (row,) = load_problems(None, "train", 0, path=path, system_prompt="Be brief.")
+    assert row["prompt"] == [{"role": "system", "content": "Be brief."}, *messages]
+
+
+def test_missing_column(path):
+    with pytest.raises(ValueError, match="no column 'question', it has 'q', 'a', 'steps'"):
+        load_problems(None, "train", 0, path=path, prompt_column="question", answer_column="a")
+    with pytest.raises(ValueError, match="no column 'level', it has 'q', 'a', 'steps'"):
+        load_problems(None, "train", 0, path=path, **COLUMNS, difficulty_column="level")

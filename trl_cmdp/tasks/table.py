@@ -1,0 +1,123 @@
+"""Any dataset with a column of prompts and one of final answers: a local JSONL, Parquet or CSV file, or from the Hub."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+
+from ._verify import final_answer_reward
+
+
+__all__ = ["MAX_COMPLETION_LENGTH", "final_answer_reward", "load_problems", "load_splits"]
+
+MAX_COMPLETION_LENGTH = 1024
+_FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def load_splits(path: str, name: str | None = None, streaming: bool = False) -> Any:
+    """
+    Loads every split of a dataset.
+
+    Args:
+        path (`str`):
+            File (JSON, JSONL, Parquet or CSV, a URL too), whose rows are the split `"train"`; folder of such files,
+            of which `train.*` and `test.*` become splits of these names; or a dataset on the Hub.
+        name (`str`, *optional*):
+            Configuration of a dataset on the Hub.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read rows when they are asked for.
+
+    Returns:
+        `datasets.DatasetDict` or `datasets.IterableDatasetDict`: The splits.
+    """
+    file_format = _FILE_FORMATS.get(Path(path).suffix)
+    if file_format is not None:
+        return load_dataset(file_format, data_files=path, name=name, streaming=streaming)
+    return load_dataset(path, name=name, streaming=streaming)
+
+
+def load_problems(
+    n: int | None,
+    split: str,
+    seed: int,
+    *,
+    path: str,
+    name: str | None = None,
+    prompt_column: str = "prompt",
+    answer_column: str = "answer",
+    difficulty_column: str | None = None,
+    system_prompt: str | None = None,
+    conversational: bool = False,
+) -> Dataset:
+    """
+    Loads problems of a dataset by the names of its columns.
+
+    Args:
+        n (`int` or `None`):
+            Number of problems, at least 1, or `None` for the whole split.
+        split (`str`):
+            Split. The rows of a single file are the split `"train"`.
+        seed (`int`):
+            Seed of the order. The problems of a smaller `n` are the first ones of a larger `n` at the same seed.
+        path (`str`):
+            File, folder or dataset on the Hub, see [`load_splits`].
+        name (`str`, *optional*):
+            Configuration of a dataset on the Hub.
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Column of prompts, text or messages. Messages stay what they are.
+        answer_column (`str`, *optional*, defaults to `"answer"`):
+            Column of right final answers, each alone: a number or LaTeX.
+        difficulty_column (`str`, *optional*):
+            Column by which results are split.
+        system_prompt (`str`, *optional*):
+            First message of every prompt. Needs prompts that are messages.
+        conversational (`bool`, *optional*, defaults to `False`):
+            Make a user's message of each prompt that is text.
+
+    Returns:
+        `datasets.Dataset`: Dataset with the columns `prompt`, `answer` and, if asked for, `difficulty`, the last two
+        as strings.
+
+    Raises:
+        ValueError: If there is no such split or column, or `n` is larger than the split.
+    """
+    rows = open_split(path, split, name)
+    columns = {"prompt": prompt_column, "answer": answer_column}
+    if difficulty_column is not None:
+        columns["difficulty"] = difficulty_column
+    check_columns(rows, list(columns.values()), path)
+    messages = conversational or (len(rows) > 0 and not isinstance(rows[0][prompt_column], str))
+    if system_prompt is not None and not messages:
+        raise ValueError("`system_prompt` is a message, but the prompts are text: set `conversational`.")
+
+    def problem(row: dict[str, Any]) -> dict[str, Any]:
+        prompt = row[prompt_column]
+        if messages:
+            prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            prompt = [{"role": "system", "content": system_prompt}] * (system_prompt is not None) + prompt
+        return {"prompt": prompt, **{key: str(row[column]) for key, column in columns.items() if key != "prompt"}}
+
+    return Dataset.from_list([problem(row) for row in draw(rows, n, seed)])
+
+
+def open_split(path: str, split: str, name: str | None = None) -> Dataset:
+    """One split of what [`load_splits`] loads, or an error that lists those there are."""
+    splits = load_splits(path, name)
+    if split not in splits:
+        raise ValueError(f"The dataset {path!r} has no split {split!r}, it has {', '.join(map(repr, splits))}.")
+    return splits[split]
+
+
+def check_columns(rows: Dataset, columns: list[str], path: str) -> None:
+    """An error that lists the columns there are, if one is missing."""
+    for column in columns:
+        if column not in rows.column_names:
+            there = ", ".join(map(repr, rows.column_names))
+            raise ValueError(f"The dataset {path!r} has no column {column!r}, it has {there}.")
+
+
+def draw(rows: Dataset, n: int | None, seed: int) -> Dataset:
+    """The first `n` rows in the order of the seed, all of them if `None`."""
+    if n is not None and not 1 <= n <= len(rows):
+        raise ValueError(f"`n` must be None, or from 1 to the {len(rows)} problems of the split, got {n}.")
+    return rows.shuffle(seed=seed).select(range(len(rows) if n is None else n))
