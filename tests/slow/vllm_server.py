@@ -20,7 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-ENVIRONMENT = Path(os.environ.get("VLLM_ENVIRONMENT", Path(__file__).parents[2] / ".venv-vllm"))
+REPOSITORY = Path(__file__).parents[2]
+ENVIRONMENT = Path(os.environ.get("VLLM_ENVIRONMENT", REPOSITORY / ".venv-vllm"))
 KINDS = {
     "completion": [],
     "pooling": [
@@ -32,6 +33,7 @@ KINDS = {
         '{"task": "token_embed", "tok_pooling_type": "ALL", "use_activation": false}',
     ],
 }
+SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 START_TIMEOUT = 600  # seconds
 
 
@@ -46,6 +48,42 @@ def vllm_python() -> Path:
         subprocess.run([*pip, "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec"], check=True)
         stamp.touch()
     return python
+
+
+def run_tests_beside_vllm(file: str, **environment: str) -> None:
+    """
+    Run a file of tests in the environment that holds vLLM, with trl_cmdp and pytest installed into it if missing.
+
+    Args:
+        file (`str`):
+            File of tests. Those named `test_beside_vllm`, which call this function, are left out.
+        environment (`str`):
+            Environment variables.
+
+    Raises:
+        AssertionError: If a test fails or is skipped. The end of the output is in the message.
+    """
+    python, stamp = vllm_python(), ENVIRONMENT / ".stamp-trl-cmdp"
+    pip = [python, "-m", "pip"]
+    if not stamp.exists():
+        # Nothing that is there changes: vLLM is particular about versions.
+        constraints = ENVIRONMENT / "constraints.txt"
+        constraints.write_bytes(subprocess.run([*pip, "freeze"], check=True, capture_output=True).stdout)
+        command = [*pip, "install", "--quiet", "--constraint", constraints, "--editable", f"{REPOSITORY}[peft]"]
+        subprocess.run([*command, "hypothesis>=6.100", "pytest>=8"], check=True)
+        stamp.touch()
+    result = subprocess.run(
+        [python, "-m", "pytest", "-s", "-q", "-rs", file, "-k", "not test_beside_vllm"],
+        cwd=REPOSITORY,
+        env={**os.environ, **SETTINGS, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    print(result.stdout)
+    passed = result.returncode == 0 and " skipped" not in result.stdout
+    assert passed, result.stdout[-8000:]
 
 
 def free_port() -> int:
@@ -80,10 +118,9 @@ def vllm_server(kind: str, model: str | Path, *arguments: str, port: int | None 
     # `vllm serve` itself asks for the version of a package named vllm, which the CPU build is not.
     command = [str(vllm_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", *KINDS[kind], *arguments]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=log, env={**os.environ, **settings}, start_new_session=True
+            command, stdout=log, stderr=log, env={**os.environ, **SETTINGS}, start_new_session=True
         )
         try:
             _wait_until_healthy(process, url, log)

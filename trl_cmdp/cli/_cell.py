@@ -3,16 +3,12 @@
 import json
 import math
 import os
-import platform
-import subprocess
 import sys
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
 from ._experiment import Cell
 from ._run import evaluate_student, load_models, set_up_process, task_module, train_student, training_args
 
@@ -48,12 +44,13 @@ def run_cell(cell: Cell, folder: Path, start: float) -> "CellRecord":
     """
     # Imported here, so that the time it takes is part of the cell's.
     from ..evaluation import CellRecord, Outcome
+    from ..evaluation.provenance import git_state, library_versions
     from ._progress import TrainingProgress
 
     set_up_process()
     settings = cell.settings
     task = settings["task"]
-    commit, dirty = _git_state()
+    commit, dirty = git_state()
     tokenizer, student, teacher = load_models(task)
     config: dict[str, Any] = {}
     history: list[dict[str, float]] = []
@@ -69,9 +66,7 @@ def run_cell(cell: Cell, folder: Path, start: float) -> "CellRecord":
         )
         config = args.to_dict()  # tokens are masked
         del config["output_dir"]
-        trainer = train_student(
-            student, tokenizer, teacher, args, cell.trainer, task, TrainingProgress(settings["cost_limit"])
-        )
+        trainer = train_student(student, tokenizer, teacher, args, cell.trainer, task, TrainingProgress())
         history = _history(trainer.state.log_history)
     problems = task_module(task).load_problems(settings["held_out"], "test", cell.seed)
     model = teacher if cell.method == "teacher" else student
@@ -84,11 +79,7 @@ def run_cell(cell: Cell, folder: Path, start: float) -> "CellRecord":
         task=task,
         settings=settings,
         config=config,
-        versions={
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "trl")},
-            "trl_cmdp": __version__,
-        },
+        versions=library_versions(),
         git_commit=commit,
         git_dirty=dirty,
         wall_s=round(time.monotonic() - start, 2),
@@ -110,22 +101,6 @@ def _history(log_history: list[dict[str, Any]]) -> list[dict[str, float]]:
         if logged:
             history.append({"step": entry["step"], **logged})
     return history
-
-
-def _git_state() -> tuple[str | None, bool]:
-    """Commit of the checkout that this package is run from, and whether the package differs from it."""
-    package = Path(__file__).parents[1]
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(package), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        # An environment inside somebody's repository is no checkout of ours.
-        git("ls-files", "--error-unmatch", "__init__.py")
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "."))
-    except (OSError, subprocess.CalledProcessError):
-        return None, False
 
 
 def _peak_memory_mb() -> float:

@@ -1,18 +1,31 @@
 """Exact divergence of rollouts from the teacher, token by token."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
 
-from ..teachers import base_model, head_divergence, last_hidden_state, lm_head
+from ..teachers import (
+    EXACT_SERVER_COMMAND,
+    AdapterTeacher,
+    LMHead,
+    RemoteTeacher,
+    base_model,
+    head_divergence,
+    last_hidden_state,
+    lm_head,
+)
 from .rollouts import Rollout
+
+
+Teacher = PreTrainedModel | AdapterTeacher | RemoteTeacher
 
 
 def score_rollouts(
     rollouts: Sequence[Rollout],
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: Teacher,
     *,
     temperature: float = 1.0,
     beta: float = 1.0,
@@ -27,8 +40,9 @@ def score_rollouts(
             Rollouts, usually the student's own.
         student ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Student. Put in eval mode for the call.
-        teacher ([`~transformers.PreTrainedModel`]):
-            Teacher, of the student's tokenizer.
+        teacher ([`~transformers.PreTrainedModel`], [`~teachers.AdapterTeacher`] or [`~teachers.RemoteTeacher`]):
+            Teacher, of the student's tokenizer: a model in memory (quantised or not), the student's own base, or an
+            exact server.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of both models.
         beta (`float`, *optional*, defaults to `1.0`):
@@ -44,23 +58,22 @@ def score_rollouts(
     Raises:
         ValueError: If a cost is not finite.
     """
-    student_model, teacher_model = base_model(student), base_model(teacher)
+    student_model = base_model(student)
     training = student.training
     student.eval()
-    teacher.eval()
+    if isinstance(teacher, PreTrainedModel):
+        teacher.eval()
+    teacher_head = _teacher_head(teacher, student.device)
     costs: list[torch.Tensor] = []
     with torch.no_grad():
         for start in range(0, len(rollouts), batch_size):
             batch = rollouts[start : start + batch_size]
             inputs, rows = _collate(batch, student.device)
-            hidden = [
-                last_hidden_state(model, rows.size(1), **inputs)[rows] for model in (student_model, teacher_model)
-            ]
             _, batch_costs = head_divergence(
-                hidden[0],
+                last_hidden_state(student_model, rows.size(1), **inputs)[rows],
                 lm_head(student_model),
-                hidden[1],
-                lm_head(teacher_model),
+                _teacher_hidden(teacher, batch, inputs, rows),
+                teacher_head,
                 beta=beta,
                 temperature=temperature,
                 memory_mb=memory_mb,
@@ -70,6 +83,33 @@ def score_rollouts(
     if not all(bool(cost.isfinite().all()) for cost in costs):
         raise ValueError("The divergence of a rollout is not finite: check student and teacher for NaN weights.")
     return costs
+
+
+def _teacher_head(teacher: Teacher, device: torch.device) -> LMHead:
+    if isinstance(teacher, AdapterTeacher):
+        return teacher.head()
+    if not isinstance(teacher, RemoteTeacher):
+        return lm_head(base_model(teacher))
+    if teacher.head is None:
+        raise ValueError(
+            f"The teacher server at {teacher.url} returns log-probabilities only, and the exact divergence needs hidden "
+            f"states. Start it with: {EXACT_SERVER_COMMAND}"
+        )
+    bias = None if teacher.head.bias is None else teacher.head.bias.to(device)
+    return replace(teacher.head, weight=teacher.head.weight.to(device), bias=bias)
+
+
+def _teacher_hidden(
+    teacher: Teacher, batch: Sequence[Rollout], inputs: dict[str, torch.Tensor], rows: torch.Tensor
+) -> torch.Tensor:
+    """The teacher's hidden states (N, H) at the completion tokens."""
+    if isinstance(teacher, AdapterTeacher):
+        return teacher.hidden_states(**inputs, rows=rows)
+    if isinstance(teacher, RemoteTeacher):
+        sequences = [rollout.prompt_ids + rollout.completion_ids for rollout in batch]
+        hidden = teacher.hidden_states(sequences, [len(rollout.completion_ids) for rollout in batch])
+        return torch.cat(hidden).to(rows.device)
+    return last_hidden_state(base_model(teacher), rows.size(1), **inputs)[rows]
 
 
 def _collate(batch: Sequence[Rollout], device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

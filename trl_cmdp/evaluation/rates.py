@@ -3,7 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..core import wilson_interval
+import torch
+
+from ..core import clustered_rate_interval, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -15,17 +17,26 @@ class Rate:
         k (`int`):
             Number of successes.
         n (`int`):
-            Number of independent trials.
+            Number of trials.
+        clusters (`tuple[tuple[int, int], ...]`, *optional*):
+            Successes and trials of each cluster, such as a prompt's rollouts. Trials are independent if `None`.
     """
 
     k: int
     n: int
+    clusters: tuple[tuple[int, int], ...] | None = None
 
     @classmethod
     def of(cls, outcomes: Iterable[bool]) -> "Rate":
         """Rate of the `True` among independent outcomes."""
         outcomes = list(outcomes)
         return cls(sum(outcomes), len(outcomes))
+
+    @classmethod
+    def of_clusters(cls, clusters: Iterable[Iterable[bool]]) -> "Rate":
+        """Rate of the `True` among outcomes that are independent between clusters only."""
+        counts = tuple((sum(outcomes), len(outcomes)) for outcomes in map(list, clusters))
+        return cls(sum(k for k, _ in counts), sum(n for _, n in counts), counts)
 
     @property
     def value(self) -> float:
@@ -34,5 +45,8 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% Wilson interval."""
-        return wilson_interval(self.k, self.n, 0.95)
+        """95% interval: Wilson's, or of clusters [`~core.clustered_rate_interval`]."""
+        if self.clusters is None:
+            return wilson_interval(self.k, self.n, 0.95)
+        successes, trials = torch.tensor(self.clusters).unbind(1)
+        return clustered_rate_interval(successes, trials, 0.95)

@@ -1,11 +1,14 @@
 """Sampling rollouts, as the trainers do: same prompt format, same end of a completion."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..teachers import base_model
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,12 @@ def sample_rollouts(
     """
     if tokenizer.pad_token_id is None:
         raise ValueError("The tokenizer has no padding token. Set `tokenizer.pad_token`, for example to its EOS.")
-    eos_ids = _eos_ids(model, tokenizer)
+    end_ids = eos_ids(model, tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=not greedy,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=eos_ids,
+        eos_token_id=end_ids,
         disable_compile=True,
         **({} if greedy else {"temperature": temperature, "top_k": 0, "top_p": 1.0}),
     )
@@ -83,7 +86,7 @@ def sample_rollouts(
     model.eval()
     rollouts: list[Rollout] = []
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with torch.random.fork_rng(devices), torch.no_grad(), _no_own_generation_config(model):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = list(prompts[start : start + batch_size])
@@ -93,7 +96,7 @@ def sample_rollouts(
             output = model.generate(**inputs, generation_config=config)  # type: ignore[operator]
             completions = output[:, inputs["input_ids"].size(1) :].tolist()
             for prompt, prompt_ids, ids in zip(batch, batch_ids, completions, strict=True):
-                end = next((i + 1 for i, token in enumerate(ids) if token in eos_ids), len(ids))
+                end = next((i + 1 for i, token in enumerate(ids) if token in end_ids), len(ids))
                 text = str(tokenizer.decode(ids[:end], skip_special_tokens=True))
                 rollouts.append(Rollout(prompt, text, prompt_ids, ids[:end]))
             if progress is not None:
@@ -109,7 +112,21 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str,
     return list(encoded["input_ids"])
 
 
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+@contextmanager
+def _no_own_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    # transformers fills what our config leaves open from the model's own: a repetition penalty, a smallest probability.
+    owners = {id(owner): owner for owner in (model, base_model(model))}.values()  # PEFT keeps one of its own
+    kept = [owner.generation_config for owner in owners]
+    for owner in owners:
+        owner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for owner, config in zip(owners, kept, strict=True):
+            owner.generation_config = config
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that the model declares to end a completion, and the tokenizer's."""
     declared = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = declared if isinstance(declared, list) else [] if declared is None else [declared]

@@ -1,0 +1,163 @@
+"""`trl-cmdp evaluate`: files, a second run, tables from records without a model, and mistakes in one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from trl_cmdp.cli import main
+from trl_cmdp.evaluation import read_rollout_records
+from trl_cmdp.tasks.arithmetic import demo_model_path, load_problems
+
+
+STUDENT, TEACHER = demo_model_path("student"), demo_model_path("teacher")
+SIZES = [
+    "--task",
+    "arithmetic",
+    "--num_problems",
+    "6",
+    "--num_samples",
+    "2",
+    "--batch_size",
+    "6",
+    "--cost_limit",
+    "0.25",
+]
+
+
+def run(*options):
+    return main(["evaluate", *map(str, options)])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Evaluations of the student and of its teacher."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    for model, name in ((STUDENT, "student"), (TEACHER, "teacher")):
+        code = run("--student", model, "--teacher", TEACHER, "--output_dir", folder / name, "--greedy", *SIZES)
+        assert code == 0
+    return folder
+
+
+def test_records_summary_and_table_are_written(folders):
+    settings, records = read_rollout_records(folders / "student" / "records.jsonl")
+    assert (settings.name, settings.task, settings.split, settings.max_new_tokens) == (
+        "student",
+        "arithmetic",
+        "test",
+        40,
+    )
+    assert settings.student_fingerprint is not None
+    assert len(records) == 18
+    assert [record.prompt for record in records if record.greedy] == load_problems(6, "test", 0)["prompt"]
+    summary = json.loads((folders / "student" / "summary.json").read_text())["evaluations"][0]
+    assert summary["cost_limit"] == 0.25
+    assert summary["sampled"]["right"]["value"] == sum(record.right for record in records if not record.greedy) / 12
+    assert "| student, greedy | 6 | 6 |" in (folders / "student" / "table.md").read_text()
+
+
+def test_the_same_command_does_nothing_twice_and_another_one_is_refused(folders, tmp_path, capsys):
+    shutil.copytree(folders / "student", tmp_path / "student")
+    options = ["--student", STUDENT, "--teacher", TEACHER, "--output_dir", tmp_path / "student", "--greedy", *SIZES]
+    before = (tmp_path / "student" / "records.jsonl").read_bytes()
+    assert run(*options) == 0
+    assert (tmp_path / "student" / "records.jsonl").read_bytes() == before
+    capsys.readouterr()
+    assert run(*options, "--temperature", "0.7") == 2
+    error = capsys.readouterr().err
+    assert "another `temperature`" in error
+    assert error.count("\n") == 1
+
+
+def test_tables_come_from_records_without_a_model(folders, tmp_path):
+    """In a process of its own, which never loads transformers."""
+    files = [folders / name / "records.jsonl" for name in ("student", "teacher")]
+    script = (
+        "import sys; from trl_cmdp.cli import main; code = main(sys.argv[1:]);"
+        "assert not {'transformers', 'datasets', 'trl'} & {name.split('.')[0] for name in sys.modules}; sys.exit(code)"
+    )
+    arguments = ["evaluate", "--records", *map(str, files), "--output_dir", str(tmp_path / "both")]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "| teacher − student | 6 |" in done.stdout
+    assert "| teacher − student, greedy | 6 |" in done.stdout
+    both = json.loads((tmp_path / "both" / "summary.json").read_text())
+    alone = json.loads((folders / "student" / "summary.json").read_text())
+    assert both["evaluations"][0] == alone["evaluations"][0]
+    assert [difference["greedy"] for difference in both["differences"]] == [False, True]
+
+
+def test_another_limit_is_asked_of_the_same_records(folders, capsys):
+    assert run("--records", folders / "student" / "records.jsonl", "--cost_limit", "100") == 0
+    assert "| 100.0 [" in capsys.readouterr().out
+
+
+def test_a_dataset_of_ones_own(tmp_path):
+    rows = [{"q": "1+2+3+4+5=", "a": "15", "level": 5}, {"q": "1+1+1+1+1=", "a": "5", "level": 5}]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = run(
+        *("--student", STUDENT, "--dataset", tmp_path / "mine.jsonl", "--split", "train", "--num_problems", "2"),
+        *("--prompt_column", "q", "--answer_column", "a", "--difficulty_column", "level", "--max_new_tokens", "8"),
+        *("--reward", "trl_cmdp.tasks.arithmetic.final_answer_reward", "--output_dir", tmp_path / "out"),
+    )
+    assert code == 0
+    settings, records = read_rollout_records(tmp_path / "out" / "records.jsonl")
+    assert settings.teacher is None
+    assert {record.difficulty for record in records} == {"5"}
+    assert {record.answer for record in records} == {"15", "5"}
+
+
+def test_an_adapter_is_a_student_and_its_base_its_teacher(tmp_path):
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(STUDENT)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    sizes = ["--task", "arithmetic", "--num_problems", "3", "--max_new_tokens", "8"]
+    code = run(
+        *(
+            "--student",
+            tmp_path / "adapter",
+            "--teacher_adapter_name",
+            "base",
+            "--output_dir",
+            tmp_path / "out",
+            *sizes,
+        )
+    )
+    assert code == 0
+    settings, records = read_rollout_records(tmp_path / "out" / "records.jsonl")
+    assert settings.name == "adapter"
+    assert settings.student_fingerprint is not None
+    assert max(cost for record in records for cost in record.costs) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--student", STUDENT], "--task or --dataset"),
+        (["--student", STUDENT, "--task", "nothing"], "no task 'nothing'"),
+        (["--student", "no/such/folder/anywhere", "--task", "arithmetic"], "no/such"),
+        (["--student", STUDENT, "--task", "arithmetic", "--split", "dev"], "split"),
+        (["--student", STUDENT, "--task", "arithmetic", "--prompt_column", "q"], "prompt_column"),
+        (["--student", STUDENT, "--task", "arithmetic", "--teacher_adapter_name", "base"], "adapter"),
+        (["--student", STUDENT, "--task", "arithmetic", "--reward", "nonsense"], "Unknown reward"),
+        (["--records", "missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_a_mistake_is_one_line(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert run(*options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("trl-cmdp evaluate: error: ")
+    assert message in error.splitlines()[-1]
+
+
+def test_records_that_are_none_name_the_file(tmp_path, capsys):
+    (tmp_path / "records.jsonl").write_text("{}\n")
+    assert run("--records", tmp_path / "records.jsonl") == 2
+    assert f"{tmp_path / 'records.jsonl'}: Line 1" in capsys.readouterr().err

@@ -1,0 +1,120 @@
+"""Records of an evaluation: back as they were written, and strict about everything else."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from trl_cmdp.evaluation import EvaluationSettings, RolloutRecord, read_rollout_records
+
+
+SETTINGS = EvaluationSettings(
+    name="student",
+    student="models/student",
+    student_fingerprint=None,
+    teacher="models/teacher",
+    task="arithmetic",
+    split="test",
+    num_problems=2,
+    num_samples=2,
+    greedy=True,
+    seed=0,
+    temperature=1.0,
+    max_new_tokens=8,
+    batch_size=4,
+    backend="transformers",
+    teacher_beta=1.0,
+    cost_limit=0.25,
+    cost_scope="mean",
+    versions={"torch": "2"},
+    git_commit=None,
+)
+RECORD = RolloutRecord(
+    problem=1,
+    greedy=False,
+    sample=1,
+    prompt=[{"role": "user", "content": "1+2 = ?\n\u2028"}],
+    answer="3",
+    difficulty="2 steps",
+    completion="é3",
+    completion_ids=[4, 1],
+    tokens=["é3", "<eos>"],
+    truncated=False,
+    right=True,
+    costs=[0.5, 0.0],
+)
+
+
+def text(*records, settings=SETTINGS):
+    return "".join(f"{line.to_json()}\n" for line in (settings, *records))
+
+
+def changed(record=RECORD, **values):
+    return json.dumps({**asdict(record), **values})
+
+
+def test_what_is_written_is_read(tmp_path):
+    records = [
+        RECORD,
+        replace(RECORD, problem=0, prompt="1+2=", difficulty=None),
+        replace(RECORD, greedy=True, sample=0),
+    ]
+    assert read_rollout_records(text(*records)) == (SETTINGS, records)
+    (tmp_path / "records.jsonl").write_text(text(*records))
+    assert read_rollout_records(tmp_path / "records.jsonl") == (SETTINGS, records)
+
+
+def test_a_last_line_that_was_cut_is_left_out():
+    whole = text(RECORD, replace(RECORD, problem=0))
+    assert read_rollout_records(whole[:-1]) == (SETTINGS, [RECORD])
+    assert read_rollout_records(whole[:-40]) == (SETTINGS, [RECORD])
+    with pytest.raises(ValueError, match="first line"):
+        read_rollout_records(SETTINGS.to_json()[:-3])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nonsense",
+        "[]",
+        changed(extra=1),
+        changed(problem=True),
+        changed(right=1),
+        changed(sample="0"),
+        changed(costs=[0.5, "0"]),
+        changed(costs=[0.5, True]),
+        changed(costs=[0.5]),
+        changed(costs=None),
+        changed(tokens=["é3"]),
+        changed(completion_ids=[4.0, 1]),
+        changed(prompt=[{"role": "user", "content": 3}]),
+        changed(prompt=["1+2="]),
+        changed(problem=2),
+        changed(problem=-1),
+        changed(sample=2),
+        changed(greedy=True),
+        RECORD.to_json().replace("0.5", "NaN"),
+        json.dumps({key: value for key, value in asdict(RECORD).items() if key != "answer"}),
+    ],
+)
+def test_a_line_that_is_no_record_is_named(line):
+    with pytest.raises(ValueError, match="Line 3 is not a record"):
+        read_rollout_records(text(replace(RECORD, problem=0)) + line + "\n")
+
+
+@pytest.mark.parametrize(
+    "values", [{"seed": 1.5}, {"greedy": 1}, {"versions": {"torch": 2}}, {"teacher": 3}, {"more": 1}]
+)
+def test_settings_that_are_none_are_an_error(values):
+    with pytest.raises(ValueError, match="Line 1"):
+        read_rollout_records(changed(SETTINGS, **values) + "\n")
+
+
+def test_a_rollout_that_is_there_twice_is_an_error():
+    with pytest.raises(ValueError, match="Line 3: the sample 1 of problem 1 is there twice"):
+        read_rollout_records(text(RECORD, RECORD))
+
+
+def test_what_is_not_finite_is_never_written():
+    with pytest.raises(ValueError, match="JSON"):
+        replace(RECORD, costs=[float("nan"), 0.0]).to_json()

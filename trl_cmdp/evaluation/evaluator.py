@@ -1,0 +1,264 @@
+"""Evaluating a student: rollouts batch by batch, each batch recorded before the next."""
+
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from datasets import Dataset
+from filelock import FileLock
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..core.budget import CostScope
+from .divergence import Teacher, score_rollouts
+from .rollout_records import EvaluationSettings, RolloutRecord, read_rollout_records
+from .rollouts import Rollout, eos_ids, sample_rollouts
+
+
+_Key = tuple[int, bool, int]  # problem, greedy, sample
+# The commit is where the evaluation began. What it may change shows in the versions and the weights' fingerprint.
+_MAY_DIFFER = {"git_commit"}
+
+
+def evaluate(
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Dataset,
+    reward: Callable[..., Sequence[float | None]],
+    *,
+    settings: EvaluationSettings,
+    records_path: Path | None = None,
+    teacher: Teacher | None = None,
+    engine: Any = None,
+    scoring_batch_size: int = 32,
+    progress: Callable[[int, int], Any] | None = None,
+) -> list[RolloutRecord]:
+    """
+    Roll a student out on problems, and record final answers and costs.
+
+    Every batch has a seed of its own and is written before the next begins, so an evaluation that was stopped goes on
+    where it stopped, and ends with the records that it would have had.
+
+    Args:
+        student ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Student, on its device.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        problems ([`~datasets.Dataset`]):
+            As many problems as the settings say, with the columns `prompt` and `answer`, and `difficulty` where there
+            are strata.
+        reward (`Callable`):
+            Reward function as TRL calls it, with prompts, completions and all columns. A final answer is right where
+            it gives 1.
+        settings ([`EvaluationSettings`]):
+            What to do. `student`, `teacher`, `task` and `split` only name what is passed here.
+        records_path (`Path`, *optional*):
+            Records file, written or gone on with. Nothing is written if `None`.
+        teacher ([`~transformers.PreTrainedModel`], [`~teachers.AdapterTeacher`] or [`~teachers.RemoteTeacher`], *optional*):
+            Teacher of [`score_rollouts`]. Costs are not measured without one.
+        engine (`vllm.LLM`, *optional*):
+            What generates if `settings.backend` is `"vllm"`, with the student's weights. The student scores.
+        scoring_batch_size (`int`, *optional*, defaults to `32`):
+            Rollouts scored at a time.
+        progress (`Callable[[int, int], Any]`, *optional*):
+            Called with (rollouts done, total), at first with what is recorded already. See [`show_progress`].
+
+    Returns:
+        `list[RolloutRecord]`: Every record, those of an earlier call included: the samples of each problem, in the
+        problems' order, and then the greedy rollouts.
+
+    Raises:
+        ValueError: If the arguments do not fit the settings, or the file is of an evaluation with other settings.
+        filelock.Timeout: If another evaluation is writing to the file.
+    """
+    rows = [dict(row) for row in problems]
+    _check_arguments(rows, settings, teacher, engine)
+    generate: Callable[..., list[Rollout]] = sample_rollouts
+    if settings.backend == "vllm":
+        from .vllm import sample_rollouts_vllm  # an optional dependency
+
+        generate = sample_rollouts_vllm
+    batches = _batches(settings)
+    total = sum(map(len, batches))
+    with _records_file(records_path, settings, batches) as (records, append):
+        num_recorded, end = len(records), 0
+        if progress is not None:
+            progress(num_recorded, total)
+        for number, batch in enumerate(batches):
+            end += len(batch)
+            if end <= num_recorded:
+                continue
+            batch_rows = [rows[problem] for problem, _, _ in batch]
+            rollouts = generate(
+                student if engine is None else engine,
+                tokenizer,
+                [row["prompt"] for row in batch_rows],
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                greedy=batch[0][1],
+                batch_size=len(batch),
+                seed=_batch_seed(settings.seed, number),
+            )
+            costs: Sequence[torch.Tensor | None] = [None] * len(batch)
+            if teacher is not None:
+                costs = score_rollouts(
+                    rollouts,
+                    student,
+                    teacher,
+                    temperature=settings.temperature,
+                    beta=settings.teacher_beta,
+                    batch_size=scoring_batch_size,
+                )
+            right = _right(reward, batch_rows, rollouts)
+            end_ids = eos_ids(student, tokenizer)
+            new = [
+                _record(key, row, rollout, cost, answered, tokenizer, end_ids, settings.max_new_tokens)
+                for key, row, rollout, cost, answered in zip(batch, batch_rows, rollouts, costs, right, strict=True)
+            ]
+            append(new)
+            records.extend(new)
+            if progress is not None:
+                progress(len(records), total)
+        return records
+
+
+def _check_arguments(
+    rows: list[dict[str, Any]],
+    settings: EvaluationSettings,
+    teacher: Teacher | None,
+    engine: Any,
+) -> None:
+    if len(rows) != settings.num_problems:
+        raise ValueError(f"The settings say {settings.num_problems} problems, and `problems` holds {len(rows)}.")
+    if missing := [name for name in ("prompt", "answer") if rows and name not in rows[0]]:
+        raise ValueError(f"The problems have no column {missing[0]!r}, they have {', '.join(map(repr, rows[0]))}.")
+    if settings.num_problems < 1 or settings.num_samples + settings.greedy < 1 or settings.num_samples < 0:
+        raise ValueError(
+            "There is nothing to evaluate: ask for a problem, and for a sample of each or a greedy rollout."
+        )
+    for name in ("batch_size", "max_new_tokens", "temperature"):
+        if not getattr(settings, name) > 0:
+            raise ValueError(f"`{name}` must be positive, got {getattr(settings, name)}.")
+    if settings.cost_scope not in get_args(CostScope):
+        raise ValueError(f"`cost_scope` must be one of {', '.join(get_args(CostScope))}, got {settings.cost_scope!r}.")
+    if (settings.teacher is None) != (teacher is None):
+        raise ValueError("`settings.teacher` names the teacher that is passed as `teacher`: give both or neither.")
+    if settings.backend not in ("transformers", "vllm"):
+        raise ValueError(f"`backend` must be 'transformers' or 'vllm', got {settings.backend!r}.")
+    if (settings.backend == "vllm") != (engine is not None):
+        raise ValueError("The backend 'vllm', and no other, generates with an `engine`, a `vllm.LLM`.")
+
+
+def _batches(settings: EvaluationSettings) -> list[list[_Key]]:
+    """What each batch rolls out. Greedy and sampled rollouts never share one."""
+    problems = range(settings.num_problems)
+    sampled = [(problem, False, sample) for problem in problems for sample in range(settings.num_samples)]
+    greedy = [(problem, True, 0) for problem in problems if settings.greedy]
+    size = settings.batch_size
+    return [keys[start : start + size] for keys in (sampled, greedy) for start in range(0, len(keys), size)]
+
+
+def _batch_seed(seed: int, number: int) -> int:
+    return random.Random(f"{seed}/{number}").getrandbits(31)  # far from the seeds of other batches and evaluations
+
+
+def _right(
+    reward: Callable[..., Sequence[float | None]], rows: Sequence[dict[str, Any]], rollouts: Sequence[Rollout]
+) -> list[bool]:
+    """Whether the final answers are right, by a reward function that is called as TRL calls it."""
+    prompts = [row["prompt"] for row in rows]
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+    completions = [
+        rollout.completion
+        if isinstance(rollout.prompt, str)
+        else [{"role": "assistant", "content": rollout.completion}]
+        for rollout in rollouts
+    ]
+    completion_ids = [rollout.completion_ids for rollout in rollouts]
+    rewards = reward(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+    if len(rewards) != len(rollouts):
+        raise ValueError(f"The reward function gave {len(rewards)} rewards for {len(rollouts)} completions.")
+    return [value == 1.0 for value in rewards]
+
+
+def _record(
+    key: _Key,
+    row: dict[str, Any],
+    rollout: Rollout,
+    costs: torch.Tensor | None,
+    right: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    end_ids: Sequence[int],
+    max_new_tokens: int,
+) -> RolloutRecord:
+    problem, greedy, sample = key
+    ids = rollout.completion_ids
+    difficulty = row.get("difficulty")
+    return RolloutRecord(
+        problem=problem,
+        greedy=greedy,
+        sample=sample,
+        prompt=rollout.prompt,
+        answer=str(row["answer"]),
+        difficulty=None if difficulty is None else str(difficulty),
+        completion=rollout.completion,
+        completion_ids=ids,
+        tokens=[str(tokenizer.decode([token])) for token in ids],
+        truncated=len(ids) >= max_new_tokens and ids[-1] not in end_ids,
+        right=right,
+        # A cost of 0 comes as a number around it: no "-0.0".
+        costs=None if costs is None else [round(cost, 6) + 0.0 for cost in costs.tolist()],
+    )
+
+
+@contextmanager
+def _records_file(
+    path: Path | None, settings: EvaluationSettings, batches: Sequence[Sequence[_Key]]
+) -> Iterator[tuple[list[RolloutRecord], Callable[[Sequence[RolloutRecord]], None]]]:
+    """The records of whole batches that the file holds, and what appends those of another batch to it."""
+    if path is None:
+        yield [], lambda new: None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock"), timeout=0):  # released however this process ends
+        records = _resume(path, settings, batches)
+        with path.open("a", encoding="utf-8", newline="\n") as file:
+
+            def append(new: Sequence[RolloutRecord]) -> None:
+                file.write("".join(f"{record.to_json()}\n" for record in new))
+                file.flush()
+                os.fsync(file.fileno())
+
+            yield records, append
+
+
+def _resume(path: Path, settings: EvaluationSettings, batches: Sequence[Sequence[_Key]]) -> list[RolloutRecord]:
+    """The records of whole batches that the file holds. What follows them is cut off; a missing file is begun."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if "\n" not in text:  # not even the settings came to their end
+        path.write_text(f"{settings.to_json()}\n", encoding="utf-8", newline="\n")
+        return []
+    try:
+        found, records = read_rollout_records(text)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be gone on with: {error}") from error
+    for field in fields(EvaluationSettings):
+        before, now = getattr(found, field.name), getattr(settings, field.name)
+        if before != now and field.name not in _MAY_DIFFER:
+            raise ValueError(
+                f"{path} is of an evaluation with another `{field.name}`: {before!r}, now {now!r}. Choose another "
+                "path, or delete the file."
+            )
+    keys = [key for batch in batches for key in batch]
+    if [record.key for record in records] != keys[: len(records)]:
+        raise ValueError(f"{path} has lost a line, or its lines are in another order: it cannot be gone on with.")
+    # A batch is generated as a whole, so one that was cut while it was written is generated again.
+    whole = max((end for end in accumulate(map(len, batches)) if end <= len(records)), default=0)
+    kept = "".join(f"{line}\n" for line in text.split("\n")[: 1 + whole])
+    os.truncate(path, len(kept.encode()))
+    return records[:whole]

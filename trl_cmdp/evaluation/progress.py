@@ -1,0 +1,43 @@
+"""How far an evaluation is."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+@contextmanager
+def show_progress(description: str) -> Iterator[Callable[[int, int], None]]:
+    """
+    A bar in a terminal, else a plain line now and then.
+
+    Args:
+        description (`str`):
+            What is counted.
+
+    Yields:
+        `Callable[[int, int], None]`: To be called with (done, total).
+    """
+    if not sys.stdout.isatty():
+        last = -1
+
+        def print_line(done: int, total: int) -> None:
+            nonlocal last
+            if done == total or last < 0 or 20 * (done - last) >= total:
+                last = done
+                print(f"{description}: {done}/{total}", flush=True)
+
+        yield print_line
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console()) as progress:
+        task = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,56 @@
+"""Where a record comes from: versions, commit, and the weights that it is of."""
+
+import hashlib
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+from .. import __version__
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python, of the libraries that decide a result, and of this package."""
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "trl")},
+        "trl_cmdp": __version__,
+    }
+
+
+def git_state() -> tuple[str | None, bool]:
+    """Commit of the checkout that this package is run from, and whether the package differs from it."""
+    package = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # An environment inside somebody's repository is no checkout of ours.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "."))
+    except (OSError, subprocess.CalledProcessError):
+        return None, False
+
+
+def weights_fingerprint(model: str | Path) -> str | None:
+    """
+    SHA-256 of a checkpoint's weight files.
+
+    Args:
+        model (`str` or `Path`):
+            Local folder of a model or an adapter, or a hub id.
+
+    Returns:
+        `str`, *optional*: Digest over the safetensors files in the order of their names, `None` if there are none.
+    """
+    files = sorted(Path(model).glob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
