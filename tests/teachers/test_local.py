@@ -57,9 +57,20 @@ def test_another_tokenizer_is_an_error_that_names_tokens(student, tokenizer, tmp
     other = AutoTokenizer.from_pretrained(TEACHER)
     other.add_tokens(["x"])
     other.save_pretrained(tmp_path)
-    AutoModelForCausalLM.from_pretrained(TEACHER).save_pretrained(tmp_path)
+    teacher = AutoModelForCausalLM.from_pretrained(TEACHER)
+    teacher.resize_token_embeddings(len(other))
+    teacher.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="1 tokens differ, for example 'x'"):
         check_vocabulary(student, tokenizer, load_teacher(str(tmp_path)).config)
+
+
+def test_a_token_past_the_teachers_head_does_not_matter(student, tokenizer, tmp_path):
+    """`<|image|>` of Llama-3.2-Vision is an input alone."""
+    other = AutoTokenizer.from_pretrained(TEACHER)
+    other.add_tokens(["<|image|>"])
+    other.save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(TEACHER).save_pretrained(tmp_path)
+    check_vocabulary(student, tokenizer, load_teacher(str(tmp_path)).config)
 
 
 def test_unequal_sizes_without_a_tokenizer_are_an_error(student, tokenizer, tmp_path):

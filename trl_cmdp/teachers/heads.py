@@ -47,7 +47,9 @@ def last_hidden_state(model: PreTrainedModel, num_positions: int, **model_inputs
     Returns:
         `torch.Tensor`: Hidden states of shape `(B, T, H)`; those at t predict completion token t.
     """
-    hidden = model.base_model(**model_inputs, use_cache=False).last_hidden_state
+    # The text part of some vision-language models (Mllama, Llama 4) has a `base_model_prefix` that only the whole has.
+    backbone = model.model if model.base_model is model else model.base_model
+    hidden = backbone(**model_inputs, use_cache=False).last_hidden_state
     return hidden[:, -(num_positions + 1) : -1]
 
 

@@ -110,13 +110,21 @@ def load_teacher(
         [`~transformers.PreTrainedModel`]: The teacher.
 
     Raises:
-        ValueError: If `init_kwargs` or `revision` are given for an instance, which is loaded already.
+        ValueError: If `init_kwargs` or `revision` are given for an instance, which is loaded already, or the checkpoint
+            is not one of a causal language model.
     """
     if isinstance(teacher_model, str):
         kwargs = {"dtype": "auto", **(init_kwargs or {})}
         if revision is not None:
             kwargs.setdefault("revision", revision)
-        teacher_model = AutoModelForCausalLM.from_pretrained(teacher_model, **kwargs)
+        try:
+            teacher_model = AutoModelForCausalLM.from_pretrained(teacher_model, **kwargs)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}\nOf a vision-language model that has no causal language model of its own in transformers "
+                "(Qwen2.5-VL) pass an instance, `AutoModelForImageTextToText.from_pretrained(...)`: it can be a teacher "
+                "on text."
+            ) from error
     elif init_kwargs is not None or revision is not None:
         raise ValueError(
             "`teacher_model_init_kwargs` and `teacher_model_revision` apply to a teacher given as a path or a hub id, "
@@ -161,7 +169,9 @@ def check_vocabulary(
             )
         logger.warning("Assuming that the teacher uses the student's tokenizer: their vocabularies have equal size.")
         return
-    vocab, teacher_vocab = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    # Tokens past the head are inputs alone (`<|image|>` of Llama-3.2-Vision): no distribution is over them.
+    vocab = {token: index for token, index in tokenizer.get_vocab().items() if index < student_size}
+    teacher_vocab = {token: index for token, index in teacher_tokenizer.get_vocab().items() if index < teacher_size}
     if vocab == teacher_vocab:
         return
     differing = [
