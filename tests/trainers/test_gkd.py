@@ -195,6 +195,10 @@ def test_a_stream_without_completions_is_an_error_at_the_first_batch(tmp_path):
         ({"cost_limit": 0.0}, "`cost_limit` must be positive"),
         ({"cost_scope": "max"}, "`cost_scope` must be one of"),
         ({"lmbda": 0.5, "use_vllm": True}, "vllm_importance_sampling_correction=False"),
+        (
+            {"lmbda": 0.5, "seq_kd": True, "use_vllm": True, "vllm_importance_sampling_correction": False},
+            "`use_vllm=False`",
+        ),
     ],
 )
 def test_bad_fields_are_errors(tmp_path, fields, message):

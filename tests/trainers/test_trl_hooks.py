@@ -20,6 +20,8 @@ HOOKS = {
     "_save_checkpoint": "(self, model, trial)",
     "_load_optimizer_and_scheduler": "(self, checkpoint)",
     "_get_output_dir": "(self, trial)",
+    "_push_from_checkpoint": "(self, checkpoint_folder)",
+    "create_model_card": "(self, model_name=None, dataset_name=None, tags=None)",
     "log": "(self, logs, start_time=None)",
 }
 IMPORTS = {
@@ -45,7 +47,9 @@ ATTRIBUTES = {
     "model_wrapped": torch.nn.Module,
     "use_transformers_continuous_batching": bool,
     "use_vllm": bool,
+    "chat_template": (str, type(None)),
     "chat_template_kwargs": dict,
+    "eos_token_ids": list,
     "num_generations": int,
     "num_generations_eval": int,
     "reward_func_names": list,

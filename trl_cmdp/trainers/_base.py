@@ -5,6 +5,7 @@ Every touch of TRL's private hooks is in this file, and tests/trainers/test_trl_
 """
 
 import json
+import sys
 from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,11 +20,18 @@ from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
 from ..core import infeasible_steps, rollout_cost
 from ..teachers import LocalTeacher, base_model
+from ._card import write_model_card
 from ._config import DistillConfig
 from ._forward import DivergenceRequest, StudentForward
-from ._processes import gather_rows
+from ._hub import warn_if_failed
+from ._images import IMAGES_REFUSED, check_no_images
+from ._processes import gather_rows, on_any_process
 from ._rewards import check_reward_columns, no_reward
+from ._rollout_func import checked_rollout_func
+from ._satisfaction import SatisfactionCounts
 from ._scoring import RolloutScorer
+from ._selection import FEASIBLE_REWARD, Verdicts, asks_for_feasible_reward
+from ._shading import ShadedCompletions
 from ._signal import Rollouts, Signal
 from ._teachers import Teacher, TeacherModel, check_teacher_name, has_teacher, make_teachers
 
@@ -87,12 +95,16 @@ class DistillTrainer(GRPOTrainer):
                     "`multi_objective_aggregation='normalize_then_sum'` cannot be used with a teacher: it leaves no "
                     "single reward to weigh against the limit. Use 'sum_then_normalize' and `reward_weights`."
                 )
+            check_no_images(train_dataset, eval_dataset)
             if reward_funcs is None and environment_factory is None:
                 reward_funcs = no_reward
+            if rollout_func is not None:
+                rollout_func = checked_rollout_func(rollout_func)
         elif reward_funcs is None and environment_factory is None:
             raise ValueError(
                 "There is neither a reward nor a teacher to learn from. Pass `reward_funcs`, `teacher_model`, or both."
             )
+        self._selects = asks_for_feasible_reward(args, with_teacher, eval_dataset)
 
         super().__init__(
             model=model,
@@ -113,6 +125,7 @@ class DistillTrainer(GRPOTrainer):
         if rollout_func is None and environment_factory is None:
             check_reward_columns(self.reward_funcs, self.reward_func_names, self.train_dataset, self.eval_dataset)
 
+        self.command = sys.argv  # what the model card says that made the run; secrets are hidden there
         self.teachers: dict[str, Teacher] = make_teachers(self, teacher_model) if with_teacher else {}
         if not self.teachers:
             return
@@ -128,6 +141,10 @@ class DistillTrainer(GRPOTrainer):
         # Numerators and denominators: TRL averages logged values unweighted, which is wrong for rates.
         self._sums = {mode: defaultdict(lambda: [0.0, 0.0]) for mode in ("train", "eval")}
         self._maxima: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
+        self._verdicts = Verdicts()  # of the evaluation under way
+        self._satisfaction = SatisfactionCounts()
+        shades = args.log_completions and "wandb" in args.report_to
+        self._shaded = ShadedCompletions(self._tokenizer) if shades else None
         self._set_up_method()
         # Loading a teacher may draw random numbers; rollouts must not depend on that.
         set_seed(args.seed, device_specific=True)
@@ -176,6 +193,9 @@ class DistillTrainer(GRPOTrainer):
         judged = has_tokens & ~rollouts.rewards.isnan()
         self._count("constraint/limit", torch.as_tensor(cost_limit, dtype=torch.float64).mean(), 1)
         self._count("constraint/satisfaction_rate", (feasible & judged).sum(), judged.sum())
+        self._satisfaction.add(self._mode, feasible, judged, rollouts.num_generations)
+        if self._mode == "eval":
+            self._verdicts.add(rollouts.rewards, feasible, judged)
         if len(self.teachers) > 1:
             for index, name in enumerate(self.teachers):
                 own = judged & (rollouts.teacher_index == index)
@@ -248,6 +268,13 @@ class DistillTrainer(GRPOTrainer):
                 tokens = [*self._tokenizer(completion, add_special_tokens=False)["input_ids"]]
                 tokens.append(self._tokenizer.eos_token_id)
             else:  # messages: what the chat template adds to the prompt
+                roles = sorted({message["role"] for message in completion} - {"assistant"})
+                if roles:
+                    raise ValueError(
+                        f"A `completion` of the dataset has messages of the role {', '.join(map(repr, roles))}, whose "
+                        "tokens are not the student's to learn. Give each assistant turn a row of its own, with what "
+                        "came before in its `prompt`."
+                    )
                 whole = self._tokenizer.apply_chat_template(
                     [*row["prompt"], *completion],
                     chat_template=self.chat_template,
@@ -261,6 +288,9 @@ class DistillTrainer(GRPOTrainer):
                         "completion's tokens cannot be told apart. Give `prompt` and `completion` as text."
                     )
                 tokens = whole[len(ids) :]
+                # What a template writes after the end of the turn (a newline), no student ever does.
+                ends = [position for position, token in enumerate(tokens) if token in self.eos_token_ids]
+                tokens = tokens[: ends[-1] + 1] if ends else tokens
             completions.append(tokens[: self.max_completion_length])
         return completions
 
@@ -269,8 +299,11 @@ class DistillTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         if not self.teachers:
             return output
-        if "pixel_values" in output:
-            raise NotImplementedError("Images in prompts are not supported with a teacher yet.")
+        if on_any_process(self.accelerator, "pixel_values" in output):  # in a later row, or returned by a tool
+            raise ValueError(IMAGES_REFUSED)
+        if self._used_in_one_step:
+            # vLLM's correction leaves them there. They equal the loss's own, but for rounding.
+            output.pop("old_per_token_logps", None)
 
         rewards_per_func = self._rewards_per_func  # (B, num_funcs), of all processes
         rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
@@ -279,6 +312,9 @@ class DistillTrainer(GRPOTrainer):
         output["teacher_index"] = self._teacher_index(inputs)  # (b,)
         local_mask = _loss_mask(output).bool()  # (b, T)
         mask = gather_rows(self.accelerator, local_mask)  # (B, T), T now the longest of all processes
+        if "tool_mask" in output:
+            num_tokens = self.accelerator.gather(output["completion_mask"].sum()).sum()
+            self._count("tools/token_frac", num_tokens - mask.sum(), num_tokens)
         local, kept = self._score(output, local_mask, mask)
         scores = {name: gather_rows(self.accelerator, values) for name, values in local.items()}  # (B, T) each
         rollouts = Rollouts(
@@ -306,6 +342,9 @@ class DistillTrainer(GRPOTrainer):
         if "costs" in local:
             output["costs"] = local["costs"]
         self._log_rollouts(rollouts, signal)
+        if self._shaded is not None and self._mode == "train":
+            ids, shown = (gather_rows(self.accelerator, output[f"completion_{name}"]) for name in ("ids", "mask"))
+            self._shaded.replace(self._logs["prompt"], ids, shown, rollouts, signal)
         return output
 
     def _teacher_index(self, inputs: list[dict[str, Any]]) -> torch.Tensor:
@@ -367,12 +406,16 @@ class DistillTrainer(GRPOTrainer):
 
     def _expected_log_prob_grad(self, inputs, mask, token_weight) -> torch.Tensor | None:
         """Derivative (b, T) of TRL's loss by each log-probability, which on policy is known before it is computed."""
-        if inputs.get("old_per_token_logps") is not None or self.beta != 0.0:
+        if "old_per_token_logps" in inputs or self.beta != 0.0:
             return None
         advantages = inputs["advantages"]
         advantages = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
         ratio = min(1.0, self.epsilon_high) if self.loss_type == "cispo" else 1.0  # cispo clips also a ratio of 1
-        return -ratio * advantages * mask * token_weight
+        expected = -ratio * advantages * mask * token_weight
+        if "importance_sampling_ratio" not in inputs:
+            return expected
+        # Of vLLM's sampling, (b, T) or (b, 1). VESPO makes weights of its own from it.
+        return None if self.loss_type == "vespo" else expected * inputs["importance_sampling_ratio"]
 
     def _policy_token_weight(self, mask: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
         """
@@ -425,9 +468,15 @@ class DistillTrainer(GRPOTrainer):
                 metrics[name] = [numerator / denominator if denominator else float("nan")]
             for name, value in self._maxima[self._mode].items():
                 metrics[name] = [value]
+            if self._selects and self._mode == "eval" and self._sums["eval"]:  # a log of an evaluation, not after one
+                metrics[FEASIBLE_REWARD] = [self._verdicts.feasible_reward(self.args.tolerated_violation_rate)]
+                self._verdicts = Verdicts()
+            self._satisfaction.close(self._mode, self.state.global_step)
             self._sums[self._mode].clear()
             self._maxima[self._mode].clear()
         super().log(logs, start_time)
+        if self.teachers and self._shaded is not None and self.accelerator.is_main_process:
+            self._shaded.log(self.state.global_step)
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
@@ -450,7 +499,50 @@ class DistillTrainer(GRPOTrainer):
             )
         self._load_method_state(json.loads(path.read_text()))
 
+    # ---------------------------------------------------------------------------------------------------------- the Hub
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        evaluation: Any | None = None,
+    ):
+        """
+        Write the model card into `args.output_dir`. `push_to_hub` hands its other arguments on to this.
+
+        Args:
+            model_name (`str`, *optional*):
+                Name of the model.
+            dataset_name (`str`, *optional*):
+                Name of the dataset on the Hub. A file or folder of this machine is left out.
+            tags (`str` or `list[str]`, *optional*):
+                Tags beside the method's.
+            evaluation ([`~trl_cmdp.evaluation.EvaluationSummary`], *optional*):
+                Figures on held-out problems, for the card's table and its metadata.
+        """
+        if dataset_name is not None and Path(dataset_name).exists():
+            dataset_name = None  # the Hub refuses what is no dataset's id
+        model_name = model_name or Path(self.args.output_dir).name
+        super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            write_model_card(self, dataset_name, evaluation)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if not self.is_world_process_zero():
+            return
+        earlier = [] if self.push_in_progress is None else [*self.push_in_progress.jobs]
+        super()._push_from_checkpoint(checkpoint_folder)
+        for push in [] if self.push_in_progress is None else self.push_in_progress.jobs:
+            if push not in earlier:
+                push.add_done_callback(warn_if_failed)
+
     # ---------------------------------------------------------------------------------------------------------- helpers
+
+    @property
+    def _used_in_one_step(self) -> bool:
+        """Whether one optimizer step uses all rollouts of a generation, TRL's condition for a ratio of 1 in the loss."""
+        return self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) == 0
 
     @property
     def _mode(self) -> str:

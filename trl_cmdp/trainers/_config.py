@@ -51,6 +51,9 @@ class DistillConfig(GRPOConfig):
             rollout for `"sum"`. A method without a limit of its own only measures satisfaction against it.
         cost_scope (`str`, *optional*, defaults to `"mean"`):
             Cost C of a rollout: `"mean"` of its tokens' costs, `"sum"`, or `"worst_prefix"` (largest running mean).
+        tolerated_violation_rate (`float`, *optional*, defaults to `0.05`):
+            Share of rollouts above the limit with which a student counts as feasible, where checkpoints are chosen by
+            `metric_for_best_model="constraint/feasible_reward"`.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
@@ -136,6 +139,11 @@ class DistillConfig(GRPOConfig):
             "choices": ["mean", "sum", "worst_prefix"],
         },
     )
+    tolerated_violation_rate: float = field(
+        default=0.05,
+        kw_only=True,
+        metadata={"help": "Share of rollouts above the limit with which a student counts as feasible."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -147,6 +155,8 @@ class DistillConfig(GRPOConfig):
             )
         if not 0.0 <= self.teacher_prob_floor < 1.0:
             raise ValueError(f"`teacher_prob_floor` must lie in [0, 1), got {self.teacher_prob_floor}.")
+        if not 0.0 <= self.tolerated_violation_rate < 1.0:
+            raise ValueError(f"`tolerated_violation_rate` must lie in [0, 1), got {self.tolerated_violation_rate}.")
         self._check_positive(
             "divergence_memory_mb",
             "teacher_hidden_memory_mb",
@@ -163,7 +173,7 @@ class DistillConfig(GRPOConfig):
         return super(DistillConfig, copy.copy(self)).__str__()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "teacher_model_server_api_key": None}
+        return {**self.__dict__, "teacher_model_server_api_key": None, "hub_token": None}
 
     def _check_unit_interval(self, *names: str) -> None:
         for name in names:

@@ -1,6 +1,5 @@
 """The constrained method."""
 
-import textwrap
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 
 from ..core import constrained_advantages, violation_weights
 from ._base import DistillTrainer
+from ._card import CONSTRAINED_CITATION
 from ._limit import CostLimit
 from ._rewards import check_violation_penalty
 from ._signal import Rollouts, Signal
@@ -59,14 +59,7 @@ class ConstrainedDistillTrainer(DistillTrainer):
     _paper = {
         "title": "Rethinking Large Language Model Distillation: A Constrained Markov Decision Process Perspective",
         "id": "2509.22921",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{zimmer2025rethinking,
-                title        = {{Rethinking Large Language Model Distillation: A Constrained Markov Decision Process Perspective}},
-                author       = {Matthieu Zimmer and Xiaotong Ji and Tu Nguyen and Haitham Bou Ammar},
-                year         = 2025,
-                eprint       = {arXiv:2509.22921},
-            }"""),
+        "citation": CONSTRAINED_CITATION,
     }
 
     @property

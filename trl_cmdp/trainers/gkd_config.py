@@ -43,3 +43,8 @@ class GKDDistillConfig(DistillConfig):
                 "Off-policy completions (`lmbda` below 1) have no sampling log-probabilities to correct by. Set "
                 "`vllm_importance_sampling_correction=False`: GKD has no policy loss that it would correct."
             )
+        if self.lmbda < 1 and self.seq_kd and self.use_vllm:
+            raise ValueError(
+                "The teacher writes its completions (`seq_kd=True`) with transformers, which TRL does not set up beside "
+                "vLLM. Set `use_vllm=False`, or have them written beforehand, as the dataset's column `completion`."
+            )

@@ -22,9 +22,7 @@ class LagrangianDistillConfig(DistillConfig):
             Upper bound of λ.
         multiplier_signal (`str`, *optional*, defaults to `"cost"`):
             What moves λ: `"cost"`, the mean cost of a rollout minus `cost_limit`; or `"violation_rate"`, the share of
-            rollouts above it minus `tolerated_violation_rate`.
-        tolerated_violation_rate (`float`, *optional*, defaults to `0.05`):
-            Share of violating rollouts that leaves λ where it is, for `multiplier_signal="violation_rate"`.
+            rollouts above it minus `tolerated_violation_rate`, the share that leaves λ where it is.
         pid_kp (`float`, *optional*, defaults to `0.05`):
             Proportional gain of `"pid"`.
         pid_ki (`float`, *optional*, defaults to `0.01`):
@@ -54,9 +52,6 @@ class LagrangianDistillConfig(DistillConfig):
             "choices": ["cost", "violation_rate"],
         },
     )
-    tolerated_violation_rate: float = field(
-        default=0.05, kw_only=True, metadata={"help": "Share of violating rollouts that leaves the multiplier alone."}
-    )
     pid_kp: float = field(default=0.05, kw_only=True, metadata={"help": "Proportional gain of 'pid'."})
     pid_ki: float = field(default=0.01, kw_only=True, metadata={"help": "Integral gain of 'pid'."})
     pid_kd: float = field(default=0.01, kw_only=True, metadata={"help": "Derivative gain of 'pid'."})
@@ -78,6 +73,5 @@ class LagrangianDistillConfig(DistillConfig):
             raise ValueError(
                 f"`multiplier_init` ({self.multiplier_init}) is above `multiplier_max` ({self.multiplier_max})."
             )
-        for name in ("tolerated_violation_rate", "pid_cost_ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+        if not 0 <= self.pid_cost_ema < 1:
+            raise ValueError(f"`pid_cost_ema` must lie in [0, 1), got {self.pid_cost_ema}.")

@@ -1,0 +1,186 @@
+"""The model card: what it says of the run, metadata that the Hub's client reads back, and no secrets."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from helpers import make_teacher, make_trainer, run
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from trl_cmdp import GKDDistillTrainer, LagrangianDistillTrainer
+from trl_cmdp.core import clustered_rate_interval
+from trl_cmdp.trainers._hub import describe_error
+from trl_cmdp.trainers._satisfaction import LOGGED_STEPS, SatisfactionCounts
+from trl_cmdp.trainers._secrets import hide_secrets, shell_command
+
+
+def card_of(trainer, **kwargs) -> ModelCard:
+    trainer.create_model_card("student", **kwargs)
+    return ModelCard.load(f"{trainer.args.output_dir}/README.md")
+
+
+def test_it_names_method_teacher_limit_and_measured_satisfaction(tmp_path):
+    trainer = run(tmp_path, cost_limit=1.75, max_steps=3, trainer_kwargs={"teacher_model": make_teacher()})
+    card = card_of(trainer)
+    for text in (
+        "Constrained Distillation",
+        "a llama model given as an object",
+        "1.75 nats per token",
+        "reverse KL",
+        "of the last 3 logged steps (to step 3)",
+        "2509.22921",
+        "- trl-cmdp: ",
+        "- torch: ",
+    ):
+        assert text in card.text
+    measured = trainer._satisfaction.measured("train")
+    logged = [entry["constraint/satisfaction_rate"] for entry in trainer.state.log_history[:3]]
+    assert measured.rate == pytest.approx(sum(logged) / 3)
+    assert 0 < measured.low < measured.rate < measured.high < 1
+    assert (
+        f"{100 * measured.rate:.1f}% [{100 * measured.low:.1f}, {100 * measured.high:.1f}] of 12 rollouts" in card.text
+    )
+    name, (result,) = model_index_to_eval_results(yaml.safe_load(card.data.to_yaml())["model-index"])
+    assert (name, result.metric_type, result.metric_value) == (
+        "student",
+        "constraint_satisfaction",
+        pytest.approx(measured.rate, abs=1e-4),
+    )
+    assert result.metric_args["interval"] == pytest.approx([measured.low, measured.high], abs=1e-4)
+
+
+def test_it_says_that_nothing_was_measured(tmp_path):
+    trainer = make_trainer(tmp_path, trainer_kwargs={"teacher_model": make_teacher()})
+    card = card_of(trainer)
+    assert "It has not been measured yet." in card.text
+    assert card.data.eval_results is None
+
+
+def test_the_last_evaluation_comes_first(tmp_path):
+    from helpers import make_dataset
+
+    kwargs = {"teacher_model": make_teacher(), "eval_dataset": make_dataset(1)}
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=4, cost_limit=1.75, trainer_kwargs=kwargs)
+    trainer.train()
+    metrics = trainer.evaluate()
+    first, second = card_of(trainer).data.eval_results
+    assert first.metric_name == "Satisfaction, evaluation at step 2"
+    assert first.metric_value == pytest.approx(metrics["eval_constraint/satisfaction_rate"], abs=1e-4)
+    assert first.metric_args["rollouts"] == 16
+    assert second.dataset_split == "train"
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "title"), [(GKDDistillTrainer, "On-Policy Distillation"), (LagrangianDistillTrainer, "PID Lag")]
+)
+def test_a_sibling_cites_its_own_paper_too(tmp_path, trainer_class, title):
+    trainer = make_trainer(tmp_path, trainer_class, trainer_kwargs={"teacher_model": make_teacher()})
+    text = card_of(trainer).text
+    assert trainer._paper["citation"] in text
+    assert title in text
+    assert "arXiv:2509.22921" in text
+
+
+def test_without_a_teacher_it_is_grpo(tmp_path):
+    text = card_of(make_trainer(tmp_path)).text
+    assert "plain GRPO" in text
+    assert "Satisfaction" not in text
+
+
+def test_a_teacher_s_folder_and_the_dataset_s_path_stay_private(tmp_path):
+    make_teacher().save_pretrained(tmp_path / "private" / "my-teacher")
+    (tmp_path / "private" / "data.jsonl").write_text("{}")
+    trainer = make_trainer(
+        tmp_path / "out", trainer_kwargs={"teacher_model": str(tmp_path / "private" / "my-teacher")}
+    )
+    trainer.command = []
+    card = card_of(trainer, dataset_name=str(tmp_path / "private" / "data.jsonl"))
+    assert "`my-teacher` (a local folder)" in card.text
+    assert "private" not in card.content
+    assert "command" not in card.text
+
+
+def test_an_evaluation_fills_a_table_and_the_metadata(tmp_path):
+    def figure(value):
+        return SimpleNamespace(value=value, low=value - 0.01, high=value + 0.01, num_rollouts=800, num_problems=200)
+
+    costs = SimpleNamespace(
+        satisfaction=figure(0.97), mean=figure(0.123), divergence=figure(0.111), violation_bound=0.056
+    )
+    rollouts = SimpleNamespace(right=figure(0.708), costs=costs, length=figure(35.2), strata={})
+    evaluation = SimpleNamespace(
+        settings=SimpleNamespace(task="gsm_symbolic", split="test", temperature=1.0),
+        cost_limit=0.35,
+        cost_scope="mean",
+        num_missing=0,
+        sampled=rollouts,
+        greedy=SimpleNamespace(**{**vars(rollouts), "costs": None}),
+    )
+    card = card_of(make_trainer(tmp_path, trainer_kwargs={"teacher_model": make_teacher()}), evaluation=evaluation)
+    assert "| sampled | 800 | 200 | 70.8% [69.8, 71.8] | 97.0% [96.0, 98.0] | 0.123" in card.text
+    assert "| greedy | 800 | 200 | 70.8% [69.8, 71.8] | – |" in card.text
+    assert "5.6%" in card.text
+    values = {
+        (result.metric_type, result.metric_args["decoding"]): result.metric_value for result in card.data.eval_results
+    }
+    assert values == {
+        ("final_answer_accuracy", "sampled"): 0.708,
+        ("constraint_satisfaction", "sampled"): 0.97,
+        ("final_answer_accuracy", "greedy"): 0.708,
+    }
+    assert {result.dataset_type for result in card.data.eval_results} == {"gsm_symbolic"}
+
+
+def test_counts_are_of_the_last_logged_steps_and_by_prompt():
+    counts = SatisfactionCounts()
+    feasible, judged = torch.tensor([True, False, True, True]), torch.tensor([True, True, True, False])
+    for step in range(1, LOGGED_STEPS + 3):
+        counts.add("train", feasible if step > 2 else torch.zeros(4, dtype=torch.bool), judged, 2)
+        counts.close("train", step)
+    counts.close("train", 99)  # a log without rollouts
+    measured = counts.measured("train")
+    assert (measured.rollouts, measured.groups) == (3 * LOGGED_STEPS, 2 * LOGGED_STEPS)
+    assert (measured.first_step, measured.last_step, measured.logged_steps) == (3, LOGGED_STEPS + 2, LOGGED_STEPS)
+    assert measured.rate == pytest.approx(2 / 3)
+    expected = clustered_rate_interval(torch.tensor([1, 1] * LOGGED_STEPS), torch.tensor([2, 1] * LOGGED_STEPS))
+    assert (measured.low, measured.high) == pytest.approx(expected)
+    assert counts.measured("eval") is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--hub_token", "abc"], "--hub_token ***"),
+        (["--hub-token=abc"], "--hub-token=***"),
+        (["--teacher_model_server_api_key", "abc"], "--teacher_model_server_api_key ***"),
+        (["--run_name", "x-hf_0123456789abc"], "--run_name x-***"),
+        (["--url", "http://me:abc@host:8000/v1"], "--url http://***@host:8000/v1"),
+        (["--url", "https://host/x?sig=abc&y=1"], "--url https://host/x?***"),
+        (["--model_init_kwargs", '{"token": "abc"}'], '--model_init_kwargs \'{"token": "***"}\''),
+        (["--note", "my own-secret!"], "--note 'my ***'"),
+        (["--eos_token", "<|im_end|>", "--max_tokens", "3"], "--eos_token '<|im_end|>' --max_tokens 3"),
+        (["--revision", "a" * 40], f"--revision {'a' * 40}"),
+    ],
+)
+def test_secrets_are_hidden_in_the_command(arguments, shown):
+    assert shell_command(["/usr/bin/trl-cmdp", *arguments], ["own-secret!", None]) == f"trl-cmdp {shown}"
+
+
+def test_a_script_is_shown_with_its_interpreter():
+    assert shell_command(["/home/me/train.py", "--a", "b c"]) == "python train.py --a 'b c'"
+
+
+def test_an_error_is_described_with_its_causes_and_without_signatures():
+    try:
+        try:
+            raise OSError("500 Server Error for url https://host/x?X-Amz-Signature=abc")
+        except OSError as error:
+            raise RuntimeError("Error while uploading 'model.safetensors' to the Hub.") from error
+    except RuntimeError as error:
+        text = describe_error(error)
+    assert "model.safetensors" in text
+    assert "500 Server Error" in text
+    assert "abc" not in text
+    assert hide_secrets("nothing to hide") == "nothing to hide"

@@ -1,0 +1,319 @@
+"""Tools, environments and custom rollouts: costs, limit and gradient are on the student's own tokens alone."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import (
+    capture_rollouts,
+    dense_costs,
+    loss_and_gradients,
+    make_model,
+    make_teacher,
+    make_trainer,
+    micro_batches,
+    random_completions,
+    relative_error,
+    scripted,
+)
+
+from trl_cmdp import GKDDistillTrainer, LagrangianDistillTrainer
+from trl_cmdp.core import constrained_advantages, rollout_cost, violation_weights
+
+
+SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "scripts" / "calculator_tool.py"))
+TOKENIZER = SCRIPT["make_tokenizer"]()
+CALL = '<call>{{"name": "calculate", "arguments": {{"expression": "{}"}}}}</call><eos>'
+REWARDS = [1.0, 0.0, 0.5, 0.25]
+LIMIT = 2.03  # two of the four rollouts violate it
+# What each of the four rollouts writes, turn by turn: a call, none, a call that fails, and two.
+TURNS = [
+    [CALL.format("7*8"), "#56<eos>"],
+    ["#12<eos>"],
+    [CALL.format("9?0"), "#1<eos>"],
+    [CALL.format("1+1"), CALL.format("2+2"), "#4<eos>"],
+]
+RESULTS = [["56"], [], ["?"], ["2", "4"]]
+
+
+def ids_of(text: str) -> list[int]:
+    return TOKENIZER(text)["input_ids"]
+
+
+def expected_rollouts(budget: int) -> list[tuple[list[int], list[int]]]:
+    """Token ids and mask of each rollout, written out by TRL's rules: what does not fit is dropped or cut."""
+    rollouts = []
+    for turns, results in zip(TURNS, RESULTS, strict=True):
+        ids, mask = ids_of(turns[0]), [1] * len(ids_of(turns[0]))
+        for result, turn in zip(results, turns[1:], strict=True):
+            tool, own = ids_of(f"<tool>{result}<assistant>"), ids_of(turn)
+            if len(ids) + len(tool) > budget:
+                break
+            own = own[: budget - len(ids) - len(tool)]
+            ids, mask = ids + tool + own, mask + [0] * len(tool) + [1] * len(own)
+        rollouts.append((ids, mask))
+    return rollouts
+
+
+def script_generation(model) -> None:
+    """Make `model.generate` write the turns, whichever rollouts it is asked to continue."""
+    turn = 0
+
+    def generate(input_ids, **kwargs):
+        nonlocal turn
+        turns = [ids_of(turns[turn]) for turns in TURNS if len(turns) > turn][: len(input_ids)]
+        turn = turn + 1
+        width = max(map(len, turns))
+        padded = [ids + [TOKENIZER.pad_token_id] * (width - len(ids)) for ids in turns]
+        return torch.cat([input_ids, torch.tensor(padded)], dim=1)
+
+    model.generate = generate
+
+
+class Environment:
+    """The calculator as a method of an environment."""
+
+    def reset(self, **kwargs) -> None:
+        return None
+
+    def calculate(self, expression: str) -> str:
+        """
+        Calculates.
+
+        Args:
+            expression: What to calculate.
+
+        Returns:
+            The result.
+        """
+        return SCRIPT["calculate"](expression)
+
+
+def build(folder, *, by="tools", scripted_turns=True, **kwargs):
+    sources = {"tools": {"tools": [SCRIPT["calculate"]]}, "environment": {"environment_factory": Environment}}
+    model = make_model(vocab_size=len(TOKENIZER), spread=0.4)
+    if scripted_turns:
+        script_generation(model)
+    arguments = {"teacher_model": make_teacher(vocab_size=len(TOKENIZER)), **sources[by]}
+    defaults = {"cost_limit": LIMIT, "max_completion_length": 20, "beta": 0.0}
+    return make_trainer(
+        folder,
+        model=model,
+        reward_funcs=lambda completions, **_: REWARDS[: len(completions)],
+        train_dataset=SCRIPT["make_dataset"](),
+        tokenizer=TOKENIZER,
+        trainer_kwargs={**arguments, **kwargs.pop("trainer_kwargs", {})},
+        **{**defaults, **kwargs},
+    )
+
+
+def rows_of(trainer) -> list[dict]:
+    return [trainer.train_dataset[0]] * 4
+
+
+def mask_of(rollouts) -> torch.Tensor:
+    mask = torch.zeros(len(rollouts), max(len(own) for _, own in rollouts), dtype=torch.long)
+    for row, (_, own) in enumerate(rollouts):
+        mask[row, : len(own)] = torch.tensor(own)
+    return mask
+
+
+def dense_loss(trainer, batch, mask, weights, advantages) -> torch.Tensor:
+    """The whole loss, from full logits over the whole sequence, tool tokens in the context (dapo's normaliser)."""
+    costs = dense_costs(trainer.model, trainer.teacher_model, batch)
+    input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    logits = trainer.model(input_ids=input_ids, attention_mask=attention_mask).logits.double()
+    length = batch["completion_ids"].size(1)
+    logps = logits[:, -length - 1 : -1].log_softmax(-1).gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
+    advantages = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
+    policy = -((logps - logps.detach()).exp() * advantages * mask).sum()
+    return (policy + (costs * weights).sum()) / mask.sum()
+
+
+@pytest.mark.parametrize("by", ["tools", "environment"])
+@pytest.mark.parametrize("budget", [24, 20, 16], ids=["whole", "answer-cut", "result-dropped"])
+def test_tool_loop(tmp_path, monkeypatch, by, budget):
+    """TRL's own loop: ids, mask, costs, verdicts, weights and the gradient of the whole loss."""
+    trainer = build(tmp_path, by=by, max_completion_length=budget)
+    captured = capture_rollouts(trainer, monkeypatch)
+    batch = micro_batches(trainer, rows_of(trainer))[0]
+    # TRL shuffles a generation batch: put its rows back in the order of the turns.
+    expected = expected_rollouts(budget)
+    mask = mask_of(expected)
+    rollouts = captured[0]
+    assert torch.equal(rollouts.mask.long(), mask)
+    order = [
+        next(row for row, ids in enumerate(batch["completion_ids"].tolist()) if ids[: len(own)] == own)
+        for own, _ in expected
+    ]
+    assert sorted(order) == [0, 1, 2, 3]
+
+    costs = dense_costs(trainer.model, trainer.teacher_model, batch).detach()[order]
+    torch.testing.assert_close(rollouts.costs.double(), costs * mask, rtol=1e-4, atol=1e-6)
+    cost = (costs * mask).sum(1) / mask.sum(1)
+    logged = trainer._logs["extra"]
+    torch.testing.assert_close(torch.tensor(logged["cost"], dtype=torch.float64), cost, rtol=1e-4, atol=1e-6)
+    assert list(logged["feasible"]) == (cost <= LIMIT).tolist()
+    assert 0 < sum(logged["feasible"]) < 4
+    everything = rollout_cost(costs, batch["completion_mask"][order])
+    assert not torch.allclose(everything, cost, rtol=1e-2), "with the tool's tokens the costs are others"
+    tool_tokens, tokens = trainer._sums["train"]["tools/token_frac"]
+    assert (tool_tokens, tokens) == (
+        sum(own.count(0) for _, own in expected),
+        sum(len(own) for _, own in expected),
+    )
+
+    weights = violation_weights(costs, mask, LIMIT)
+    advantages = constrained_advantages(torch.tensor(REWARDS), costs, mask, 4, LIMIT, 20.0)
+    torch.testing.assert_close(batch["divergence_weights"][order].double(), weights)
+    torch.testing.assert_close(batch["advantages"][order].double(), advantages.double(), rtol=1e-4, atol=1e-5)
+    loss, gradients = loss_and_gradients(trainer, [batch])
+    ordered = {name: batch[name][order] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")}
+    reference = dense_loss(trainer, ordered, mask, weights, advantages)
+    reference.backward()
+    assert loss == pytest.approx(reference.item(), rel=1e-4, abs=1e-6)
+    assert relative_error(gradients, {name: p.grad for name, p in trainer.model.named_parameters()}) < 1e-5
+
+
+@pytest.mark.parametrize("scope", ["mean", "sum", "worst_prefix"])
+def test_token_credit_with_gaps(tmp_path, monkeypatch, scope):
+    """Per-token advantages are those of the own tokens written without gaps: what a tool says moves nothing."""
+    limit = {"mean": LIMIT, "worst_prefix": 2.33, "sum": 20.0}[scope]
+    trainer = build(tmp_path, credit_assignment="token", cost_scope=scope, cost_limit=limit)
+    captured = capture_rollouts(trainer, monkeypatch)
+    batch = trainer._generate_and_score_completions(rows_of(trainer))
+    mask = captured[0].mask.bool()
+    length = int(mask.sum(1).max())
+    dense, dense_mask = torch.zeros(4, length), torch.zeros(4, length, dtype=torch.bool)
+    for row in range(4):
+        own = captured[0].costs[row][mask[row]]
+        dense[row, : len(own)], dense_mask[row, : len(own)] = own, True
+    settings = {"scope": scope, "credit_assignment": "token", "horizon": 20}
+    advantages = constrained_advantages(torch.tensor(REWARDS), dense, dense_mask, 4, limit, 20.0, **settings)
+    torch.testing.assert_close(batch["advantages"][mask], advantages[dense_mask], rtol=1e-4, atol=1e-5)
+    weights = violation_weights(dense, dense_mask, limit, scope, "token")
+    torch.testing.assert_close(batch["divergence_weights"][mask], weights[dense_mask])
+    assert 0 < batch["divergence_weights"].sum() < mask.sum()
+    assert batch["divergence_weights"][~mask].abs().max() == 0
+
+
+def test_sampled_rollouts_train(tmp_path):
+    """Nothing scripted: whatever the student samples, training goes through."""
+    trainer = build(tmp_path, scripted_turns=False)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+class TestRolloutFunc:
+    COMPLETIONS = random_completions(4)
+
+    def run(self, folder, env_mask, **kwargs):
+        trainer = make_trainer(
+            folder,
+            trainer_kwargs={
+                "teacher_model": make_teacher(),
+                "rollout_func": scripted(self.COMPLETIONS, env_mask),
+            },
+            **kwargs,
+        )
+        return trainer._generate_and_score_completions([trainer.train_dataset[0]] * 4), trainer
+
+    def test_mask_of_another_length(self, tmp_path):
+        """TRL would pad it with 1, and count the environment's last tokens as the student's."""
+        env_mask = [[1] * len(ids) for ids in self.COMPLETIONS]
+        env_mask[1] = env_mask[1][:-1]
+        with pytest.raises(ValueError, match="`env_mask` of lengths"):
+            self.run(tmp_path, env_mask)
+
+    def test_logprobs_of_another_length(self, tmp_path):
+        def rollout(prompts, trainer):
+            return {**scripted(self.COMPLETIONS)(prompts, trainer), "logprobs": [[0.0]] * 4}
+
+        trainer = make_trainer(tmp_path, trainer_kwargs={"teacher_model": make_teacher(), "rollout_func": rollout})
+        with pytest.raises(ValueError, match="`logprobs` of lengths"):
+            trainer._generate_and_score_completions([trainer.train_dataset[0]] * 4)
+
+    def test_a_rollout_without_own_tokens_is_not_judged(self, tmp_path):
+        env_mask = [[1] * len(ids) for ids in self.COMPLETIONS]
+        env_mask[2] = [0] * len(env_mask[2])
+        _, trainer = self.run(tmp_path, env_mask, cost_limit=1e3)
+        assert trainer._sums["train"]["constraint/satisfaction_rate"] == [3.0, 3.0]
+        assert list(trainer._logs["extra"]["feasible"]) == [True, True, None, True]
+
+    def test_longer_than_the_horizon(self, tmp_path):
+        """A rollout of one's own may be longer than `max_completion_length`; nothing falls after its end then."""
+        output, _ = self.run(
+            tmp_path,
+            [[1] * len(ids) for ids in self.COMPLETIONS],
+            max_completion_length=2,
+            credit_assignment="token",
+            cost_limit=0.01,
+        )
+        assert output["advantages"].isfinite().all()
+
+
+class TestGKDCompletions:
+    """The dataset's completions as conversations, off policy."""
+
+    def build(self, folder, completion):
+        dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": "7*8"}], "completion": completion}] * 4)
+        return make_trainer(
+            folder,
+            GKDDistillTrainer,
+            model=make_model(vocab_size=len(TOKENIZER)),
+            reward_funcs=None,
+            train_dataset=dataset,
+            tokenizer=TOKENIZER,
+            lmbda=0.0,
+            max_completion_length=20,
+            trainer_kwargs={"teacher_model": make_teacher(vocab_size=len(TOKENIZER))},
+        )
+
+    def test_other_roles_are_refused(self, tmp_path):
+        call = {"type": "function", "function": {"name": "calculate", "arguments": {"expression": "7*8"}}}
+        completion = [
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "56", "tool_calls": None},
+            {"role": "assistant", "content": "#56", "tool_calls": None},
+        ]
+        trainer = self.build(tmp_path, completion)
+        with pytest.raises(ValueError, match="role 'tool'"):
+            micro_batches(trainer, rows_of(trainer))
+
+    def test_nothing_after_the_end_of_the_turn(self, tmp_path, monkeypatch):
+        """Templates often write a newline after the end of a turn, which no student does."""
+        template = SCRIPT["CHAT_TEMPLATE"].replace("<eos>", "<eos>?")
+        monkeypatch.setattr(TOKENIZER, "chat_template", template)
+        trainer = self.build(tmp_path, [{"role": "assistant", "content": "#56"}])
+        batch = micro_batches(trainer, rows_of(trainer))[0]
+        assert TOKENIZER.decode(batch["completion_ids"][0]) == "#56<eos>"
+
+
+def test_lagrangian_counts_own_tokens(tmp_path, monkeypatch):
+    """A multiplier moves by the cost of the student's own tokens."""
+    model = make_model(vocab_size=len(TOKENIZER), spread=0.4)
+    script_generation(model)
+    trainer = make_trainer(
+        tmp_path,
+        LagrangianDistillTrainer,
+        model=model,
+        reward_funcs=lambda completions, **_: REWARDS,
+        train_dataset=SCRIPT["make_dataset"](),
+        tokenizer=TOKENIZER,
+        max_completion_length=20,
+        multiplier="dual",
+        multiplier_lr=0.01,
+        cost_limit=1.0,
+        max_steps=1,
+        trainer_kwargs={
+            "teacher_model": make_teacher(vocab_size=len(TOKENIZER)),
+            "tools": [SCRIPT["calculate"]],
+        },
+    )
+    captured = capture_rollouts(trainer, monkeypatch)
+    trainer.train()
+    cost = rollout_cost(captured[0].costs, mask_of(expected_rollouts(20))).mean().item()
+    assert trainer._multiplier.value == pytest.approx(0.01 + 0.01 * (cost - 1.0), rel=1e-4)

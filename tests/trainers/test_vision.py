@@ -1,0 +1,177 @@
+"""Vision-language models are student and teacher on text; images are refused before training."""
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from helpers import (
+    CHARACTERS,
+    dense_costs,
+    history,
+    loss_and_gradients,
+    make_model,
+    make_rows,
+    make_teacher,
+    make_tokenizer,
+    make_trainer,
+    micro_batches,
+    relative_error,
+    run,
+)
+from transformers import (
+    MllamaConfig,
+    MllamaForCausalLM,
+    MllamaForConditionalGeneration,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+
+VOCAB = 2 + len(CHARACTERS)  # padding and EOS before the characters
+TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.4,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 1,
+}
+
+
+def make_qwen() -> Qwen2_5_VLForConditionalGeneration:
+    torch.manual_seed(2)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 16}
+    config = Qwen2_5_VLConfig(
+        text_config={**TEXT, "num_hidden_layers": 1, "rope_parameters": rope},
+        vision_config={**vision, "patch_size": 4, "fullatt_block_indexes": [0]},
+        image_token_id=VOCAB - 1,
+        video_token_id=VOCAB - 2,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def make_mllama() -> MllamaForConditionalGeneration:
+    torch.manual_seed(2)
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_global_layers": 1}
+    tiles = {"image_size": 8, "patch_size": 4, "supported_aspect_ratios": [[1, 1]], "max_num_tiles": 1}
+    config = MllamaConfig(
+        text_config={**TEXT, "num_hidden_layers": 2, "cross_attention_layers": [1]},
+        vision_config={
+            **vision,
+            **tiles,
+            "attention_heads": 2,
+            "vision_output_dim": 16,
+            "intermediate_layers_indices": [0],
+        },
+        image_token_index=VOCAB - 1,
+    )
+    return MllamaForConditionalGeneration(config)
+
+
+def check_against_dense(trainer, reference_teacher: PreTrainedModel) -> None:
+    """The divergence part of the loss has the gradient of the dense divergence from the whole models' own logits."""
+    batch = micro_batches(trainer, make_rows(4))[0]
+    batch["advantages"] = torch.zeros(4)
+    _, gradients = loss_and_gradients(trainer, [batch])
+    mask = batch["completion_mask"]
+    ((dense_costs(trainer.model, reference_teacher, batch) * mask).sum() / mask.sum()).backward()
+    reference = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in trainer.model.named_parameters()
+    }
+    assert relative_error(gradients, reference) < 1e-5
+
+
+@pytest.mark.parametrize("make", [make_qwen, make_mllama])
+def test_as_student(tmp_path, make):
+    trainer = make_trainer(tmp_path, model=make(), cost_limit=1e-9, trainer_kwargs={"teacher_model": make_teacher()})
+    check_against_dense(trainer, trainer.teacher_model)
+
+
+@pytest.mark.parametrize("make", [make_qwen, make_mllama])
+def test_as_teacher(tmp_path, make):
+    teacher = make()
+    trainer = make_trainer(tmp_path, cost_limit=1e-9, trainer_kwargs={"teacher_model": teacher})
+    check_against_dense(trainer, teacher)
+
+
+def test_mllama_teacher_from_its_path(tmp_path):
+    """The paper's 11B teacher: of the checkpoint the text part alone is loaded, and it has the whole's logits."""
+    whole = make_mllama()
+    whole.save_pretrained(tmp_path / "teacher")
+    make_tokenizer().save_pretrained(tmp_path / "teacher")
+    trainer = make_trainer(tmp_path, cost_limit=1e-9, trainer_kwargs={"teacher_model": str(tmp_path / "teacher")})
+    assert isinstance(trainer.teacher_model, MllamaForCausalLM)
+    check_against_dense(trainer, whole)
+
+
+def test_qwen_teacher_from_its_path_says_what_to_do(tmp_path):
+    make_qwen().save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="AutoModelForImageTextToText"):
+        make_trainer(tmp_path, trainer_kwargs={"teacher_model": str(tmp_path / "teacher")})
+
+
+def test_qwen_student_from_its_path(tmp_path):
+    make_qwen().save_pretrained(tmp_path / "student")
+    trainer = run(tmp_path, model=str(tmp_path / "student"), trainer_kwargs={"teacher_model": make_teacher()})
+    assert isinstance(trainer.model, Qwen2_5_VLForConditionalGeneration)
+    assert len(history(trainer, "constraint/cost")) == 2
+
+
+def with_column(name: str) -> Dataset:
+    return Dataset.from_dict({"prompt": ["1+2="] * 4, name: [None] * 4})
+
+
+def with_message() -> Dataset:
+    content = [{"type": "image", "text": None}, {"type": "text", "text": "1+2="}]
+    return Dataset.from_dict({"prompt": [[{"role": "user", "content": content}]] * 4})
+
+
+class TestImagesAreRefused:
+    @pytest.mark.parametrize("dataset", [with_column("image"), with_column("images"), with_message()])
+    @pytest.mark.parametrize("kind", ["training", "evaluation", "named"])
+    def test_before_training(self, tmp_path, dataset, kind):
+        datasets = {
+            "training": {"train_dataset": dataset},
+            "evaluation": {"trainer_kwargs": {"eval_dataset": dataset}},
+            "named": {"trainer_kwargs": {"eval_dataset": {"charts": dataset}}},
+        }[kind]
+        kwargs = {"teacher_model": make_teacher(), **datasets.pop("trainer_kwargs", {})}
+        with pytest.raises(ValueError, match="only text is supported"):
+            make_trainer(tmp_path, **datasets, trainer_kwargs=kwargs)
+
+    def test_in_a_stream(self, tmp_path):
+        def rows():
+            yield {"prompt": "1+2=", "image": None}
+
+        with pytest.raises(ValueError, match="column 'image'"):
+            make_trainer(
+                tmp_path,
+                train_dataset=IterableDataset.from_generator(rows),
+                trainer_kwargs={"teacher_model": make_teacher()},
+            )
+
+    def test_a_stream_of_text_is_not_consumed(self, tmp_path):
+        prompts = ["1+2=", "3+4=", "5+6=", "7+8="]
+        seen = []
+
+        def reward(prompts, completions, **kwargs):
+            seen.extend(prompts)
+            return [0.0] * len(completions)
+
+        run(
+            tmp_path,
+            reward_funcs=reward,
+            train_dataset=IterableDataset.from_generator(lambda: ({"prompt": prompt} for prompt in prompts)),
+            shuffle_dataset=False,
+            trainer_kwargs={"teacher_model": make_teacher()},
+        )
+        assert seen == ["1+2="] * 4 + ["3+4="] * 4
+
+    def test_not_without_a_teacher(self, tmp_path):
+        assert make_trainer(tmp_path, model=make_model(), train_dataset=with_column("images")).teachers == {}
