@@ -101,6 +101,36 @@ def test_a_mixture_and_no_reward(folder, tmp_path):
     assert train("constrained", config, tmp_path / "out") == 0
 
 
+TASK = ["--max_steps", "1", "--logging_steps", "1", "--task", "table"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reward"),
+    [([], "final_answer_reward"), (["--reward_funcs", "helpers.length_reward"], "length_reward")],
+)
+def test_a_task_gives_problems_and_reward(arguments, reward, folder, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    write_config(config, folder, reward_funcs=None, dataset_name=str(folder / "splits"))
+    evaluation = ["--eval_strategy", "steps", "--eval_steps", "1", "--per_device_eval_batch_size", "4"]
+    assert train("constrained", config, tmp_path / "out", *TASK, *evaluation, *arguments) == 0
+    out = capsys.readouterr().out
+    assert f"'rewards/{reward}/mean'" in out
+    assert f"'eval_rewards/{reward}/mean'" in out
+
+
+def test_problems_of_a_task_are_drawn_by_seed(folder, tmp_path, monkeypatch):
+    from trl_cmdp.tasks import table
+
+    calls = []
+    load_problems = table.load_problems
+    monkeypatch.setattr(
+        table, "load_problems", lambda *args, **kwargs: calls.append((args, kwargs)) or load_problems(*args, **kwargs)
+    )
+    arguments = [*TASK, "--seed", "7", "--task_problems", "5"]
+    assert train("constrained", folder / "config.yaml", tmp_path, *arguments) == 0
+    assert calls == [((5, "train", 7), {"path": str(folder / "data.jsonl")})]
+
+
 def test_a_reward_of_the_working_directory(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
@@ -141,6 +171,9 @@ def test_limits_are_numbers_or_words(limit, parsed, folder, tmp_path):
             ["--teacher_model_server_url", "http://127.0.0.1:9"],
             "teacher server at http://127.0.0.1:9 is not available",
         ),
+        (["--task", "chess"], "There is no task 'chess'; there are arithmetic, chains, gsm8k"),
+        (["--task", "table", "--task_problems", "99"], "from 1 to the 32 problems"),
+        (["--task", "arithmetic", "--task_problems", "9"], "--task arithmetic: load_problems() got an unexpected"),
         (["--resume_from_checkpoint", "missing"], "there is no folder 'missing'"),
         (["--config"], "--config expects a YAML file"),
     ],

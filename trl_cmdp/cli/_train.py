@@ -1,19 +1,22 @@
 """What the training commands share: arguments and YAML as in `trl grpo`, and several processes through accelerate."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import transformers
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
-from datasets import load_dataset
 from datasets.exceptions import DatasetsError
+from huggingface_hub.constants import ENDPOINT
 from packaging.version import Version
+from transformers import ProgressCallback
 from trl import (
     DatasetMixtureConfig,
     GRPOConfig,
@@ -27,29 +30,57 @@ from trl import (
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts.grpo import GRPOScriptArguments
 
+from ..tasks.table import load_splits
 from ..teachers import TeacherServerError
 from ..trainers._base import DistillTrainer
 from ..trainers._config import DistillConfig
+from ..trainers._hub import describe_error
+from ._curves import CurvesOnPush
+from ._progress import TrainingProgress
 
 
 # What a user can put right, as long as training has not begun. All else shows its traceback.
 _MISTAKES = (ValueError, OSError, ImportError, NotImplementedError, DatasetsError, TeacherServerError, yaml.YAMLError)
-_FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
 # First argument of the processes that accelerate starts: launch arguments in the YAML file are dealt with.
 _LAUNCHED = "--launched"
+# Environment variable with what was typed, which these processes see only a part of.
+_TYPED = "TRL_CMDP_TYPED_ARGUMENTS"
 
 
 @dataclass
 class DistillScriptArguments(GRPOScriptArguments):
     """
-    Script arguments of the training commands: those of `trl grpo`, and the teacher.
+    Script arguments of the training commands: those of `trl grpo`, the task and the teacher.
 
     Args:
+        task (`str`, *optional*):
+            Module of `trl_cmdp.tasks` that gives the problems and, unless `reward_funcs` are named, the reward.
+            `dataset_name` is then where it reads them from, its own place by default, and the train and test splits
+            are the task's.
+        task_problems (`int`, *optional*):
+            Problems of each split that is used, drawn by `seed`, all of them by default.
+        task_conversational (`bool`, *optional*, defaults to `False`):
+            Prompts as messages, for a student with a chat template.
         teacher_model (`str`, *optional*):
             Path or hub id of the teacher. With `teacher_model_server_url`, of the checkpoint that the server runs.
     """
 
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": "Module of `trl_cmdp.tasks` that gives the problems and, unless `reward_funcs` are named, the "
+            "reward: gsm8k, math, gsm_symbolic, table. `dataset_name` is then where it reads them from."
+        },
+    )
+    task_problems: int | None = field(
+        default=None,
+        metadata={"help": "Problems of each split of the task that is used, drawn by `seed`, all of them by default."},
+    )
+    task_conversational: bool = field(
+        default=False,
+        metadata={"help": "Prompts of the task as messages, for a student with a chat template."},
+    )
     teacher_model: str | None = field(
         default=None,
         metadata={
@@ -113,11 +144,13 @@ def run_training(command: str, trainer_class: type[DistillTrainer], arguments: l
             What follows it on the command line.
 
     Returns:
-        `int`: 0, or 2 for a mistake that is found before training begins. What happens after that is raised.
+        `int`: 0, 1 if the trained model could not be pushed, or 2 for a mistake that is found before training begins.
+        What else happens after that is raised.
     """
     launched = arguments[:1] == [_LAUNCHED]
     if launched:
         arguments = arguments[1:]
+    typed = json.loads(os.environ[_TYPED]) if launched and _TYPED in os.environ else arguments
     try:
         *parsed, of_config, of_command_line = _parse(command, trainer_class._config_class, arguments)
         # Several GPUs take one process each, as in `trl grpo`: in one, transformers would use `nn.DataParallel`.
@@ -128,8 +161,8 @@ def run_training(command: str, trainer_class: type[DistillTrainer], arguments: l
     except _MISTAKES as error:
         print(f"trl-cmdp {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    _train(trainer, script_args.dataset_name)
-    return 0
+    trainer.command = ["trl-cmdp", command, *typed]
+    return _train(trainer, script_args.dataset_name)
 
 
 def _parse(command: str, config_class: type[DistillConfig], arguments: list[str]) -> tuple[Any, ...]:
@@ -162,6 +195,7 @@ def _launch(command: str, of_config: list[str], of_command_line: list[str], argu
         unknown.append(args.training_script)
     if unknown:
         raise ValueError(f"unrecognized arguments: {' '.join(unknown)}")
+    os.environ[_TYPED] = json.dumps(arguments)  # for the model card
     launch_command(args)
 
 
@@ -187,10 +221,15 @@ def _make_trainer(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    dataset = _load_dataset(script_args, dataset_args)
     splits = [script_args.dataset_train_split]
     if training_args.eval_strategy != "no":
         splits.append(script_args.dataset_test_split)
+    if script_args.task:
+        task = _task_module(script_args.task)
+        reward_funcs = reward_funcs or [task.final_answer_reward]
+        dataset = {split: _load_problems(task, split, script_args, training_args.seed) for split in splits}
+    else:
+        dataset = _load_dataset(script_args, dataset_args)
     for split in splits:
         if split not in dataset:
             raise ValueError(f"The dataset has no split {split!r}, it has {', '.join(map(repr, dataset))}.")
@@ -237,21 +276,59 @@ def _load_dataset(script_args: DistillScriptArguments, dataset_args: DatasetMixt
         return get_dataset(dataset_args)
     if not script_args.dataset_name:
         raise ValueError("Either --dataset_name, or `datasets` in the YAML file, is needed.")
-    options = {"name": script_args.dataset_config, "streaming": script_args.dataset_streaming}
-    file_format = _FILE_FORMATS.get(Path(script_args.dataset_name).suffix)
-    if file_format is not None:
-        return load_dataset(file_format, data_files=script_args.dataset_name, **options)
-    return load_dataset(script_args.dataset_name, **options)
+    return load_splits(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
 
 
-def _train(trainer: DistillTrainer, dataset_name: str | None) -> None:
-    args = trainer.args
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(args.output_dir)
-    trainer.accelerator.print(f"Model saved to {args.output_dir}.")
+def _task_module(name: str) -> Any:
+    tasks = [module.name for module in iter_modules(import_module("trl_cmdp.tasks").__path__) if module.name[0] != "_"]
+    if name not in tasks:
+        raise ValueError(f"There is no task {name!r}; there are {', '.join(sorted(tasks))}.")
+    return import_module(f"trl_cmdp.tasks.{name}")
+
+
+def _load_problems(task: Any, split: str, script_args: DistillScriptArguments, seed: int) -> Any:
+    options: dict[str, Any] = {}
+    if script_args.dataset_name:
+        options["path"] = script_args.dataset_name
+    if script_args.task_conversational:
+        options["conversational"] = True
+    try:
+        return task.load_problems(script_args.task_problems, split, seed, **options)
+    except TypeError as error:  # an option that this task does not have, or one that it needs
+        raise ValueError(f"--task {script_args.task}: {error}") from error
+
+
+def _train(trainer: DistillTrainer, dataset_name: str | None) -> int:
+    args, progress = trainer.args, TrainingProgress()
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(progress)
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=dataset_name)
-        trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
+        trainer.add_callback(CurvesOnPush())
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    finally:
+        progress.stop()
+    trainer.save_model(args.output_dir, _internal_call=True)  # not pushed yet
+    trainer.accelerator.print(f"Model saved to {args.output_dir}.")
+    pushed = _push(trainer, dataset_name) if args.push_to_hub else True
     # Finish the trackers and destroy the process group, as TRL's scripts do.
     if Version(transformers.__version__) >= Version("5.18.0"):
         trainer.end()
+    return 0 if pushed else 1
+
+
+def _push(trainer: DistillTrainer, dataset_name: str | None) -> bool:
+    """Push the saved model. What goes wrong is said, and leaves training done."""
+    try:
+        trainer.push_to_hub(dataset_name=dataset_name)
+    except Exception as error:  # of many kinds, from the Hub's client
+        print(
+            f"The push to the Hub failed: {describe_error(error)}.\nTraining is done and the model is in "
+            f"{trainer.args.output_dir}. Push it later with: hf upload {trainer.hub_model_id} {trainer.args.output_dir} "
+            "--exclude 'checkpoint-*'",
+            file=sys.stderr,
+        )
+        return False
+    trainer.accelerator.print(f"Model pushed to {ENDPOINT}/{trainer.hub_model_id}.")
+    return True

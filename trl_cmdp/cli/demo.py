@@ -110,7 +110,7 @@ def train(
         cost_limit=arguments.cost_limit,
         output_dir=arguments.output_dir / "trainer",
     )
-    callback = TrainingProgress(cost_limit=arguments.cost_limit)
+    callback = TrainingProgress()
     trainer = train_student(student, tokenizer, teacher, args, arguments.method, TASK, callback)
     trainer.save_model(str(arguments.output_dir / "student"))
     return trainer.state.log_history

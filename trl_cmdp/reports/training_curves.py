@@ -1,19 +1,53 @@
 """Training curves from the log history that a trainer's state keeps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+
+from ._curves import SMOOTHED_STEPS, logged, rate_band, trailing_means
+from ._figures import colours_by_name, new_figure, number_decades, plain, style_axes
+from .runs import TrainingRun
 
 
-_REWARD, _COST, _SATISFACTION = "#1b6ca8", "#b3541e", "#2e7d4f"
+BAND_STEPS = 10
+
+
+@dataclass(frozen=True)
+class TrainingPanel:
+    """
+    One panel of the training curves.
+
+    Args:
+        name (`str`):
+            Name of its file.
+        title (`str`):
+            Title.
+        metric (`str`):
+            Logged metric without which there is nothing to draw.
+        draw (`Callable[[Axes, Sequence[TrainingRun], dict[str, str]], None]`):
+            What draws it, given the runs' colours by name.
+        caption (`str`):
+            How to read it.
+    """
+
+    name: str
+    title: str
+    metric: str
+    draw: Callable[[Axes, Sequence[TrainingRun], dict[str, str]], None]
+    caption: str
+
+    def is_logged(self, runs: Sequence[TrainingRun]) -> bool:
+        """Whether a run has something to draw."""
+        return any(logged(run.history, self.metric)[0] for run in runs)
 
 
 def plot_training_curves(log_history: Sequence[dict[str, Any]], path: str | Path, title: str) -> None:
     """
-    Draw reward and, where a teacher was there, cost against its limit and satisfaction over the optimizer steps.
+    Draw reward and, where a teacher was there, cost against its limit, satisfaction and multiplier over the optimizer
+    steps.
 
     Args:
         log_history (`Sequence[dict[str, Any]]`):
@@ -23,31 +57,108 @@ def plot_training_curves(log_history: Sequence[dict[str, Any]], path: str | Path
         title (`str`):
             Title of the figure.
     """
-    entries = [entry for entry in log_history if entry.get("reward") is not None]
-    if not entries:
+    runs = [TrainingRun("this run", "", list(log_history), None, 0)]
+    if not TRAINING_PANELS[0].is_logged(runs):
         raise ValueError("The log history has no `reward`: train for at least one logging step (`logging_steps`).")
-    steps = [entry["step"] for entry in entries]
-    constrained = entries[0].get("constraint/cost") is not None
-    # The object-oriented interface: pyplot would keep global state in a library.
-    figure = Figure(figsize=(11 if constrained else 5, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 3 if constrained else 1, squeeze=False)[0]
-
-    panels[0].plot(steps, [entry["reward"] for entry in entries], color=_REWARD)
-    panels[0].set(title="Task reward", ylabel="mean reward of a rollout")
-    if constrained:
-        panels[1].plot(steps, [entry["constraint/cost"] for entry in entries], color=_COST, label="mean of a rollout")
-        limit = [entry["constraint/limit"] for entry in entries]
-        panels[1].plot(steps, limit, color="black", linestyle="--", linewidth=1, label="limit")
-        panels[1].set(title="Cost against its limit", ylabel="nats", ylim=(0, None))
-        panels[1].legend(frameon=False)
-
-        panels[2].plot(steps, [entry["constraint/satisfaction_rate"] for entry in entries], color=_SATISFACTION)
-        panels[2].set(title="Satisfaction", ylabel="share of rollouts within the limit", ylim=(0, 1.02))
-
-    for axes in panels:
-        axes.set_xlabel("optimizer step")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+    panels = [panel for panel in TRAINING_PANELS if panel.is_logged(runs)]
+    figure = new_figure(max(5.0, 11 / 3 * len(panels)), 3.4)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        panel.draw(axes, runs, colours_by_name([run.name for run in runs]))
+        axes.set_title(panel.title)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
+
+
+def _draw_reward(axes: Axes, runs: Sequence[TrainingRun], colours: dict[str, str]) -> None:
+    _draw_metric(axes, runs, colours, "reward")
+    _finish(axes, "mean reward of a rollout", runs)
+
+
+def _draw_cost(axes: Axes, runs: Sequence[TrainingRun], colours: dict[str, str]) -> None:
+    _draw_metric(axes, runs, colours, "constraint/cost")
+    drawn: list[float] = []
+    for run in runs:
+        steps, largest = logged(run.history, "constraint/cost_max")
+        axes.plot(steps, largest, color=colours[run.name], linewidth=0.8, linestyle=":", alpha=0.8)
+        drawn += [*largest, *logged(run.history, "constraint/cost")[1]]
+        # A schedule or an automatic limit moves it.
+        steps, limit = logged(run.history, "constraint/limit")
+        axes.plot(steps, limit, color="black", linestyle="--", linewidth=1)
+        drawn += limit
+    if drawn and min(drawn) > 0 and max(drawn) >= 10 * min(drawn):
+        axes.set_yscale("log")
+        number_decades(axes.yaxis)
+    else:
+        axes.set_ylim(0, None)
+    axes.plot([], [], color="0.4", linewidth=0.8, linestyle=":", label="largest of a rollout")
+    axes.plot([], [], color="black", linewidth=1, linestyle="--", label="limit")
+    _finish(axes, "nats", runs, legend=True)
+
+
+def _draw_satisfaction(axes: Axes, runs: Sequence[TrainingRun], colours: dict[str, str]) -> None:
+    for run in runs:
+        steps, rates = logged(run.history, "constraint/satisfaction_rate")
+        if run.batch_size is not None and rates:
+            places, low, high = rate_band(rates, run.batch_size, BAND_STEPS)
+            axes.fill_between(
+                [steps[place] for place in places], low, high, color=colours[run.name], alpha=0.18, linewidth=0
+            )
+    _draw_metric(axes, runs, colours, "constraint/satisfaction_rate", BAND_STEPS)
+    axes.set_ylim(0, 1.02)
+    _finish(axes, "share of rollouts within the limit", runs)
+
+
+def _draw_multiplier(axes: Axes, runs: Sequence[TrainingRun], colours: dict[str, str]) -> None:
+    _draw_metric(axes, runs, colours, "lagrange_multiplier", window=1)
+    axes.set_ylim(0, None)
+    _finish(axes, "λ", runs)
+
+
+def _draw_metric(
+    axes: Axes, runs: Sequence[TrainingRun], colours: dict[str, str], metric: str, window: int = SMOOTHED_STEPS
+) -> None:
+    """The logged values faintly, their trailing means over them, and what an evaluation during training gave."""
+    for run in runs:
+        steps, values = logged(run.history, metric)
+        if not values:
+            continue
+        if window > 1:
+            axes.plot(steps, values, color=colours[run.name], linewidth=0.8, alpha=0.3)
+        axes.plot(steps, trailing_means(values, window), color=colours[run.name], linewidth=1.6, label=plain(run.name))
+        axes.plot(*logged(run.history, f"eval_{metric}"), "D", markersize=4, color=colours[run.name])
+
+
+def _finish(axes: Axes, unit: str, runs: Sequence[TrainingRun], legend: bool = False) -> None:
+    axes.set(xlabel="optimizer step", ylabel=unit)
+    style_axes(axes)
+    if legend or len(runs) > 1:
+        axes.legend(frameon=False, fontsize=8)
+
+
+TRAINING_PANELS = (
+    TrainingPanel(
+        "reward",
+        "Task reward",
+        "reward",
+        _draw_reward,
+        f"Mean task reward of a rollout: logged values, and their means over {SMOOTHED_STEPS} logged values.",
+    ),
+    TrainingPanel(
+        "cost",
+        "Cost against its limit",
+        "constraint/cost",
+        _draw_cost,
+        f"Mean cost of a rollout (over {SMOOTHED_STEPS} logged values), the largest of a step dotted, the limit dashed.",
+    ),
+    TrainingPanel(
+        "satisfaction",
+        "Satisfaction",
+        "constraint/satisfaction_rate",
+        _draw_satisfaction,
+        f"Share of training rollouts within the limit over {BAND_STEPS} logged values, with a 95% interval in which "
+        "these are clusters. Each counts as one micro-batch of one device, the fewest rollouts that it can be of.",
+    ),
+    TrainingPanel(
+        "multiplier", "Multiplier", "lagrange_multiplier", _draw_multiplier, "Price of the cost in the Lagrangian."
+    ),
+)

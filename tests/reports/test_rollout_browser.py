@@ -1,0 +1,60 @@
+"""The data of the rollout browser: where a rollout leaves the limit, and which rollouts the page holds."""
+
+import json
+
+import pytest
+import torch
+from report_runs import LIMIT, rollout, rollouts, settings
+
+from trl_cmdp.core import rollout_cost
+from trl_cmdp.evaluation.summary import summarize
+from trl_cmdp.reports.rollout_browser import browser_data, choose_problems, cost_through, first_exceeding
+
+
+@pytest.mark.parametrize("scope", ["mean", "sum", "worst_prefix"])
+def test_costs_of_prefixes_are_costs_of_rollouts_cut_there(scope):
+    costs = [0.3, 0.1, 0.7, 0.0, 0.2]
+    through = cost_through(costs, scope)
+    for end in range(1, len(costs) + 1):
+        cut = torch.tensor([costs[:end]], dtype=torch.float64)
+        assert through[end - 1] == pytest.approx(rollout_cost(cut, torch.ones_like(cut), scope).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("costs", "scope", "place"),
+    [
+        ([0.1, 0.2, 0.9], "mean", 2),  # 0.1, 0.15, 0.4
+        ([0.9, 0.0, 0.0], "mean", 0),  # and back within the limit
+        ([0.2, 0.2, 0.2], "sum", 1),
+        ([0.9, 0.0, 0.0], "worst_prefix", 0),
+        ([0.3], "mean", None),  # the limit itself is within
+        ([0.1, 0.1], "mean", None),
+    ],
+)
+def test_the_mark_is_on_the_first_token_with_which_the_prefix_exceeds_the_limit(costs, scope, place):
+    assert first_exceeding(costs, LIMIT, scope) == place
+
+
+def test_what_is_within_the_limit_is_what_the_summary_counts():
+    records = [*rollouts(1), rollout(0, 2, [0.3]), rollout(0, 3, [0.1, 0.2, 0.6])]  # on the limit, to a rounding
+    summary = summarize(settings(), records).sampled
+    data = browser_data(["constrained"], [(settings(), records)], set(range(6)))
+    within = [one["within"] for one in data["rollouts"]]
+    assert sum(within) / len(within) == summary.costs.satisfaction.value
+    assert all(one["first"] is not None for one in data["rollouts"] if not one["within"])
+
+
+def test_problems_are_chosen_at_even_distances_with_all_their_rollouts():
+    evaluations = [(settings(name), rollouts(1)) for name in ("a", "b")]
+    assert choose_problems(evaluations) == set(range(6))
+    assert choose_problems(evaluations, max_rollouts=12) == {0, 2, 4}  # 4 rollouts of each problem
+    assert choose_problems(evaluations, max_tokens=12 * 3) == {0, 2, 4}
+    assert choose_problems(evaluations, max_rollouts=1) == {0}
+    data = browser_data(["a", "b"], evaluations, {0, 2, 4})
+    assert [one["problem"] for one in data["rollouts"] if one["student"] == 1] == [0, 0, 2, 2, 4, 4]
+    assert list(data["problems"]) == [0, 2, 4]
+
+
+def test_without_a_teacher_there_are_no_costs():
+    data = browser_data(["a"], [(settings(teacher=None), [rollout(0, 0, None)])], {0})
+    assert "costs" not in json.dumps(data["rollouts"])

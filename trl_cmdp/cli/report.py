@@ -1,0 +1,52 @@
+"""`trl-cmdp report`: one HTML page, and its plots, from records and the states of trainers."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ._arguments import positive_int
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "report",
+        help="write one HTML page, and its plots, about evaluations, training runs and comparisons",
+        description="Write report.html, which needs nothing but itself, and its plots as PNGs, from the records of "
+        "`trl-cmdp evaluate` and `trl-cmdp compare` and from trainer_state.json. No model is loaded.",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a file (records, trainer_state.json), or a folder with some: of checkpoints the newest counts",
+    )
+    parser.add_argument(
+        "--output-dir", "--output_dir", type=Path, default=Path("outputs/report"), help="default: outputs/report"
+    )
+    parser.add_argument("--title", help="title of the page (default: the task, or the names of the runs)")
+    parser.add_argument(
+        "--max-rollouts",
+        "--max_rollouts",
+        type=positive_int,
+        default=1000,
+        help="most rollouts that the page holds, chosen at even distances (default: 1000)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the report. Returns 0, or 2 if a run cannot be read or the folder cannot be written."""
+    # Imported here: `trl-cmdp --help` should not wait for torch and matplotlib.
+    from ..reports import read_runs, write_report
+
+    try:
+        runs = read_runs(arguments.runs)
+        written = write_report(runs, arguments.output_dir, title=arguments.title, max_rollouts=arguments.max_rollouts)
+    except (OSError, ValueError) as error:
+        print(f"trl-cmdp report: error: {error}", file=sys.stderr)
+        return 2
+    page, *plots = written
+    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB), and {len(plots)} plots beside it.")
+    return 0

@@ -1,0 +1,57 @@
+"""Curves over the optimizer steps."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..evaluation import Rate
+
+
+SMOOTHED_STEPS = 5
+_MAX_POINTS = 200
+
+
+def trailing_means(values: Sequence[float], window: int = SMOOTHED_STEPS) -> list[float]:
+    """Means of each value and those before it, up to `window` of them."""
+    windows = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
+    return [sum(window) / len(window) for window in windows]
+
+
+def logged(history: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values where a metric was logged as a finite number."""
+    entries = [entry for entry in history if _finite(entry.get(key)) and _finite(entry.get("step"))]
+    return [entry["step"] for entry in entries], [entry[key] for entry in entries]
+
+
+def rate_band(rates: Sequence[float], batch_size: int, window: int) -> tuple[list[int], list[float], list[float]]:
+    """
+    95% intervals of a logged rate over the last `window` logged values, the values as clusters.
+
+    Args:
+        rates (`Sequence[float]`):
+            Logged rates.
+        batch_size (`int`):
+            Number of rollouts that each is of, at least: with more the interval is wider than it need be.
+        window (`int`):
+            Values of one interval.
+
+    Returns:
+        `tuple[list[int], list[float], list[float]]`: Places in `rates`, at most 200 of them at even distances, and
+        lower and upper bounds there.
+    """
+    # Whole successes of each value. What rounding takes here it gives to the next, so that their sum stays right.
+    total, successes = 0.0, []
+    for rate in rates:
+        successes.append(math.floor(total + rate * batch_size + 0.5) - math.floor(total + 0.5))
+        total += rate * batch_size
+    step = math.ceil(len(rates) / _MAX_POINTS)
+    places = list(range((len(rates) - 1) % step, len(rates), step))
+    bounds = []
+    for place in places:
+        clusters = tuple((k, batch_size) for k in successes[max(0, place + 1 - window) : place + 1])
+        bounds.append(Rate(sum(k for k, _ in clusters), batch_size * len(clusters), clusters).interval)
+    return places, [low for low, _ in bounds], [high for _, high in bounds]
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

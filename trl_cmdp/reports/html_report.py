@@ -1,0 +1,350 @@
+"""The report: one HTML page that needs nothing but itself, and its plots as PNGs beside it."""
+
+import base64
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .. import __version__
+from ..evaluation import compare_methods
+from ..evaluation.summary import EvaluationDifference, RolloutSummary, compare_evaluations, summarize
+from ._curves import logged
+from ._figures import COLOURS, colours_by_name, new_figure
+from ._inline_svg import inline_svg
+from .comparison_plots import CURVES, draw_comparison_curve, draw_comparison_pareto, method_label
+from .evaluation_plots import (
+    FEWEST_ROLLOUTS,
+    UNITS,
+    draw_cost_distribution,
+    draw_evaluation_pareto,
+    draw_position_profile,
+    draw_strata,
+    ordered_strata,
+    position_profile,
+    stratum_rate,
+)
+from .rollout_browser import MAX_ROLLOUTS, SHADES, browser_data, choose_problems
+from .runs import ComparisonRun, EvaluationRun, Run, TrainingRun
+from .training_curves import TRAINING_PANELS
+
+
+PAGE = "report.html"
+_PANEL = (4.2, 3.1)  # inches: three beside one another on a desktop, one on a phone
+_WIDE = (6.4, 4.4)
+_LAST_VALUES = 10
+
+
+@dataclass(frozen=True)
+class _Plot:
+    title: str
+    caption: str
+    svg: Markup
+    wide: bool
+
+
+class _Gallery:
+    """Plots, each saved as a PNG and kept as SVG for the page."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self._output_dir = output_dir
+        self.files: list[str] = []
+
+    def add(self, figure: Figure, name: str, title: str, caption: str) -> _Plot:
+        svg = inline_svg(figure, f"plot-{name}", f"{title}. {caption}")
+        figure.suptitle(title)  # in the page it stands above the plot
+        self.files.append(f"{name}.png")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            figure.savefig(self._output_dir / self.files[-1], dpi=150)
+        return _Plot(title, caption, svg, wide=figure.get_figwidth() > _PANEL[0])
+
+
+def write_report(
+    runs: Sequence[Run], output_dir: Path, *, title: str | None = None, max_rollouts: int = MAX_ROLLOUTS
+) -> list[Path]:
+    """
+    Write a report of runs.
+
+    Args:
+        runs (`Sequence[Run]`):
+            What [`read_runs`] gave.
+        output_dir (`Path`):
+            Folder for `report.html` and the PNGs. Made if it is not there.
+        title (`str`, *optional*):
+            Title of the page. Made from the runs if `None`.
+        max_rollouts (`int`, *optional*, defaults to `1000`):
+            Most rollouts that the page holds.
+
+    Returns:
+        `list[Path]`: The files written, the page first.
+
+    Raises:
+        ValueError: If there is no run, or an evaluation has no figures.
+    """
+    if not runs:
+        raise ValueError("There is no run to report.")
+    training = [run for run in runs if isinstance(run, TrainingRun)]
+    evaluations = [run for run in runs if isinstance(run, EvaluationRun)]
+    comparisons = [run for run in runs if isinstance(run, ComparisonRun)]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    gallery = _Gallery(output_dir)
+    # One colour for a name, whether it was trained or evaluated.
+    colours = colours_by_name(list({run.name for run in (*training, *evaluations)}))
+    page = {
+        "title": title or _title(training, evaluations, comparisons),
+        "evaluation": _evaluation_part(evaluations, colours, gallery) if evaluations else None,
+        "training": _training_part(training, colours, gallery) if training else None,
+        "comparisons": [_comparison_part(run, number, gallery) for number, run in enumerate(comparisons, start=1)],
+        "browser": _browser_part(evaluations, max_rollouts) if evaluations else None,
+        "sources": [run.source for run in runs],
+        "series": {name: COLOURS.index(colour) for name, colour in colours.items()},
+        "version": __version__,
+    }
+    path = output_dir / PAGE
+    # A lone surrogate, which a record may hold, cannot be written otherwise.
+    path.write_bytes(_render(page).encode("utf-8", "replace"))
+    return [path, *(output_dir / name for name in gallery.files)]
+
+
+def _title(
+    training: Sequence[TrainingRun], evaluations: Sequence[EvaluationRun], comparisons: Sequence[ComparisonRun]
+) -> str:
+    if evaluations:
+        return f"{evaluations[0].settings.task}, {evaluations[0].settings.split}"
+    return ", ".join(run.name for run in (*comparisons, *training))
+
+
+def _evaluation_part(runs: Sequence[EvaluationRun], colours: dict[str, str], gallery: _Gallery) -> dict[str, Any]:
+    settings = runs[0].settings
+    summaries = {run.name: summarize(run.settings, run.records) for run in runs}
+    kinds = {
+        kind: {name: part for name, summary in summaries.items() if (part := getattr(summary, kind)) is not None}
+        for kind in ("sampled", "greedy")
+    }
+    # What is drawn: the samples, as in training. Greedy rollouts alone where there is nothing else.
+    greedy = not kinds["sampled"]
+    drawn = kinds["greedy" if greedy else "sampled"]
+    of_kind = [run for run in runs if run.name in drawn]
+    costs = settings.teacher is not None
+    plots, strata = [], []
+    if costs:
+        figure = draw_evaluation_pareto(
+            drawn, colours, settings.cost_limit, settings.cost_scope, width=_WIDE[0], height=_WIDE[1]
+        )
+        caption = "One mark for each student with 95% intervals, filled where at least 95% of the rollouts satisfy."
+        plots.append(gallery.add(figure, "pareto", "Right answers against cost", caption))
+    if ordered_strata(drawn):
+        for name, title in {"right": "Right answers", "satisfaction": "Satisfaction"}.items():
+            if name == "right" or costs:
+                figure = new_figure(*_PANEL)
+                axes = figure.subplots()
+                draw_strata(axes, drawn, colours, name)
+                if len(drawn) > 1:
+                    _legend_below(figure, axes)
+                caption = "Rate by difficulty with its 95% interval, problems as clusters."
+                strata.append(gallery.add(figure, f"difficulty-{name}", f"{title} by difficulty", caption))
+    return {
+        "settings": settings,
+        "unit": UNITS[settings.cost_scope],
+        "tables": {kind: of_names for kind, of_names in kinds.items() if of_names},
+        "missing": {name: summary.num_missing for name, summary in summaries.items() if summary.num_missing},
+        "differences": _differences(of_kind, greedy),
+        "settings_rows": _settings_rows(runs),
+        "names": [run.name for run in runs],
+        "plots": plots,
+        "cost_plots": _cost_plots(of_kind, colours, greedy, gallery) if costs else [],
+        "strata_plots": strata,
+        "strata_rows": _strata_rows(drawn),
+    }
+
+
+def _cost_plots(
+    runs: Sequence[EvaluationRun], colours: dict[str, str], greedy: bool, gallery: _Gallery
+) -> list[_Plot]:
+    figure = new_figure(*_PANEL)
+    draw_cost_distribution(figure.subplots(), runs, colours, greedy)
+    caption = "Share of rollouts of at most each cost. Where a line crosses the limit it shows the satisfaction."
+    plots = [gallery.add(figure, "costs", "Distribution of the costs", caption)]
+    profiles = [position_profile(run, greedy) for run in runs]
+    highest = max(max([*means, *high]) for means, _, high in profiles)
+    for number, (run, profile) in enumerate(zip(runs, profiles, strict=True), start=1):
+        figure = new_figure(*_PANEL)
+        axes = figure.subplots()
+        draw_position_profile(axes, profile, colours[run.name])
+        axes.set_ylim(0, 1.05 * highest or 1)  # one scale for all students
+        caption = f"Mean, and the band from the 10% to the 90% quantile, as long as {FEWEST_ROLLOUTS} rollouts last."
+        title = f"{run.name}: divergence by token"
+        plots.append(gallery.add(figure, f"divergence-{number}", title, caption))
+    return plots
+
+
+def _differences(runs: Sequence[EvaluationRun], greedy: bool) -> list[EvaluationDifference]:
+    """Every other student's difference to the constrained one, or to the first."""
+    reference = next((run for run in runs if run.settings.name == "constrained"), runs[0])
+    return [
+        compare_evaluations((run.settings, run.records), (reference.settings, reference.records), greedy=greedy)
+        for run in runs
+        if run is not reference
+    ]
+
+
+def _settings_rows(runs: Sequence[EvaluationRun]) -> list[tuple[str, list[str]]]:
+    """Name and value of each setting: one value where it is the same for all, else one for each student."""
+    flat = []
+    for run in runs:
+        settings = asdict(run.settings)
+        versions = {f"version of {name}": version for name, version in settings.pop("versions").items()}
+        flat.append({**settings, **versions, "records": len(run.records)})
+    rows = []
+    for name in dict.fromkeys(name for settings in flat for name in settings):
+        values = ["–" if settings.get(name) is None else str(settings[name]) for settings in flat]
+        rows.append((name.replace("_", " "), values[:1] if len(set(values)) == 1 else values))
+    return rows
+
+
+def _strata_rows(summaries: dict[str, RolloutSummary]) -> list[dict[str, Any]]:
+    return [
+        {
+            "stratum": stratum,
+            "name": name,
+            "problems": summary.strata[stratum].right.num_problems,
+            "right": summary.strata[stratum].right,
+            "satisfaction": stratum_rate(summary, stratum, "satisfaction"),
+        }
+        for stratum in ordered_strata(summaries)
+        for name, summary in summaries.items()
+        if stratum in summary.strata
+    ]
+
+
+def _training_part(runs: Sequence[TrainingRun], colours: dict[str, str], gallery: _Gallery) -> dict[str, Any]:
+    plots = []
+    for panel in TRAINING_PANELS:
+        if panel.is_logged(runs):
+            figure = new_figure(*_PANEL)
+            panel.draw(figure.subplots(), runs, colours)
+            plots.append(gallery.add(figure, f"training-{panel.name}", panel.title, panel.caption))
+    metrics = {
+        "reward": "reward",
+        "mean cost": "constraint/cost",
+        "largest cost": "constraint/cost_max",
+        "limit": "constraint/limit",
+        "satisfaction": "constraint/satisfaction_rate",
+        "multiplier": "lagrange_multiplier",
+        "tokens": "completions/mean_length",
+    }
+    metrics = {title: key for title, key in metrics.items() if any(logged(run.history, key)[0] for run in runs)}
+    rows = []
+    for run in runs:
+        last = {title: logged(run.history, key)[1][-_LAST_VALUES:] for title, key in metrics.items()}
+        figures = {
+            title: max(values) if title == "largest cost" else mean(values) for title, values in last.items() if values
+        }
+        rows.append((run, [figures.get(title) for title in metrics]))
+    return {"plots": plots, "columns": list(metrics), "rows": rows, "last": _LAST_VALUES}
+
+
+def _comparison_part(run: ComparisonRun, number: int, gallery: _Gallery) -> dict[str, Any]:
+    try:
+        comparison = compare_methods(run.records)
+    except ValueError as error:
+        raise ValueError(f"{run.source}: {error}") from error
+    figure = draw_comparison_pareto(comparison, width=_WIDE[0], height=_WIDE[1])
+    caption = (
+        "One mark for each method with 95% intervals, its seeds behind it, filled where at least 95% of the rollouts "
+        "satisfy the limit."
+    )
+    plots = [gallery.add(figure, f"comparison-{number}-pareto", "Right answers against cost", caption)]
+    for key, (title, _) in CURVES.items():
+        if any(key in entry for record in run.records for entry in record.history):
+            figure = new_figure(_PANEL[0], _PANEL[1] + 0.9 * (key == "reward"))
+            axes = figure.subplots()
+            draw_comparison_curve(axes, run.records, key)
+            if key == "reward":
+                _legend_below(figure, axes)
+            caption = "Mean over the seeds, over 5 logged values."
+            plots.append(gallery.add(figure, f"comparison-{number}-{key}", title, caption))
+    return {
+        "id": f"comparison-{number}",
+        "name": run.name,
+        "comparison": comparison,
+        "rows": [(row, method_label(row)) for row in comparison.methods],
+        "plots": plots,
+        "settings": _comparison_settings(run),
+    }
+
+
+def _legend_below(figure: Figure, axes: Axes) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+
+
+def _comparison_settings(run: ComparisonRun) -> list[tuple[str, str]]:
+    """What the cells say of how they were made."""
+    versions = {f"version of {name}": set() for record in run.records for name in record.versions}
+    for record in run.records:
+        for name, version in record.versions.items():
+            versions[f"version of {name}"].add(version)
+    commits = {f"{record.git_commit}{' with changes' * record.git_dirty}" for record in run.records}
+    sets = {**versions, "commit": commits, "seeds": {str(record.seed) for record in run.records}}
+    return [(name, ", ".join(sorted(values))) for name, values in sets.items()]
+
+
+def _browser_part(runs: Sequence[EvaluationRun], max_rollouts: int) -> dict[str, Any]:
+    evaluations = [(run.settings, run.records) for run in runs]
+    problems = choose_problems(evaluations, max_rollouts)
+    data = browser_data([run.name for run in runs], evaluations, problems)
+    difficulties = dict.fromkeys(
+        problem["difficulty"] for problem in data["problems"].values() if problem["difficulty"] is not None
+    )
+    return {
+        "data": _embedded(data),
+        "names": [run.name for run in runs],
+        "shown": len(data["rollouts"]),
+        "total": sum(len(run.records) for run in runs),
+        "problems_shown": len(problems),
+        "problems_total": len({record.problem for run in runs for record in run.records}),
+        "difficulties": list(difficulties),
+        "costs": runs[0].settings.teacher is not None,
+        "shades": [(0.0, SHADES[0]), *zip(SHADES, (*SHADES[1:], None), strict=True)],
+        "unit": UNITS[runs[0].settings.cost_scope],
+        "limit": runs[0].settings.cost_limit,
+        "scope": runs[0].settings.cost_scope,
+    }
+
+
+def _embedded(value: Any) -> Markup:
+    """JSON for a `<script>` element: no completion can end it, or begin a comment in it."""
+    return Markup(json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
+
+
+def _render(page: dict[str, Any]) -> str:
+    folder = files("trl_cmdp.reports")
+    style, script = ((folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    # Nothing is loaded, nothing is sent, and nothing runs but this style and this script.
+    policy = "; ".join(
+        (
+            "default-src 'none'",
+            f"style-src '{_hash(style)}'",
+            f"script-src '{_hash(script)}'",
+            "base-uri 'none'",
+            "form-action 'none'",
+        )
+    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((folder / "report.html.jinja").read_text(encoding="utf-8"))
+    return template.render(page, policy=policy, style=Markup(style), script=Markup(script))
+
+
+def _hash(content: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"

@@ -1,0 +1,233 @@
+"""Reading what a report is made from: records of evaluations, records of comparisons, and states of trainers."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..evaluation import CellRecord, EvaluationSettings, RolloutRecord, read_records, read_rollout_records
+
+
+TRAINER_STATE = "trainer_state.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# What has to be equal for two students to stand in one table.
+_SHARED_SETTINGS = (
+    "task",
+    "split",
+    "num_problems",
+    "seed",
+    "temperature",
+    "max_new_tokens",
+    "teacher",
+    "teacher_beta",
+    "cost_limit",
+    "cost_scope",
+)
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """
+    The log of one training run.
+
+    Args:
+        name (`str`):
+            Name in plots.
+        source (`str`):
+            File that it was read from.
+        history (`list[dict[str, Any]]`):
+            `log_history` of the trainer's state.
+        batch_size (`int`, *optional*):
+            Rollouts of a micro-batch on one device: each logged rate is of at least as many. `None` if unknown.
+        steps (`int`):
+            Optimizer steps done.
+    """
+
+    name: str
+    source: str
+    history: list[dict[str, Any]]
+    batch_size: int | None
+    steps: int
+
+
+@dataclass(frozen=True)
+class EvaluationRun:
+    """
+    The records of one evaluation.
+
+    Args:
+        name (`str`):
+            Name in tables and plots.
+        source (`str`):
+            File that they were read from.
+        settings ([`EvaluationSettings`]):
+            What was asked for.
+        records (`list[RolloutRecord]`):
+            The rollouts.
+    """
+
+    name: str
+    source: str
+    settings: EvaluationSettings
+    records: list[RolloutRecord]
+
+
+@dataclass(frozen=True)
+class ComparisonRun:
+    """
+    The records of one `trl-cmdp compare`.
+
+    Args:
+        name (`str`):
+            Name of the folder.
+        source (`str`):
+            File that they were read from.
+        records (`list[CellRecord]`):
+            The cells.
+    """
+
+    name: str
+    source: str
+    records: list[CellRecord]
+
+
+Run = TrainingRun | EvaluationRun | ComparisonRun
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """
+    Read runs.
+
+    Args:
+        paths (`Sequence[Path]`):
+            Files or folders. A file: `trainer_state.json`, or records (`.jsonl`) of an evaluation or a comparison. A
+            folder: what of these it holds, the trainer's state also in its newest `checkpoint-N`.
+
+    Returns:
+        `list[Run]`: Every run found, by kind and then in the order of the paths. Those of one kind have different
+        names.
+
+    Raises:
+        ValueError: If a path holds nothing of the kind or something damaged, if two evaluations cannot stand in one
+            table, or if a file is given twice.
+    """
+    runs: list[Run] = []
+    for path in paths:
+        if path.is_dir():
+            found = _read_folder(path)
+        elif path.is_file():
+            found = [_read_file(path)]
+        else:
+            raise ValueError(f"{path} does not exist.")
+        runs += found
+    sources = [str(Path(run.source).resolve()) for run in runs]
+    if twice := sorted({source for source in sources if sources.count(source) > 1}):
+        raise ValueError(f"{twice[0]} is given twice.")
+    _check_comparable([run for run in runs if isinstance(run, EvaluationRun)])
+    return [run for kind in (TrainingRun, EvaluationRun, ComparisonRun) for run in _with_own_names(runs, kind)]
+
+
+def _read_folder(folder: Path) -> list[Run]:
+    runs: list[Run] = []
+    state = _newest_state(folder)
+    if state is not None:
+        runs.append(_read_state(state))
+    # Other files of lines, such as a dataset, may lie beside records: they are left alone.
+    runs += [_read_records(path) for path in sorted(folder.glob("*.jsonl")) if _kind(path) is not None]
+    if not runs:
+        raise ValueError(
+            f"{folder} holds no run: no {TRAINER_STATE} (nor a checkpoint-N with one), and no records (.jsonl) of "
+            "`trl-cmdp evaluate` or `trl-cmdp compare`."
+        )
+    return runs
+
+
+def _newest_state(folder: Path) -> Path | None:
+    if (folder / TRAINER_STATE).is_file():
+        return folder / TRAINER_STATE
+    steps = {int(match[1]): path for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))}
+    # One that was cut off while it was written may lack its state.
+    return next(
+        (steps[n] / TRAINER_STATE for n in sorted(steps, reverse=True) if (steps[n] / TRAINER_STATE).is_file()), None
+    )
+
+
+def _read_file(path: Path) -> Run:
+    if path.name == TRAINER_STATE:
+        return _read_state(path)
+    if path.suffix == ".jsonl" and _kind(path) is not None:
+        return _read_records(path)
+    raise ValueError(
+        f"{path} is neither a {TRAINER_STATE} nor records (.jsonl) of `trl-cmdp evaluate` or `trl-cmdp compare`."
+    )
+
+
+def _read_state(path: Path) -> TrainingRun:
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        history, batch_size, steps = state["log_history"], state["train_batch_size"], state["global_step"]
+        if not (isinstance(steps, int) and isinstance(history, list) and all(isinstance(e, dict) for e in history)):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no state that a trainer saved, or it is damaged.") from error
+    folder = path.resolve().parent
+    name = folder.parent.name if _CHECKPOINT.fullmatch(folder.name) else folder.name
+    known = isinstance(batch_size, int) and batch_size > 0
+    return TrainingRun(name, str(path), history, batch_size if known else None, steps)
+
+
+def _kind(path: Path) -> type[EvaluationRun] | type[ComparisonRun] | None:
+    """What a file of lines holds, by its first line."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        try:
+            first = json.loads(file.readline())
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(first, dict):
+        return None
+    if first.keys() >= {"student", "num_samples", "cost_scope"}:
+        return EvaluationRun
+    return ComparisonRun if first.keys() >= {"method", "trainer", "outcomes"} else None
+
+
+def _read_records(path: Path) -> Run:
+    try:
+        if _kind(path) is EvaluationRun:
+            settings, rollouts = read_rollout_records(path)
+            if not rollouts:
+                raise ValueError("There are no rollouts yet.")
+            return EvaluationRun(settings.name, str(path), settings, rollouts)
+        cells = read_records(path.read_text(encoding="utf-8"))
+        if not cells:
+            raise ValueError("There is no whole record yet.")
+        return ComparisonRun(path.resolve().parent.name, str(path), cells)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_comparable(runs: Sequence[EvaluationRun]) -> None:
+    for run in runs[1:]:
+        for name in _SHARED_SETTINGS:
+            one, other = getattr(runs[0].settings, name), getattr(run.settings, name)
+            if one != other:
+                raise ValueError(
+                    f"{runs[0].source} and {run.source} cannot stand in one table: their `{name}` are {one!r} and "
+                    f"{other!r}. Make a report of each."
+                )
+    prompts: dict[int, Any] = {}
+    for run in runs:
+        for record in run.records:
+            if prompts.setdefault(record.problem, record.prompt) != record.prompt:
+                raise ValueError(
+                    f"{run.source}: problem {record.problem} has another prompt than in {runs[0].source}. Make a "
+                    "report of each."
+                )
+
+
+def _with_own_names(runs: Sequence[Run], kind: type[Run]) -> list[Run]:
+    """Runs of one kind. Those that would have one name have their file's path beside it."""
+    of_kind = [run for run in runs if isinstance(run, kind)]
+    names = [run.name for run in of_kind]
+    return [run if names.count(run.name) == 1 else replace(run, name=f"{run.name} ({run.source})") for run in of_kind]
