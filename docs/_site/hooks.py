@@ -1,0 +1,71 @@
+"""
+What `mkdocs build` does besides: files outside docs/ that pages link to become part of the site, so that the same
+relative links hold on GitHub and here; and formulas become MathML, which browsers draw without a script.
+"""
+
+import re
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
+
+
+_BENCHMARKS = "benchmarks/README.md"  # the one of them with a place in the navigation
+_LINK = re.compile(r"(?<=\]\()([^)#\s:]+)")  # target of a Markdown link or image, without its anchor
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.+?)\\[)\]]</\1>', re.DOTALL)
+_ENTITIES = {"&lt;": "<", "&gt;": ">", "&amp;": "&"}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add every file of the repository that a page, or an added page, links to outside docs/."""
+    root = Path(config.docs_dir).parent
+    waiting = [Path(file.abs_src_path) for file in files.documentation_pages()]
+    while waiting:
+        source = waiting.pop()
+        for target in _LINK.findall(source.read_text()):
+            path = (source.parent / target).resolve()
+            uri = path.relative_to(root).as_posix() if path.is_relative_to(root) else ""
+            if not path.is_file() or path.is_relative_to(config.docs_dir) or uri in files.src_uris:
+                continue  # what does not exist, mkdocs itself complains of
+            files.append(
+                File.generated(
+                    config,
+                    uri,
+                    abs_src_path=str(path),
+                    inclusion=InclusionLevel.INCLUDED if uri == _BENCHMARKS else InclusionLevel.NOT_IN_NAV,
+                )
+            )
+            if path.suffix == ".md":
+                waiting.append(path)
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Point links at the place that a file has on the site, where docs/ is the root."""
+    root = Path(config.docs_dir).parent
+    source = root / page.file.src_uri if page.file.generated_by else Path(page.file.abs_src_path)
+    here = Path(page.file.src_uri).parent
+
+    def on_site(match: re.Match[str]) -> str:
+        path = (source.parent / match[1]).resolve()
+        if not path.exists() or not path.is_relative_to(root):
+            return match[1]
+        inside = path.is_relative_to(config.docs_dir)
+        uri = path.relative_to(config.docs_dir if inside else root)
+        return "../" * len(here.parts) + uri.as_posix()
+
+    return _LINK.sub(on_site, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn formulas into MathML."""
+
+    def to_mathml(match: re.Match[str]) -> str:
+        latex = match[2]
+        for entity, character in _ENTITIES.items():
+            latex = latex.replace(entity, character)
+        return convert(latex, display="block" if match[1] == "div" else "inline")
+
+    return _FORMULA.sub(to_mathml, html)
