@@ -14,7 +14,7 @@ import transformers
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets.exceptions import DatasetsError
-from huggingface_hub.constants import ENDPOINT
+from huggingface_hub import constants
 from packaging.version import Version
 from transformers import ProgressCallback
 from trl import (
@@ -330,5 +330,5 @@ def _push(trainer: DistillTrainer, dataset_name: str | None) -> bool:
             file=sys.stderr,
         )
         return False
-    trainer.accelerator.print(f"Model pushed to {ENDPOINT}/{trainer.hub_model_id}.")
+    trainer.accelerator.print(f"Model pushed to {constants.ENDPOINT}/{trainer.hub_model_id}.")
     return True

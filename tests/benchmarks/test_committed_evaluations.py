@@ -1,0 +1,40 @@
+"""The committed experiment on GSM-Symbolic: every figure of its tables follows from its committed records."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trl_cmdp.cli import main
+from trl_cmdp.evaluation import read_rollout_records, summarize
+
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "gsm_symbolic"
+NAMES = ("constrained", "grpo", "gkd", "lambda", "student", "teacher")
+SPLITS = ("validation", "test")
+
+
+def records(name: str, split: str) -> Path:
+    return RESULTS / "records" / f"{name}-{split}.jsonl"
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_tables_follow_from_the_records(split, tmp_path, capsys):
+    files = [str(records(name, split)) for name in NAMES]
+    assert main(["evaluate", "--records", *files, "--judge", "process", "--output_dir", str(tmp_path)]) == 0
+    assert (tmp_path / "table.md").read_text() == (RESULTS / split / "table.md").read_text()
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", NAMES)
+def test_records_are_whole_and_summarised(name, split):
+    settings, rollouts = read_rollout_records(records(name, split))
+    assert (settings.name, settings.split) == (name, split)
+    assert settings.git_commit is not None
+    summary = summarize(settings, rollouts)
+    assert summary.num_missing == 0
+    committed = json.loads((RESULTS / split / "summary.json").read_text())["evaluations"][NAMES.index(name)]
+    for figure in ("right", "length"):
+        assert vars(getattr(summary.sampled, figure)) == pytest.approx(committed["sampled"][figure])
+    for figure in ("satisfaction", "mean", "divergence"):
+        assert vars(getattr(summary.sampled.costs, figure)) == pytest.approx(committed["sampled"]["costs"][figure])
