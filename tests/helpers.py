@@ -12,6 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_cmdp import ConstrainedDistillConfig, ConstrainedDistillTrainer
 from trl_cmdp.core import token_divergence
+from trl_cmdp.evaluation import EvaluationSettings
 
 
 CHARACTERS = "0123456789+=,#"
@@ -157,6 +158,32 @@ def scripted(completions: Sequence[Sequence[int]], env_mask: Sequence[Sequence[i
         return output
 
     return rollout
+
+
+def make_settings(**changes) -> EvaluationSettings:
+    """Settings of a small evaluation on the arithmetic task, with `changes`."""
+    settings = {
+        "name": "student",
+        "student": "student",
+        "student_fingerprint": None,
+        "teacher": "teacher",
+        "task": "arithmetic",
+        "split": "test",
+        "num_problems": 2,
+        "num_samples": 2,
+        "greedy": True,
+        "seed": 0,
+        "temperature": 1.0,
+        "max_new_tokens": 8,
+        "batch_size": 4,
+        "backend": "transformers",
+        "teacher_beta": 1.0,
+        "cost_limit": 0.25,
+        "cost_scope": "mean",
+        "versions": {},
+        "git_commit": None,
+    }
+    return EvaluationSettings(**{**settings, **changes})
 
 
 def make_rows(count: int, group: int = 4) -> list[dict[str, str]]:

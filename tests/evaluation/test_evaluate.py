@@ -5,36 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 from filelock import FileLock, Timeout
+from helpers import make_settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_cmdp.core import token_divergence
-from trl_cmdp.evaluation import EvaluationSettings, evaluate, read_rollout_records
+from trl_cmdp.evaluation import evaluate, read_rollout_records
 from trl_cmdp.evaluation.progress import show_progress
 from trl_cmdp.evaluation.provenance import git_state, library_versions, weights_fingerprint
 from trl_cmdp.tasks.arithmetic import demo_model_path, final_answer_reward, load_problems
 
 
-SETTINGS = EvaluationSettings(
-    name="student",
-    student="student",
-    student_fingerprint=None,
-    teacher="teacher",
-    task="arithmetic",
-    split="test",
-    num_problems=5,
-    num_samples=3,
-    greedy=True,
-    seed=3,
-    temperature=1.0,
-    max_new_tokens=27,
-    batch_size=4,
-    backend="transformers",
-    teacher_beta=1.0,
-    cost_limit=0.25,
-    cost_scope="mean",
-    versions=library_versions(),
-    git_commit=None,
-)
+SETTINGS = make_settings(num_problems=5, num_samples=3, seed=3, max_new_tokens=27, versions=library_versions())
 PROBLEMS = load_problems(5, "test", seed=3)
 
 

@@ -4,31 +4,12 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+from helpers import make_settings
 
-from trl_cmdp.evaluation import EvaluationSettings, RolloutRecord, read_rollout_records
+from trl_cmdp.evaluation import RolloutRecord, read_rollout_records
 
 
-SETTINGS = EvaluationSettings(
-    name="student",
-    student="models/student",
-    student_fingerprint=None,
-    teacher="models/teacher",
-    task="arithmetic",
-    split="test",
-    num_problems=2,
-    num_samples=2,
-    greedy=True,
-    seed=0,
-    temperature=1.0,
-    max_new_tokens=8,
-    batch_size=4,
-    backend="transformers",
-    teacher_beta=1.0,
-    cost_limit=0.25,
-    cost_scope="mean",
-    versions={"torch": "2"},
-    git_commit=None,
-)
+SETTINGS = make_settings(student="models/student", teacher="models/teacher", versions={"torch": "2"})
 RECORD = RolloutRecord(
     problem=1,
     greedy=False,

@@ -6,33 +6,14 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from helpers import make_settings
 
 from trl_cmdp.core import bootstrap_interval, clopper_pearson_interval, clustered_rate_interval
-from trl_cmdp.evaluation import EvaluationSettings, RolloutRecord, compare_evaluations, summarize
+from trl_cmdp.evaluation import RolloutRecord, compare_evaluations, summarize
 from trl_cmdp.reports.evaluation_table import difference_table, evaluation_table, strata_table
 
 
-SETTINGS = EvaluationSettings(
-    name="student",
-    student="student",
-    student_fingerprint=None,
-    teacher="teacher",
-    task="arithmetic",
-    split="test",
-    num_problems=3,
-    num_samples=2,
-    greedy=True,
-    seed=0,
-    temperature=1.0,
-    max_new_tokens=8,
-    batch_size=4,
-    backend="transformers",
-    teacher_beta=1.0,
-    cost_limit=0.25,
-    cost_scope="mean",
-    versions={},
-    git_commit=None,
-)
+SETTINGS = make_settings(num_problems=3)
 
 
 def record(problem, sample, costs, right=False, greedy=False, difficulty=None):
