@@ -107,7 +107,7 @@ class Scale:
 
 SCALES = {
     "cpu-smoke": Scale(2, 50, 32, 32, 12, 2, 2, 4, 8, 64, 5e-5, 16, 16, 8, 1),
-    "cpu": Scale(2, 50, 2400, 600, 20, 40, 4, 4, 16, 80, 5e-5, 32, 96, 48, 1),
+    "cpu": Scale(2, 50, 2400, 600, 20, 24, 4, 4, 16, 80, 5e-5, 32, 64, 32, 1),
     "gpu": Scale(None, None, 20_000, 10_000, 16, 200, 32, 8, 64, 256, 5e-5, 256, 500, 500, 4),
 }
 COST_LIMIT = 0.25  # nats per token
@@ -240,7 +240,8 @@ def make_trained(method: str, folder: Path, options) -> None:
         callbacks=[StepLine()],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir) if output_dir.exists() else None)
+    begun = output_dir.exists() and get_last_checkpoint(output_dir) is not None
+    trainer.train(resume_from_checkpoint=begun)  # from the newest whole checkpoint
     trainer.save_model(str(folder))
     trainer.state.save_to_json(str(folder / "trainer_state.json"))
     shutil.rmtree(output_dir)
