@@ -1,4 +1,4 @@
-"""The private parts of TRL that `trainers/_base.py` touches are still where and what it expects."""
+"""The private parts of TRL that `trainers/_base.py` and `_resume.py` touch are still where and what they expect."""
 
 import inspect
 
@@ -17,7 +17,10 @@ HOOKS = {
     "_generate_single_turn": "(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False)",
     "_compute_loss": "(self, model, inputs)",
     "_prepare_inputs": "(self, generation_batch)",
+    "_get_train_sampler": "(self, dataset=None)",
     "_save_checkpoint": "(self, model, trial)",
+    "_save_rng_state": "(self, output_dir)",
+    "train": "(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)",
     "_load_optimizer_and_scheduler": "(self, checkpoint)",
     "_get_output_dir": "(self, trial)",
     "_push_from_checkpoint": "(self, checkpoint_folder)",
@@ -35,22 +38,26 @@ ATTRIBUTES = {
     "_logs": dict,
     "_step": int,
     "_buffered_inputs": type(None),
+    "_last_world_entropy": float,
     "_tokenizer": object,
     "_tag_names": list,
     "_name": str,
     "_paper": dict,
     "beta": float,
+    "entropy_coef": float,
     "epsilon_high": float,
     "is_deepspeed_enabled": bool,
     "loss_type": str,
     "max_completion_length": int,
     "model_wrapped": torch.nn.Module,
+    "use_adaptive_entropy": bool,
     "use_transformers_continuous_batching": bool,
     "use_vllm": bool,
     "chat_template": (str, type(None)),
     "chat_template_kwargs": dict,
     "eos_token_ids": list,
     "num_generations": int,
+    "num_iterations": int,
     "num_generations_eval": int,
     "reward_func_names": list,
     "reward_funcs": list,

@@ -1,10 +1,10 @@
 """
 The base of every trainer: a `GRPOTrainer` with a teacher, in which a method is one function, its signal.
 
-Every touch of TRL's private hooks is in this file, and tests/trainers/test_trl_hooks.py pins their signatures.
+Every touch of TRL's private hooks is in this file, and of its state between steps in `_resume.py`;
+tests/trainers/test_trl_hooks.py pins them.
 """
 
-import json
 import sys
 from collections import defaultdict
 from contextlib import nullcontext
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
@@ -23,9 +24,11 @@ from ..teachers import LocalTeacher, base_model
 from ._card import write_model_card
 from ._config import DistillConfig
 from ._forward import DivergenceRequest, StudentForward
+from ._guards import CheckpointOnSigterm, named_failure, sole_run
 from ._hub import warn_if_failed
 from ._images import IMAGES_REFUSED, check_no_images
 from ._processes import gather_rows, on_any_process
+from ._resume import check_whole, last_whole_checkpoint, load_progress, save_progress, start_checkpoint
 from ._rewards import check_reward_columns, no_reward
 from ._rollout_func import checked_rollout_func
 from ._satisfaction import SatisfactionCounts
@@ -34,9 +37,6 @@ from ._selection import FEASIBLE_REWARD, Verdicts, asks_for_feasible_reward
 from ._shading import ShadedCompletions
 from ._signal import Rollouts, Signal
 from ._teachers import Teacher, TeacherModel, check_teacher_name, has_teacher, make_teachers
-
-
-_METHOD_STATE_FILE = "trl_cmdp_state.json"
 
 
 class DistillTrainer(GRPOTrainer):
@@ -60,6 +60,7 @@ class DistillTrainer(GRPOTrainer):
     _distill_cross_entropy = False  # differentiate E_π[−log μ] in place of the divergence
     _teacher_mixed_alpha = 0.0  # share of the teacher in what training rollouts are sampled from
     _samples_from_teacher = False
+    _train_sampler: Sampler | None = None  # of the dataset, unless it is iterable
 
     def __init__(
         self,
@@ -125,6 +126,8 @@ class DistillTrainer(GRPOTrainer):
         if rollout_func is None and environment_factory is None:
             check_reward_columns(self.reward_funcs, self.reward_func_names, self.train_dataset, self.eval_dataset)
 
+        self._sigterm = CheckpointOnSigterm(self.accelerator)
+        self.add_callback(self._sigterm)
         self.command = sys.argv  # what the model card says that made the run; secrets are hidden there
         self.teachers: dict[str, Teacher] = make_teachers(self, teacher_model) if with_teacher else {}
         if not self.teachers:
@@ -257,41 +260,6 @@ class DistillTrainer(GRPOTrainer):
         finally:
             self.model_wrapped = student
             self.use_vllm, self.use_transformers_continuous_batching = backends
-        return completions
-
-    def _dataset_completions(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        """The dataset's own completions of the rows being generated for, with the end-of-sequence token."""
-        completions = []
-        for row, ids in zip(self._rows, prompt_ids, strict=True):
-            completion = row["completion"]
-            if isinstance(completion, str):
-                tokens = [*self._tokenizer(completion, add_special_tokens=False)["input_ids"]]
-                tokens.append(self._tokenizer.eos_token_id)
-            else:  # messages: what the chat template adds to the prompt
-                roles = sorted({message["role"] for message in completion} - {"assistant"})
-                if roles:
-                    raise ValueError(
-                        f"A `completion` of the dataset has messages of the role {', '.join(map(repr, roles))}, whose "
-                        "tokens are not the student's to learn. Give each assistant turn a row of its own, with what "
-                        "came before in its `prompt`."
-                    )
-                whole = self._tokenizer.apply_chat_template(
-                    [*row["prompt"], *completion],
-                    chat_template=self.chat_template,
-                    tokenize=True,
-                    return_dict=True,
-                    **self.chat_template_kwargs,
-                )["input_ids"]
-                if whole[: len(ids)] != ids:
-                    raise ValueError(
-                        "The chat template does not continue its own prompt when the completion is added, so the "
-                        "completion's tokens cannot be told apart. Give `prompt` and `completion` as text."
-                    )
-                tokens = whole[len(ids) :]
-                # What a template writes after the end of the turn (a newline), no student ever does.
-                ends = [position for position, token in enumerate(tokens) if token in self.eos_token_ids]
-                tokens = tokens[: ends[-1] + 1] if ends else tokens
-            completions.append(tokens[: self.max_completion_length])
         return completions
 
     def _generate_and_score_completions(self, inputs):
@@ -480,24 +448,47 @@ class DistillTrainer(GRPOTrainer):
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """
+        [`~transformers.Trainer.train`], where a resumed run goes on as if it had never stopped.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Folder of a checkpoint, or `True` for the newest one in `args.output_dir` that is whole.
+
+        SIGTERM ends the step under way, saves a checkpoint, and then ends the process.
+
+        Raises:
+            ValueError: If that checkpoint was cut off while it was written, or there is none that is whole.
+            RuntimeError: If another run is training into `args.output_dir`.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint:
+            check_whole(resume_from_checkpoint)
+        with sole_run(self.args.output_dir, self.accelerator), self._sigterm.listening():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_train_sampler(self, dataset=None):
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        state = self._method_state() if self.teachers else {}
-        if state and self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            (folder / _METHOD_STATE_FILE).write_text(json.dumps(state))
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with named_failure(folder):
+            if self.args.should_save:
+                start_checkpoint(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        save_progress(self, Path(output_dir))  # now, as transformers may delete the checkpoint before this one next
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self.teachers or not self._method_state():
-            return
-        path = Path(checkpoint, _METHOD_STATE_FILE)
-        if not path.exists():
-            raise ValueError(
-                f"{checkpoint} has no {_METHOD_STATE_FILE}, so it was not written by {type(self).__name__}: resuming "
-                "would start the method's own state anew. Load its weights as `model` instead."
-            )
-        self._load_method_state(json.loads(path.read_text()))
+        if checkpoint is not None:
+            load_progress(self, Path(checkpoint))
 
     # ---------------------------------------------------------------------------------------------------------- the Hub
 

@@ -1,6 +1,7 @@
 """What the student's one forward pass is asked for besides TRL's own outputs."""
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
@@ -21,6 +22,9 @@ from ..teachers import (
     lm_head,
 )
 from ._config import DistillConfig
+
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -102,6 +106,7 @@ class StudentForward:
         fused: bool,
     ):
         self._student, self._args, self._gathered_head, self._fused = student, args, gathered_head, fused
+        self._memory_mb = args.divergence_memory_mb  # less once the device's memory has run out
         self._request: DivergenceRequest | None = None
         self._mixture: _TeacherMixture | None = None
         self._fused_forward = student.forward
@@ -173,7 +178,8 @@ class StudentForward:
         expected = None if request.log_prob_grad is None else scored(request.log_prob_grad)
         head = lm_head(self._student)
         with self._gathered_head(head.weight, head.bias), self._gathered_head(states.head.weight, states.head.bias):
-            log_probs, entropy, request.loss, costs = head_policy_divergence(
+            log_probs, entropy, request.loss, costs = self._in_tiles(
+                head_policy_divergence,
                 hidden[mask],
                 head,
                 labels[mask],
@@ -200,7 +206,8 @@ class StudentForward:
                 self._gathered_head(head.weight, head.bias),
                 self._gathered_head(states.head.weight, states.head.bias),
             ):
-                loss, costs = head_divergence(
+                loss, costs = self._in_tiles(
+                    head_divergence,
                     hidden[states.rows],
                     head,
                     states.hidden,
@@ -222,19 +229,40 @@ class StudentForward:
                 self._gathered_head(states.head.weight, states.head.bias),
             ):
                 if request.token_ids is None:
-                    scores = head_divergence(*models, **self._settings)[1:]
+                    scores = self._in_tiles(head_divergence, *models, **self._settings)[1:]
                 else:
-                    scores = head_scores(*models, request.token_ids[states.rows], **self._settings)
+                    scores = self._in_tiles(head_scores, *models, request.token_ids[states.rows], **self._settings)
             names = ("costs", "student_logps", "teacher_logps")
             for name, values in zip(names, scores, strict=False):
                 self._put(request, name, states.rows, values)
         if not request.teachers:  # a teacher that knows the tokens' log-probabilities alone
-            rows, args = request.scored_rows, self._args
+            rows, temperature = request.scored_rows, self._args.temperature
             with self._gathered_head(head.weight, head.bias):
-                logps = head_log_probs(
-                    hidden[rows], head, request.token_ids[rows], args.temperature, args.divergence_memory_mb
+                logps = self._in_tiles(
+                    head_log_probs, hidden[rows], head, request.token_ids[rows], temperature=temperature
                 )
             self._put(request, "student_logps", rows, logps)
+
+    def _in_tiles(self, compute: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
+        """What it computes. Where the device's memory runs out it is tried once more, in tiles a quarter as large."""
+        try:
+            return compute(*inputs, memory_mb=self._memory_mb, **settings)
+        except torch.OutOfMemoryError:
+            self._memory_mb /= 4
+            _logger.warning(
+                f"The device's memory ran out in the divergence. Its tiles take {self._memory_mb:g} MB from here on, "
+                "which is slower: set `divergence_memory_mb` to that, or free memory elsewhere."
+            )
+        # Out here the failed attempt's tensors are no longer held by its traceback.
+        torch.cuda.empty_cache()
+        try:
+            return compute(*inputs, memory_mb=self._memory_mb, **settings)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                f"The device's memory ran out in the divergence, also in tiles of {self._memory_mb:g} MB. Lower "
+                "`per_device_train_batch_size` (and raise `gradient_accumulation_steps` as much), "
+                "`max_completion_length`, or the memory that generation holds. The last checkpoint is untouched."
+            ) from error
 
     def _put(self, request: DivergenceRequest, name: str, rows: torch.Tensor, values: torch.Tensor) -> None:
         if name not in request.scores:
@@ -247,7 +275,6 @@ class StudentForward:
         return {
             "beta": args.teacher_beta,
             "temperature": args.temperature,
-            "memory_mb": args.divergence_memory_mb,
             "teacher_prob_floor": args.teacher_prob_floor,
         }
 

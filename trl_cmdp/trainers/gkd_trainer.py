@@ -7,6 +7,7 @@ from accelerate.utils import broadcast
 from datasets import Dataset
 
 from ._base import DistillTrainer
+from ._completions import dataset_completions
 from ._signal import Rollouts, Signal
 from .gkd_config import GKDDistillConfig
 
@@ -77,7 +78,7 @@ class GKDDistillTrainer(DistillTrainer):
         if self.args.seq_kd:
             return self._teacher_completions(prompt_ids)
         self._check_completions(list(self._rows[0]))
-        return self._dataset_completions(prompt_ids)
+        return dataset_completions(self, prompt_ids)
 
     def _signal(self, rollouts: Rollouts) -> Signal:
         columns = {name: [None] * len(rollouts.rewards) for name in ("cost", "feasible")}

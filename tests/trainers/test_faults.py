@@ -1,0 +1,201 @@
+"""Faults in the middle of training: what the user sees, and that the checkpoints before are whole."""
+
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from helpers import history, length_reward, make_model, make_teacher, make_trainer, run, weights
+from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from trl_cmdp.trainers import _forward
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "cost_limit": 1.7}
+
+
+def trained_to_the_end(folder: Path, **args) -> dict[str, torch.Tensor]:
+    """Weights of the run that nothing befell."""
+    return weights(run(folder, trainer_kwargs={"teacher_model": make_teacher()}, **{**SAVING, **args}))
+
+
+def resume(folder: Path, **args) -> dict[str, torch.Tensor]:
+    """Weights of the run that went on from the last checkpoint."""
+    trainer = make_trainer(folder, trainer_kwargs={"teacher_model": make_teacher()}, **{**SAVING, **args})
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == trainer.state.max_steps
+    return weights(trainer)
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+class TestReward:
+    """A reward function that fails at its third call, after two checkpoints."""
+
+    @pytest.mark.parametrize(
+        ("third", "error", "message"),
+        [
+            (lambda completions: 1 / 0, ZeroDivisionError, "division by zero"),
+            (
+                lambda completions: [1.0] * (len(completions) - 1),
+                ValueError,
+                "returned 3 rewards, but 4 were expected",
+            ),
+            (lambda completions: [math.inf] * len(completions), ValueError, "reaches the violation penalty"),
+        ],
+        ids=["raises", "wrong-length", "infinite"],
+    )
+    def test_stops_with_the_checkpoint_whole(self, tmp_path, third, error, message):
+        calls = []
+
+        def reward(completions, **kwargs):
+            calls.append(None)
+            return third(completions) if len(calls) == 3 else length_reward(completions)
+
+        arguments = {"trainer_kwargs": {"teacher_model": make_teacher()}, **SAVING}
+        with pytest.raises(error, match=message):
+            run(tmp_path / "failed", reward_funcs=reward, **arguments)
+        assert get_last_checkpoint(tmp_path / "failed").endswith("checkpoint-2")
+        assert_equal(resume(tmp_path / "failed"), trained_to_the_end(tmp_path / "whole"))
+
+    def test_nan_counts_as_no_verdict(self, tmp_path):
+        """As TRL has it: such rollouts teach no reward, and are not judged."""
+
+        def reward(completions, **kwargs):
+            return [math.nan, *length_reward(completions[1:])]
+
+        trainer = run(tmp_path, reward_funcs=reward, trainer_kwargs={"teacher_model": make_teacher()}, cost_limit=1.7)
+        assert history(trainer, "constraint/unjudged_frac") == [0.25, 0.25]
+        assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+# The first file that is too large: the weights, and the optimizer's state, which is written after them.
+@pytest.mark.parametrize("size", [1000, 10_000])
+def test_disk_full_while_saving(tmp_path, monkeypatch, size):
+    """
+    The error says so; the run goes on from the checkpoint before. While the third one is written no file may grow beyond
+    a size, which is how this process sees a disk that is full.
+    """
+    trainer = make_trainer(tmp_path / "full", trainer_kwargs={"teacher_model": make_teacher()}, **SAVING)
+    save, before = trainer._save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_on_a_full_disk(model, trial):
+        if trainer.state.global_step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            save(model, trial)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr(trainer, "_save_checkpoint", save_on_a_full_disk)
+    with pytest.raises(RuntimeError, match=r"checkpoint-3 could not be written \(.*MiB are free .* make room"):
+        trainer.train()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "full" / "checkpoint-2")
+    assert_equal(resume(tmp_path / "full"), trained_to_the_end(tmp_path / "whole"))
+
+
+class TestOutOfMemory:
+    """In the divergence: once more in smaller tiles, then one clear error."""
+
+    @pytest.fixture
+    def memory(self, monkeypatch):
+        """Functions of the head that run out of memory in tiles of more than `memory["mb"]`, as a device does."""
+        memory = {"mb": math.inf}
+        for name in ("head_policy_divergence", "head_divergence"):
+            real = getattr(_forward, name)
+
+            def limited(*args, memory_mb, real=real, **kwargs):
+                if memory_mb > memory["mb"]:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 256.00 MiB.")
+                return real(*args, memory_mb=memory_mb, **kwargs)
+
+            monkeypatch.setattr(_forward, name, limited)
+        return memory
+
+    def test_goes_on_in_smaller_tiles(self, tmp_path, memory, caplog):
+        expected = trained_to_the_end(tmp_path / "whole")
+        memory["mb"] = 64  # a quarter of the default
+        found = trained_to_the_end(tmp_path / "scarce")
+        assert caplog.text.count("memory ran out in the divergence") == 1  # and not at each step anew
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+
+    def test_ends_in_one_error(self, tmp_path, memory):
+        memory["mb"] = 8
+        with pytest.raises(
+            torch.OutOfMemoryError, match=r"also in tiles of 64 MB\. Lower `per_device_train_batch_size`"
+        ):
+            trained_to_the_end(tmp_path)
+
+
+def test_two_runs_on_one_folder(tmp_path):
+    """The second is refused before it trains; once the first has ended the folder is free."""
+    arguments = {"trainer_kwargs": {"teacher_model": make_teacher()}, **SAVING, "max_steps": 1}
+    with (
+        FileLock(tmp_path / "_run.lock"),
+        pytest.raises(RuntimeError, match=r"Another run is training into .*give this one another `output_dir`"),
+    ):
+        run(tmp_path, **arguments)
+    assert get_last_checkpoint(tmp_path) is None
+    run(tmp_path, **arguments)
+    run(tmp_path, **arguments)
+
+
+class Terminate(TrainerCallback):
+    """Sends SIGTERM to its own process within one optimizer step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+TERMINATED = """
+import sys
+from helpers import make_teacher, make_trainer
+from test_faults import SAVING, Terminate
+
+make_trainer(
+    sys.argv[1],
+    trainer_kwargs={"teacher_model": make_teacher(), "callbacks": [Terminate()]},
+    **{**SAVING, "save_steps": 100},
+).train()
+print("went on after training")
+"""
+
+
+def test_sigterm(tmp_path):
+    """A checkpoint of the step under way, then the process ends by the signal; resumed, it is as if nothing was."""
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", TERMINATED, str(tmp_path / "told")],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    assert "went on" not in done.stdout
+    assert get_last_checkpoint(tmp_path / "told").endswith("checkpoint-3")
+    assert_equal(resume(tmp_path / "told", save_steps=100), trained_to_the_end(tmp_path / "whole"))
+
+
+def test_sigterm_is_handled_only_while_training(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    run(tmp_path, model=make_model(), trainer_kwargs={"teacher_model": make_teacher(), "callbacks": [Look()]})
+    assert before not in seen
+    assert signal.getsignal(signal.SIGTERM) == before

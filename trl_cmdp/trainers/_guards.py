@@ -1,0 +1,117 @@
+"""What stands guard over a run while it trains: its folder is its own, and SIGTERM ends it with a checkpoint."""
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+from transformers import TrainerCallback
+
+from ._processes import on_any_process
+
+
+_LOCK_FILE = "_run.lock"  # the Hub's uploads leave out what begins with an underscore
+
+
+@contextmanager
+def sole_run(output_dir: str, accelerator: Accelerator) -> Iterator[None]:
+    """
+    No other run trains into the folder meanwhile: their checkpoints would take each other's places.
+
+    Args:
+        output_dir (`str`):
+            Folder of the run.
+        accelerator ([`~accelerate.Accelerator`]):
+            Its processes, of which the first holds the lock. It is released however that process ends.
+
+    Raises:
+        RuntimeError: If another run has the folder, on all processes.
+    """
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    lock, taken = FileLock(Path(output_dir, _LOCK_FILE), timeout=0), False
+    if accelerator.is_main_process:
+        try:
+            lock.acquire()
+        except Timeout:
+            taken = True
+    if on_any_process(accelerator, taken):
+        raise RuntimeError(
+            f"Another run is training into {output_dir}: give this one another `output_dir`, or stop that one first."
+        )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def named_failure(checkpoint: Path) -> Iterator[None]:
+    """
+    What fails while a checkpoint is written is named: the libraries' own errors know neither the folder nor the disk.
+
+    Args:
+        checkpoint (`Path`):
+            Folder of the checkpoint.
+
+    Raises:
+        RuntimeError: From whatever was raised inside.
+    """
+    try:
+        yield
+    except Exception as error:
+        free = shutil.disk_usage(checkpoint.parent).free / 2**20
+        raise RuntimeError(
+            f"The checkpoint {checkpoint} could not be written ({error}); {free:,.0f} MiB are free on its disk. The ones "
+            "before it are whole: make room, then go on with `trainer.train(resume_from_checkpoint=True)`, which passes "
+            "over this one."
+        ) from error
+
+
+class CheckpointOnSigterm(TrainerCallback):
+    """
+    SIGTERM, with which schedulers announce the end of a job, ends training after the optimizer step under way, with a
+    checkpoint. Then the signal is delivered as it would have been at once, so the process ends as one that was told to.
+
+    transformers' `enable_jit_checkpoint` saves between micro-steps too, from where a resumed run does not repeat the same
+    rollouts.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Its processes. One that is told stops all of them, at the same step.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self._accelerator = accelerator
+        self._process_id = os.getpid()
+        self._told = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While training. Only the main thread may handle signals: in another this does nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = signal.signal(signal.SIGTERM, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+        if self._told:
+            signal.raise_signal(signal.SIGTERM)
+
+    def _note(self, signum, frame):
+        if os.getpid() == self._process_id:
+            self._told = True
+        else:  # a process forked from this one, which has inherited the handler, and should end
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._told = on_any_process(self._accelerator, self._told)
+        if self._told:
+            control.should_save = control.should_training_stop = True
