@@ -24,7 +24,7 @@ def token_divergence(
     the per-step cost; the generalised Jensen-Shannon divergence is 2306.13649, eq. 3).
 
     Differentiable with respect to both logits. Entries of −inf are impossible tokens: they contribute nothing where
-    the first distribution is 0, and make a KL infinite where only the second is.
+    the first distribution is 0 (or below what its precision can hold), and make a KL infinite where only the second is.
 
     Args:
         student_logits (`torch.Tensor`):
@@ -310,15 +310,12 @@ def _check_same_tokens(
         )
 
 
-def _log_gap(logps: torch.Tensor, reference_logps: torch.Tensor) -> torch.Tensor:
-    """log p − log q, and 0 where p is 0: those entries have no weight, and −inf − (−inf) would be NaN."""
-    return (logps - reference_logps).masked_fill_(logps == -torch.inf, 0.0)
-
-
 def _kl(logps: torch.Tensor, reference_logps: torch.Tensor) -> torch.Tensor:
     """
     KL(p‖q) as Σ (p·log(p/q) + q − p). The last two add up to 0; with them a rounding error in either normaliser has no
     effect in first order, which in float32 would dominate the KL of two close distributions.
     """
     probs = logps.exp()
-    return (probs * _log_gap(logps, reference_logps) + (reference_logps.exp() - probs)).sum(-1)
+    # Where p is 0, in fact or by underflow, it has no weight: 0·∞ and −inf − (−inf) would be NaN.
+    gap = (logps - reference_logps).masked_fill_(probs == 0, 0.0)
+    return (probs * gap + (reference_logps.exp() - probs)).sum(-1)

@@ -87,7 +87,12 @@ def _tensor_files(model: str, revision: str | None) -> dict[str, str]:
     """Name of each tensor of a checkpoint -> the file that holds it."""
     index = _checkpoint_file(model, "model.safetensors.index.json", revision)
     if index is not None:
-        return json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(index.read_text())["weight_map"]
+        if outside := next((name for name in weight_map.values() if Path(name).name != name), None):
+            raise ValueError(
+                f"The index of the checkpoint {model!r} names {outside!r}, which is no file of its folder."
+            )
+        return weight_map
     single = _checkpoint_file(model, "model.safetensors", revision)
     if single is None:
         raise ValueError(

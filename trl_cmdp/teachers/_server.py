@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 
 from transformers.utils import logging
 
+from .._http import cut_after
+
 
 logger = logging.get_logger(__name__)
 
@@ -55,7 +57,7 @@ class TeacherServer:
         api_key (`str`, *optional*):
             Sent as a bearer token, to this server alone. It is in no log, `repr` or error.
         timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds that the server may stay silent, and again that the body of one answer may take.
+            Seconds until an answer begins, its headers included, and again that its body may take.
         max_wait (`float`, *optional*, defaults to `600.0`):
             Seconds for which a request that fails (no connection, cut answer, HTTP 429 or 5xx) is tried again.
         concurrency (`int`, *optional*, defaults to `16`):
@@ -218,9 +220,12 @@ class TeacherServer:
             body = json.dumps(payload).encode()
         try:
             connection.connect()
-            connection.sock.settimeout(self._timeout)
+            sock = connection.sock
+            sock.settimeout(self._timeout)
             connection.request("GET" if payload is None else "POST", self._path + path, body, headers)
-            with connection.getresponse() as response:
+            with cut_after(sock, self._timeout):
+                response = connection.getresponse()
+            with response, cut_after(sock, self._timeout):
                 return self._read(response, max_bytes)
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: malformed status or chunks
             # Not `from error`, which may quote the server.
@@ -233,12 +238,9 @@ class TeacherServer:
         status = response.status
         if status != 200:
             max_bytes = 2**14  # enough for a message, the rest is not read
-        deadline = time.monotonic() + self._timeout
         body = bytearray()
         while len(body) <= max_bytes and (chunk := response.read1(2**20)):
             body += chunk
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the answer was incomplete after {self._timeout:.0f} s")
         if status != 200:
             raise self._refusal(status, body)
         if len(body) > max_bytes:

@@ -104,7 +104,8 @@ def load_teacher(
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
         init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments of `from_pretrained`. `dtype` is `"auto"` unless given.
+            Keyword arguments of `from_pretrained`. Unless given `dtype` is `"auto"`, `trust_remote_code` is `False` and
+            `use_safetensors` is `True`: no pickle is read.
 
     Returns:
         [`~transformers.PreTrainedModel`]: The teacher.
@@ -114,7 +115,8 @@ def load_teacher(
             is not one of a causal language model.
     """
     if isinstance(teacher_model, str):
-        kwargs = {"dtype": "auto", **(init_kwargs or {})}
+        # `None`, the default of transformers, asks on the terminal whether to run remote code.
+        kwargs = {"dtype": "auto", "trust_remote_code": False, "use_safetensors": True, **(init_kwargs or {})}
         if revision is not None:
             kwargs.setdefault("revision", revision)
         try:
@@ -157,7 +159,7 @@ def check_vocabulary(
     teacher_tokenizer = None
     if source:
         try:
-            teacher_tokenizer = AutoTokenizer.from_pretrained(source)
+            teacher_tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError) as error:
             logger.warning(f"No tokenizer found for the teacher at {source!r} ({type(error).__name__}).")
     if teacher_tokenizer is None:

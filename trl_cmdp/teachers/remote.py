@@ -40,7 +40,7 @@ class RemoteTeacher:
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
         timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds that the server may stay silent, and again that the body of one answer may take.
+            Seconds until an answer begins, its headers included, and again that its body may take.
         max_wait (`float`, *optional*, defaults to `600.0`):
             Seconds for which a failing request is tried again before [`TeacherServerError`] is raised.
         concurrency (`int`, *optional*, defaults to `16`):
@@ -259,8 +259,10 @@ class RemoteTeacher:
             )
         if any(not 0 <= key < self.vocab_size for key in logps):
             raise self._server.unexpected("a token id beyond the vocabulary")
-        if any(logp > 1e-3 for logp in logps.values()):
-            raise self._server.unexpected("log-probabilities above 0, as `--logprobs-mode raw_logits` makes them")
+        if not all(logp <= 1e-3 for logp in logps.values()):  # NaN is none either
+            raise self._server.unexpected(
+                "what are no log-probabilities: NaN, or above 0 as `--logprobs-mode raw_logits` makes them"
+            )
         return logps
 
     def _completion_payload(self, sequence: list[int], k: int) -> dict[str, Any]:

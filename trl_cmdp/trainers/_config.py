@@ -15,7 +15,8 @@ class DistillConfig(GRPOConfig):
     Parameters:
         teacher_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments of `from_pretrained` for a teacher given as a path or hub id. `dtype` defaults to
-            `"auto"`, the checkpoint's own. `trust_remote_code` holds for the teacher only if given here.
+            `"auto"`, the checkpoint's own, and `use_safetensors` to true. `trust_remote_code` holds for the teacher
+            only if given here.
         teacher_model_revision (`str`, *optional*):
             Revision of the teacher on the Hub.
         teacher_adapter_name (`str`, *optional*):
@@ -63,7 +64,7 @@ class DistillConfig(GRPOConfig):
         kw_only=True,
         metadata={
             "help": "Keyword arguments of `from_pretrained` for a teacher given as a path or hub id. `dtype` defaults "
-            "to 'auto'. `trust_remote_code` holds for the teacher only if given here."
+            "to 'auto' and `use_safetensors` to true. `trust_remote_code` holds for the teacher only if given here."
         },
     )
     teacher_model_revision: str | None = field(

@@ -12,6 +12,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..._http import cut_after
+
 
 Message = dict[str, str]
 
@@ -63,7 +65,7 @@ class ChatEndpoint:
         sampling_params (`dict[str, Any]`, *optional*):
             Further fields of the request, `{"temperature": 0, "max_tokens": 1024}` unless given.
         timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds that the endpoint may stay silent, and again that the body of one answer may take.
+            Seconds until an answer begins, its headers included, and again that its body may take.
         max_retries (`int`, *optional*, defaults to `4`):
             Times that a request is tried again after a failure that may pass: no connection, a timeout, HTTP 429 (after
             its `Retry-After`, at most 30 s) or 5xx, a body that is cut or not a chat completion.
@@ -155,9 +157,12 @@ class ChatEndpoint:
             headers["Authorization"] = f"Bearer {self._api_key}"
         try:
             connection.connect()
-            connection.sock.settimeout(self._timeout)
+            sock = connection.sock
+            sock.settimeout(self._timeout)
             connection.request("POST", f"{self._path}/chat/completions", payload, headers)
-            with connection.getresponse() as response:
+            with cut_after(sock, self._timeout):
+                response = connection.getresponse()
+            with response, cut_after(sock, self._timeout):
                 return self._reply(response)
         except TimeoutError:
             raise _Failure("timeout", f"no answer within {self._timeout:g} s") from None
@@ -180,12 +185,9 @@ class ChatEndpoint:
             raise _Failure("refused", f"HTTP {status}", again=False)
         if response.headers.get_content_type() != "application/json":
             raise _Failure("bad_answer", "an answer that is not JSON")
-        deadline = time.monotonic() + self._timeout
         body = bytearray()
         while len(body) <= MAX_BODY_BYTES and (chunk := response.read1(2**16)):
             body += chunk
-            if time.monotonic() > deadline:
-                raise TimeoutError
         if len(body) > MAX_BODY_BYTES:
             raise _Failure("bad_answer", f"an answer of more than {MAX_BODY_BYTES} bytes")
         if response.length:  # less than the header announced

@@ -30,10 +30,12 @@ class LocalChat:
     concurrency = 1
 
     def __init__(self, path: str, *, max_new_tokens: int = 1024, device: str = "cpu"):
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if self._tokenizer.chat_template is None:
             raise ValueError(f"{path!r} has no chat template: a judge must be a chat model.")
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", trust_remote_code=False, use_safetensors=True
+        )
         self._model = model.to(device).eval()
         # Cached replies are those of these weights, and of no others that later lie at the same path.
         fingerprint = weights_fingerprint(path)

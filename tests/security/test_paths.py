@@ -1,0 +1,126 @@
+"""Names that stand in files and would lead out of a folder if they were taken for paths."""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_model, make_settings, make_teacher
+from safetensors.torch import save_file
+
+from trl_cmdp.cli import main
+from trl_cmdp.cli._evaluation import output_folder
+from trl_cmdp.evaluation import CellRecord, RolloutRecord
+from trl_cmdp.evaluation.records import Outcome
+from trl_cmdp.teachers._checkpoint import load_head
+
+
+ESCAPES = ["../../escaped", "/tmp/escaped", "..", "a/b"]
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_index_of_a_checkpoint_names_files_of_its_folder_alone(tmp_path, absolute):
+    """A head that lies outside would be read: the file is there, and fits."""
+    model, folder = make_model(), tmp_path / "model"
+    model.config.save_pretrained(folder)
+    outside = tmp_path / "outside.safetensors"
+    save_file({"lm_head.weight": model.lm_head.weight.detach()}, outside)
+    name = str(outside) if absolute else "../outside.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(ValueError, match="no file of its folder"):
+        load_head(str(folder), model.config)
+    outside.rename(folder / "outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"lm_head.weight": "outside.safetensors"}})
+    )
+    assert torch.equal(load_head(str(folder), model.config).weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_files_of_the_hubs_cache_are_links(tmp_path, link):
+    """There each file of a snapshot is a link to a blob outside of it: links are followed, as the client made them."""
+    model = make_teacher()
+    model.save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    if link:
+        weights.rename(tmp_path / "blob")
+        weights.symlink_to(tmp_path / "blob")
+    assert torch.equal(load_head(str(tmp_path / "model"), model.config).weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_a_students_name_is_no_path(name):
+    arguments = argparse.Namespace(output_dir=None, dataset=None, task="table", name=name, student="s")
+    folder = output_folder("evaluate", arguments)
+    assert folder.parent == Path("outputs")
+    assert folder.name.startswith("evaluate-table-")
+
+
+def hostile_records(folder):
+    """Records of two evaluations and of a comparison, and a trainer's state, all of whose names are paths."""
+    for index, name in enumerate(ESCAPES[:2]):
+        settings = replace(make_settings(num_problems=1, num_samples=1, greedy=False), name=name, student=name)
+        record = RolloutRecord(0, False, 0, "1+2=", "3", name, "3", [5], ["3"], False, True, [0.1])
+        path = folder / f"{index}.jsonl"
+        path.write_text("".join(line.to_json() + "\n" for line in (settings, record)))
+    cells = [
+        CellRecord(
+            method=name,
+            trainer="none",
+            seed=0,
+            task="arithmetic",
+            settings={"task": "arithmetic", "cost_limit": 0.3, "held_out": 1},
+            config={"output_dir": name},
+            versions={},
+            git_commit=None,
+            git_dirty=False,
+            wall_s=1.0,
+            cpu_s=1.0,
+            peak_memory_mb=1.0,
+            outcomes=[Outcome(1, 1, 0.1, 3)],
+            history=[],
+        )
+        for name in ESCAPES
+    ]
+    (folder / "cells.jsonl").write_text("".join(cell.to_json() + "\n" for cell in cells))
+    state = {
+        "log_history": [{"step": 1, "reward": 1.0, "../../escaped": 1.0}],
+        "train_batch_size": 4,
+        "global_step": 1,
+        "best_model_checkpoint": "../../escaped",
+    }
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    return [str(folder / f"{index}.jsonl") for index in range(2)]
+
+
+def everything(folder):
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+def test_reports_and_judgements_stay_in_their_folder(tmp_path):
+    inner = tmp_path / "x" / "y"
+    (inner / "runs").mkdir(parents=True)
+    files = hostile_records(inner / "runs")
+    before = everything(tmp_path)
+    assert main(["report", str(inner / "runs"), "--output_dir", str(inner / "report")]) == 0
+    arguments = ["--records", *files, "--judge", "process", "--output_dir", str(inner / "judged")]
+    assert main(["evaluate", *arguments]) == 0
+    written = everything(tmp_path) - before
+    assert {path.parent for path in written} == {inner / "report", inner / "judged"}
+    assert {"report.html", "judgements.jsonl"} <= {path.name for path in written}
+    assert not Path("/tmp/escaped").exists()
+
+
+@pytest.mark.parametrize("name", ["../escaped", "/tmp/escaped", "a/b", ""])
+def test_a_methods_name_in_an_experiment_is_no_path(name, tmp_path, capsys):
+    """It is part of the names of logs and folders."""
+    experiment = tmp_path / "mine.yaml"
+    methods = f"{{{json.dumps(name)}: {{trainer: grpo}}}}"
+    experiment.write_text(
+        f"task: arithmetic\ncost_limit: 0.3\nsteps: 1\nseeds: [0]\nheld_out: 1\nmethods: {methods}\n"
+    )
+    assert main(["compare", str(experiment), "--output-dir", str(tmp_path / "out")]) == 2
+    assert "the method name" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
