@@ -35,6 +35,8 @@ def test_quick_run_writes_metrics_curves_and_a_loadable_student(tmp_path, monkey
     assert metrics["config"]["steps"] == 2
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert main(["report", str(tmp_path), "--output-dir", str(tmp_path / "report")]) == 0
+    assert "<html" in (tmp_path / "report" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

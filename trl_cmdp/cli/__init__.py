@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from . import compare, constrained, demo, env, evaluate, gkd, lagrangian, minillm, report
+from . import calibrate, compare, constrained, demo, env, evaluate, gkd, lagrangian, minillm, report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.set_defaults(trains=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (constrained, lagrangian, gkd, minillm, demo, compare, evaluate, report, env):
+    for command in (constrained, lagrangian, gkd, minillm, demo, calibrate, compare, evaluate, report, env):
         command.add_parser(commands)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.trains:  # reads its hundreds of arguments itself, with TRL's parser

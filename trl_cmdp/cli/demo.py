@@ -113,6 +113,7 @@ def train(
     callback = TrainingProgress()
     trainer = train_student(student, tokenizer, teacher, args, arguments.method, TASK, callback)
     trainer.save_model(str(arguments.output_dir / "student"))
+    trainer.state.save_to_json(str(arguments.output_dir / "trainer_state.json"))  # what `trl-cmdp report` reads
     return trainer.state.log_history
 
 

@@ -3,10 +3,14 @@
 from .advantages import constrained_advantages, group_advantages, minillm_advantages
 from .budget import (
     AutoLimit,
+    LimitRange,
+    candidate_limits,
+    cost_quantiles,
     infeasible_steps,
     prefix_cost,
     rollout_cost,
     scheduled_limit,
+    suggested_limit_range,
     violation_weights,
 )
 from .divergence import chunked_divergence, chunked_log_probs, chunked_scores, token_divergence
@@ -27,8 +31,10 @@ __all__ = [
     "AutoLimit",
     "DualMultiplier",
     "FixedMultiplier",
+    "LimitRange",
     "PIDMultiplier",
     "bootstrap_interval",
+    "candidate_limits",
     "chunked_divergence",
     "chunked_log_probs",
     "chunked_policy_divergence",
@@ -36,6 +42,7 @@ __all__ = [
     "clopper_pearson_interval",
     "clustered_rate_interval",
     "constrained_advantages",
+    "cost_quantiles",
     "group_advantages",
     "infeasible_steps",
     "minillm_advantages",
@@ -44,6 +51,7 @@ __all__ = [
     "returns_to_go",
     "rollout_cost",
     "scheduled_limit",
+    "suggested_limit_range",
     "token_divergence",
     "token_modified_rewards",
     "top_k_divergence_lower_bound",

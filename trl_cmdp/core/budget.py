@@ -1,6 +1,7 @@
 """The budget: what a rollout costs, what its prefixes cost, and where it leaves the limit."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,6 +11,9 @@ import torch
 CostScope = Literal["mean", "sum", "worst_prefix"]
 CreditAssignment = Literal["trajectory", "token"]
 LimitSchedule = Literal["constant", "linear", "cosine"]
+# A student whose rollouts cost less does not differ from its teacher in practice: by Pinsker's inequality a divergence
+# of 0.01 nats moves no event's probability by more than 0.07.
+NEGLIGIBLE_COST = 0.01
 
 
 def rollout_cost(costs: torch.Tensor, mask: torch.Tensor, scope: CostScope = "mean") -> torch.Tensor:
@@ -203,6 +207,102 @@ class AutoLimit:
             )
         self.limit, self.costs = limit, []
         return limit
+
+
+def cost_quantiles(costs: torch.Tensor, levels: Sequence[float]) -> list[float]:
+    """
+    Quantiles of the costs of rollouts, linearly interpolated.
+
+    Args:
+        costs (`torch.Tensor`):
+            Costs of shape `(N,)`, of at least one rollout.
+        levels (`Sequence[float]`):
+            Levels in [0, 1].
+
+    Returns:
+        `list[float]`: The quantile of each level, in the unit of the costs.
+
+    Raises:
+        ValueError: If there are no costs.
+    """
+    if costs.dim() != 1 or costs.numel() == 0:
+        raise ValueError(f"`costs` must be a non-empty vector, got shape {tuple(costs.shape)}.")
+    values: list[float] = costs.double().quantile(torch.tensor(levels, dtype=torch.float64)).tolist()
+    return values
+
+
+def candidate_limits(low: float, high: float, count: int = 7) -> list[float]:
+    """
+    Limits to look at between two costs: evenly spaced on a logarithmic scale, of two significant digits.
+
+    Args:
+        low, high (`float`):
+            The costs, `high` above 0. A `low` below a thousandth of it is raised to that.
+        count (`int`, *optional*, defaults to `7`):
+            Number of limits, at least 2; fewer where rounding makes them equal.
+
+    Returns:
+        `list[float]`: Limits in ascending order.
+
+    Raises:
+        ValueError: If `high` is not above 0, or below `low`.
+    """
+    if not high > 0 or low > high:
+        raise ValueError(f"`low` and `high` must be ascending and `high` above 0, got {low} and {high}.")
+    low = max(low, high / 1000)
+    return sorted({float(f"{low * (high / low) ** (place / (count - 1)):.2g}") for place in range(count)})
+
+
+@dataclass(frozen=True)
+class LimitRange:
+    """
+    Between what limits a useful one lies, an estimate: above what imitation alone reaches, below where the student
+    starts.
+
+    Args:
+        verdict (`str`):
+            `"range"`: both ends are known and in order. `"start_only"`: imitation was not measured, so the lower end is
+            unknown. `"not_below"`: imitation does not go below where the student starts, so nothing lies between.
+            `"inert"`: the student's costs are negligible, so any limit would bound nothing.
+        reached (`float`, *optional*):
+            What imitation reaches: the upper quantile of the costs after it; `None` where it was not measured.
+        start (`float`):
+            Where the student starts: the median of its costs.
+    """
+
+    verdict: Literal["range", "start_only", "not_below", "inert"]
+    reached: float | None
+    start: float
+
+
+def suggested_limit_range(
+    start: torch.Tensor, imitation: torch.Tensor | None = None, quantile: float = 0.95
+) -> LimitRange:
+    """
+    Take the range of useful limits from rollouts of the student before, and after imitation alone.
+
+    Args:
+        start (`torch.Tensor`):
+            Costs of the student's rollouts, of shape `(N,)`.
+        imitation (`torch.Tensor`, *optional*):
+            Costs of its rollouts after imitation, of shape `(M,)`, in the same scope.
+        quantile (`float`, *optional*, defaults to `0.95`):
+            Upper quantile: the share of rollouts that satisfies a limit which imitation reaches. The student is called
+            inert where this quantile of its costs is below `NEGLIGIBLE_COST`.
+
+    Returns:
+        [`LimitRange`]: The range, in the unit of the costs.
+
+    Raises:
+        ValueError: If there are no costs.
+    """
+    median, upper = cost_quantiles(start, (0.5, quantile))
+    reached = None if imitation is None else cost_quantiles(imitation, (quantile,))[0]
+    if upper < NEGLIGIBLE_COST:
+        return LimitRange("inert", reached, median)
+    if reached is None:
+        return LimitRange("start_only", None, median)
+    return LimitRange("range" if reached < median else "not_below", reached, median)
 
 
 def last_token(mask: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .calibration import Calibration, CostDistribution, calibrate_limit
 from .comparison import Comparison, Estimate, MethodSummary, compare_methods
 from .rates import Rate
 from .records import CellRecord, Outcome, read_records
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Agreement",
+    "Calibration",
     "CellRecord",
     "Comparison",
+    "CostDistribution",
     "CostSummary",
     "Estimate",
     "EvaluationDifference",
@@ -42,6 +45,7 @@ __all__ = [
     "RolloutSummary",
     "WinRate",
     "agreement",
+    "calibrate_limit",
     "compare_evaluations",
     "compare_methods",
     "evaluate",

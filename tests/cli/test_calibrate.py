@@ -1,0 +1,181 @@
+"""`trl-cmdp calibrate`: before and after imitation, a second run, records without a model, mistakes in one line."""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from trl_cmdp.cli import main
+from trl_cmdp.evaluation import read_rollout_records
+from trl_cmdp.tasks.arithmetic import demo_model_path, load_problems
+
+
+STUDENT, TEACHER = demo_model_path("student"), demo_model_path("teacher")
+SIZES = ["--task", "arithmetic", "--num_problems", "6", "--batch_size", "6", "--max_new_tokens", "12"]
+MODELS = ["--student", STUDENT, "--teacher", TEACHER]
+IMITATION = ["--imitation_steps", "2", "--imitation_batch_size", "4", "--imitation_learning_rate", "1e-3"]
+
+
+def run(*options):
+    return main(["calibrate", *map(str, options)])
+
+
+def content(folder):
+    return json.loads((folder / "calibration.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A calibration with imitation."""
+    folder = tmp_path_factory.mktemp("calibrate") / "out"
+    assert run(*MODELS, *SIZES, *IMITATION, "--limits", "5", "0.5", "--output_dir", folder) == 0
+    return folder
+
+
+def test_everything_is_written(folder):
+    settings, records = read_rollout_records(folder / "start.jsonl")
+    after, trained = read_rollout_records(folder / "imitation.jsonl")
+    assert [record.prompt for record in records] == load_problems(6, "test", 0)["prompt"]
+    assert [record.prompt for record in records] == [record.prompt for record in trained]
+    assert settings.student_fingerprint != after.student_fingerprint
+    AutoModelForCausalLM.from_pretrained(folder / "imitation")
+
+    written = content(folder)
+    assert written["limits"] == [0.5, 5.0]
+    costs = sorted(sum(record.costs) / len(record.costs) for record in records)
+    assert written["start"]["satisfaction"][0]["value"] == sum(cost <= 0.5 for cost in costs) / 6
+    assert written["start"]["quantiles"]["mean"]["0.5"] == pytest.approx((costs[2] + costs[3]) / 2)
+    assert written["suggestion"]["start"] == written["start"]["quantiles"]["mean"]["0.5"]
+    assert written["suggestion"]["reached"] == written["imitation"]["quantiles"]["mean"]["0.95"]
+    assert len(written["imitation_run"]["mean_costs"]) == 2
+    assert written["imitation_run"]["settings"]["split"] == "train"
+    assert written["start"]["settings"]["versions"] == written["versions"]
+    assert (folder / "calibration.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_command_goes_on_and_another_one_is_refused(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(folder, out)
+    before = (folder / "start.jsonl").read_bytes()
+    weights = out / "imitation" / "model.safetensors"
+    saved = weights.stat().st_mtime_ns
+    (out / "start.jsonl").write_bytes(before[:-9])  # stopped while it was written
+    (out / "imitation.jsonl").unlink()  # as if imitation had just ended
+    options = [*MODELS, *SIZES, *IMITATION, "--limits", "5", "0.5", "--output_dir", out]
+    assert run(*options) == 0
+    assert weights.stat().st_mtime_ns == saved
+    assert (out / "start.jsonl").read_bytes() == before
+    mine, theirs = (read_rollout_records(at / "imitation.jsonl")[1] for at in (out, folder))
+    assert mine == theirs
+    capsys.readouterr()
+    assert run(*options, "--imitation_learning_rate", "1e-4") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("trl-cmdp calibrate: error: ")
+    assert "another `learning_rate`: 0.001, now 0.0001" in error
+
+
+def test_everything_comes_from_records_without_a_model(folder, tmp_path):
+    script = (
+        "import sys; from trl_cmdp.cli import main; code = main(sys.argv[1:]);"
+        "assert not {'transformers', 'datasets', 'trl'} & {name.split('.')[0] for name in sys.modules}; sys.exit(code)"
+    )
+    records = [str(folder / name) for name in ("start.jsonl", "imitation.jsonl")]
+    options = ["--records", *records, "--limits", "0.5", "5", "--output_dir", str(tmp_path / "again")]
+    done = subprocess.run([sys.executable, "-c", script, "calibrate", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    again, first = content(tmp_path / "again"), content(folder)
+    for name in ("start", "imitation", "suggestion", "suggestion_text", "limits"):
+        assert again[name] == first[name]
+    assert "| cost_limit |" in done.stdout.replace("  ", "")
+    assert first["suggestion_text"] in done.stdout
+
+
+def test_without_imitation_no_lower_end_is_invented(folder, capsys):
+    assert run("--records", folder / "start.jsonl", "--cost_scope", "sum") == 0
+    out = capsys.readouterr().out
+    assert "the student starts at" in out
+    assert "How far below is not known" in out
+    assert "after imitation" not in out
+    assert "cost_scope=sum (nats per rollout)" in out
+
+
+def test_a_student_within_every_limit_is_told_so(tmp_path, capsys):
+    options = ["--student", TEACHER, "--teacher", TEACHER, *SIZES, "--limits", "0.35", "--output_dir", tmp_path]
+    assert run(*options) == 0
+    out = capsys.readouterr().out
+    assert "0.35 (inert)" in out
+    assert "a limit would be inert" in out
+    assert content(tmp_path)["suggestion"]["verdict"] == "inert"
+
+
+def test_imitation_that_changes_nothing_is_told_so(folder, capsys):
+    """The student's own records in place of those after imitation."""
+    assert run("--records", folder / "start.jsonl", folder / "start.jsonl") == 0
+    assert "which is not below where the student starts" in capsys.readouterr().out
+
+
+def test_an_adapter_is_trained_on_and_its_base_stays_the_teacher(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(STUDENT)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    options = ["--student", tmp_path / "adapter", "--teacher_adapter_name", "base", "--output_dir", tmp_path / "out"]
+    assert run(*options, *SIZES, *IMITATION) == 0
+    before, after = (tmp_path / name / "adapter_model.safetensors" for name in ("adapter", "out/imitation"))
+    assert before.read_bytes() != after.read_bytes()
+    written = content(tmp_path / "out")
+    assert written["imitation"]["num_rollouts"] == 6
+    assert written["imitation_run"]["settings"]["teacher"] == "base"
+
+
+def test_problems_to_imitate_on_are_never_measured_on(tmp_path):
+    from transformers import AutoTokenizer
+
+    from trl_cmdp.cli import _imitation
+    from trl_cmdp.cli._evaluation import load_problems as load
+    from trl_cmdp.tasks import table
+
+    rows = [{"prompt": prompt, "answer": "1"} for prompt in [*"abcdefgh", "a", "b"]]  # two are there twice
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = argparse.Namespace(
+        dataset=str(tmp_path / "mine.jsonl"),
+        prompt_column=None,
+        answer_column=None,
+        difficulty_column=None,
+        split="train",
+        imitation_split="train",
+        num_problems=4,
+        seed=0,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+    measured = set(load(table, tokenizer, arguments)["prompt"])
+    problems = _imitation._train_problems(table, tokenizer, 6, arguments)["prompt"]
+    assert set(problems) == set("abcdefgh") - measured
+    with pytest.raises(ValueError, match="7 of the split 'train' after the 4 measured on"):
+        _imitation._train_problems(table, tokenizer, 7, arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--student", STUDENT, *SIZES], "--teacher"),
+        (MODELS, "--task or --dataset"),
+        ([*MODELS, *SIZES, "--num_samples", "0"], "--num_samples must be at least 1"),
+        ([*MODELS, *SIZES, "--imitation_steps", "-1"], "--imitation_steps must be at least 0"),
+        ([*MODELS, *SIZES, *IMITATION, "--imitation_batch_size", "3"], "multiple of 2"),
+        ([*MODELS, *SIZES, *IMITATION, "--backend", "vllm"], "give both to --records"),
+        ([*MODELS, *SIZES, *IMITATION, "--imitation_split", "dev"], "`split` must be 'train' or 'test'"),
+        (["--records", "a", "b", "c"], "--records takes two files"),
+        (["--records", "missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_a_mistake_is_one_line(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*options) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("trl-cmdp calibrate: error: ")
+    assert message in error

@@ -1,0 +1,179 @@
+"""What a user needs to choose a limit, from the records of the student before, and after imitation alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast, get_args
+
+import torch
+
+from ..core import LimitRange, candidate_limits, cost_quantiles, suggested_limit_range
+from ..core.budget import CostScope
+from .rollout_records import EvaluationSettings, RolloutRecord
+from .summary import Figure, _problems, _rate, _rollout_costs
+
+
+LEVELS = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95)
+# What has to be equal for costs to be compared.
+_SHARED = (
+    "task",
+    "split",
+    "num_problems",
+    "num_samples",
+    "seed",
+    "temperature",
+    "max_new_tokens",
+    "teacher_beta",
+)
+
+
+@dataclass(frozen=True)
+class CostDistribution:
+    """
+    Costs of the sampled rollouts of one student.
+
+    Args:
+        settings ([`EvaluationSettings`]):
+            What was asked for.
+        num_rollouts (`int`):
+            Number of rollouts.
+        quantiles (`dict[str, dict[str, float]]`):
+            For each scope the quantiles of their costs: `"0.05"`, `"0.25"`, `"0.5"`, `"0.75"`, `"0.9"`, `"0.95"`.
+        satisfaction (`list[Figure]`):
+            Share of rollouts within each of the calibration's limits.
+    """
+
+    settings: EvaluationSettings
+    num_rollouts: int
+    quantiles: dict[str, dict[str, float]]
+    satisfaction: list[Figure]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """
+    What there is to choose a limit by.
+
+    Args:
+        cost_scope (`str`):
+            Scope of the limits and of the suggestion.
+        limits (`list[float]`):
+            Limits looked at, in its unit.
+        start ([`CostDistribution`]):
+            The student.
+        imitation ([`CostDistribution`], *optional*):
+            The student after imitation alone, `None` where that was not measured.
+        suggestion ([`~core.LimitRange`]):
+            Estimate of the useful limits.
+    """
+
+    cost_scope: CostScope
+    limits: list[float]
+    start: CostDistribution
+    imitation: CostDistribution | None
+    suggestion: LimitRange
+
+
+def calibrate_limit(
+    start: tuple[EvaluationSettings, Sequence[RolloutRecord]],
+    imitation: tuple[EvaluationSettings, Sequence[RolloutRecord]] | None = None,
+    *,
+    cost_scope: CostScope | None = None,
+    limits: Sequence[float] | None = None,
+) -> Calibration:
+    """
+    Compute what a limit is chosen by.
+
+    Args:
+        start (`tuple[EvaluationSettings, Sequence[RolloutRecord]]`):
+            Settings and records of the student, with costs. Greedy rollouts are left out: the limit is on samples.
+        imitation (`tuple[EvaluationSettings, Sequence[RolloutRecord]]`, *optional*):
+            The same of the student after imitation alone, on the same problems.
+        cost_scope (`str`, *optional*):
+            Scope of the limits and of the suggestion. That of the student's settings if `None`.
+        limits (`Sequence[float]`, *optional*):
+            Limits to look at. If `None`, [`~core.candidate_limits`] from the median after imitation (without it, the
+            student's 5% quantile) to the student's 95% quantile.
+
+    Returns:
+        [`Calibration`]: The figures.
+
+    Raises:
+        ValueError: If there are no sampled rollouts, no costs, or the two are not of the same problems and teacher.
+    """
+    scope = start[0].cost_scope if cost_scope is None else cost_scope
+    if scope not in get_args(CostScope):
+        raise ValueError(f"`cost_scope` must be 'mean', 'sum' or 'worst_prefix', got {scope!r}.")
+    scope = cast(CostScope, scope)
+    if imitation is not None:
+        shared = {name: (getattr(start[0], name), getattr(imitation[0], name)) for name in _SHARED}
+        shared["teacher"] = _teacher(start[0]), _teacher(imitation[0])
+        for name, (before, after) in shared.items():
+            if before != after:
+                raise ValueError(
+                    f"{start[0].name!r} and {imitation[0].name!r} cannot be compared: their `{name}` are {before!r} "
+                    f"and {after!r}."
+                )
+    evaluations = [start] if imitation is None else [start, imitation]
+    costs = [sampled_costs(*evaluation) for evaluation in evaluations]
+    flat = [_flat(of[scope]) for of in costs]
+    if limits is None:
+        low = cost_quantiles(flat[-1], (0.05 if imitation is None else 0.5,))[0]
+        high = cost_quantiles(flat[0], (0.95,))[0]
+        limits = candidate_limits(min(low, high), high) if high > 0 else []
+    limits = sorted(limits)
+    distributions = [
+        CostDistribution(
+            settings=settings,
+            num_rollouts=sum(map(len, of[scope])),
+            quantiles={
+                name: dict(zip(map(str, LEVELS), cost_quantiles(_flat(clusters), LEVELS), strict=True))
+                for name, clusters in of.items()
+            },
+            satisfaction=[
+                _rate([[cost <= limit for cost in of_problem] for of_problem in of[scope]]) for limit in limits
+            ],
+        )
+        for (settings, _), of in zip(evaluations, costs, strict=True)
+    ]
+    return Calibration(
+        cost_scope=scope,
+        limits=limits,
+        start=distributions[0],
+        imitation=None if imitation is None else distributions[1],
+        suggestion=suggested_limit_range(flat[0], None if imitation is None else flat[1]),
+    )
+
+
+def sampled_costs(
+    settings: EvaluationSettings, records: Sequence[RolloutRecord]
+) -> dict[CostScope, list[list[float]]]:
+    """
+    Costs of sampled rollouts in every scope.
+
+    Args:
+        settings ([`EvaluationSettings`]):
+            What was asked for.
+        records (`Sequence[RolloutRecord]`):
+            The records, in any order.
+
+    Returns:
+        `dict[str, list[list[float]]]`: For each scope the costs of each problem's rollouts.
+
+    Raises:
+        ValueError: If there are no sampled rollouts, or no costs.
+    """
+    if settings.teacher is None:
+        raise ValueError(f"The rollouts of {settings.name!r} have no costs: they were measured without a teacher.")
+    clusters = list(_problems(records, greedy=False).values())
+    if not clusters:
+        raise ValueError(f"There are no sampled rollouts of {settings.name!r} to choose a limit by.")
+    return {scope: _rollout_costs(clusters, scope) for scope in get_args(CostScope)}
+
+
+def _teacher(settings: EvaluationSettings) -> str | None:
+    # A student's own base goes by the student's name, which is another one after imitation.
+    return None if settings.teacher is None else settings.teacher.removeprefix(f"{settings.student}, ")
+
+
+def _flat(clusters: Sequence[Sequence[float]]) -> torch.Tensor:
+    return torch.tensor([cost for costs in clusters for cost in costs], dtype=torch.float64)
