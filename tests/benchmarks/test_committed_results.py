@@ -48,3 +48,17 @@ def test_the_preset_is_complete():
     assert {(record.method, record.seed) for record in records} == {(cell.method, cell.seed) for cell in cells}
     assert len({record.git_commit for record in records}) == 1
     assert not any(record.git_dirty for record in records)
+
+
+def test_readme_quotes_the_preset():
+    """Each row of the README's comparison is a row of the committed table."""
+
+    def rows(text, columns):
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "[" in line]
+        return {tuple(row[column] for column in columns) for row in cells if len(row) > max(columns)}
+
+    readme = (BENCHMARKS.parent / "README.md").read_text()
+    section = readme.split("## What it is compared with")[1].split("##")[0]
+    quoted = rows(section, range(1, 5))
+    assert len(quoted) == 10
+    assert quoted <= rows((BENCHMARKS / "results" / "arithmetic" / "table.md").read_text(), range(3, 7))

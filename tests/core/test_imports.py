@@ -65,10 +65,33 @@ def test_core_imports_torch_and_the_standard_library_alone():
             assert top in sys.stdlib_module_names | {"torch", "trl_cmdp"}, f"{path.name} imports {module}"
 
 
+HEAVY = {"accelerate", "datasets", "matplotlib", "peft", "scipy", "tokenizers", "transformers", "trl", "vllm", "wandb"}
+
+
+def loaded_by(statement):
+    """Top-level modules that a fresh interpreter has loaded after a statement."""
+    script = f"import sys\n{statement}\nprint(*{{name.split('.')[0] for name in sys.modules}}, file=sys.stderr)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(run.stderr.split())
+
+
 def test_core_leaves_trl_and_transformers_unimported():
     """By running it: a fresh interpreter that imported `trl_cmdp.core` has loaded none of the training stack."""
-    script = "import sys, trl_cmdp.core; print(*{name.split('.')[0] for name in sys.modules})"
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    loaded = set(run.stdout.split())
+    loaded = loaded_by("import trl_cmdp.core")
     assert "torch" in loaded
-    assert not loaded & {"trl", "transformers", "accelerate", "datasets", "peft", "tokenizers", "scipy", "matplotlib"}
+    assert not loaded & HEAVY
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import trl_cmdp",
+        "import trl_cmdp.cli\ntry: trl_cmdp.cli.main(['--help'])\nexcept SystemExit: pass",
+    ],
+    ids=["package", "help"],
+)
+def test_package_and_help_wait_for_nothing(statement):
+    """Neither the package nor the command line's help loads a library that takes seconds."""
+    loaded = loaded_by(statement)
+    assert "trl_cmdp" in loaded
+    assert not loaded & {*HEAVY, "numpy", "torch"}
