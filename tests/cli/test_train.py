@@ -1,6 +1,9 @@
 """The training commands: files and overrides in, a plain checkpoint out; what is refused; what accelerate is given."""
 
 import json
+import os
+import pty
+import re
 import subprocess
 import sys
 
@@ -269,3 +272,26 @@ def test_help_of_all_commands_imports_nothing_heavy():
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert all(command in run.stdout for command in COMMANDS)
     assert run.stdout.endswith("set()\n")
+
+
+def test_bar_on_a_terminal(folder, tmp_path):
+    """A real terminal shows one bar that is drawn anew, with reward, cost against the limit, and satisfaction."""
+    command = [sys.executable, "-m", "trl_cmdp", "constrained", "--config", str(folder / "config.yaml")]
+    command += ["--output_dir", str(tmp_path), "--cost_limit", "1.7", "--disable_tqdm", "false"]
+    controller, terminal = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "140", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=subprocess.DEVNULL, env=environment) as run:
+        os.close(terminal)
+        shown = bytearray()
+        while True:
+            try:
+                part = os.read(controller, 2**16)
+            except OSError:  # the end of a terminal that nobody holds any more
+                break
+            shown += part
+    os.close(controller)
+    assert run.returncode == 0
+    text = shown.decode()
+    assert "\x1b[" in text  # drawn in place
+    assert "3/3" in text
+    assert re.search(r"reward \d\.\d{3} · cost \d\.\d{3}/1\.7 · satisfied \d\.\d{3}", text)

@@ -2,7 +2,7 @@
 Trains the same global batch in one process or in several, on rollouts that depend on nothing but the prompt and the
 place in the group, and saves what came of it. Started by test_processes.py.
 
-    torchrun --nproc_per_node 2 two_processes.py OUTPUT
+    torchrun --nproc_per_node 2 several_processes.py OUTPUT
 """
 
 import math
@@ -45,8 +45,13 @@ SETTINGS = {
     "several_teachers": {"several": True, "cost_limit": {"first": 1.5, "second": 2.5}},
     "several_recomputed": {"several": True, "teacher_hidden_memory_mb": 1e-6},
     "adapter": {"teacher_adapter_name": "base", "cost_limit": 0.5},
-    # A limit on the sum, which the short rollouts of process 0 all keep: it has nothing to distil.
+    # A limit on the sum, which the short rollouts of process 0 all keep: it has nothing to distil, and the other one
+    # nothing that is feasible.
     "one_process_violates": {"cost_limit": 9.0, "cost_scope": "sum", "scale_rewards": "batch"},
+    # Of the first two prompts, which fill process 0, no token is the student's own.
+    "one_process_masked": {"rollout": "masked"},
+    # Twelve rollouts to evaluate on, which do not fill the processes' batches: accelerate repeats the first of them.
+    "uneven_evaluation": {"evaluated": [0, 1, 2]},
     "group_across_processes": {"num_generations": ROLLOUTS},
     "sampled_cost": {"cost": "teacher_nll", "cost_scope": "worst_prefix", "cost_limit": 4.5},
     "auto_limit": {"cost_limit": "auto", "auto_limit_steps": 2, "auto_limit_quantile": 0.5, "auto_limit_margin": 1.0},
@@ -74,6 +79,14 @@ def rollout(prompts, trainer):
         ],
         "logprobs": None,
     }
+
+
+def masked(prompts, trainer):
+    output = rollout(prompts, trainer)
+    output["env_mask"] = [
+        [int(prompt[0] in "57")] * len(ids) for prompt, ids in zip(prompts, output["completion_ids"], strict=True)
+    ]
+    return output
 
 
 def beyond(prompts, trainer):
@@ -128,11 +141,14 @@ def build(
     several=False,
     rollout=rollout,
     callbacks=(),
+    evaluated=(0, 1, 2, 3),
     cost_limit=2.4,
     **settings,
 ):
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     dataset = make_dataset(4)
+    if processes == 1:  # what accelerate makes of it for several
+        evaluated = [*evaluated, *evaluated][:4]
     if teacher is None and "teacher_adapter_name" not in settings:
         teacher = {"first": make_teacher(), "second": make_teacher(2, hidden_size=20)} if several else make_teacher()
     if model is None:
@@ -145,9 +161,9 @@ def build(
         train_dataset=name_teachers(dataset.add_column("completion", ["3", "1#1,77", "", "5"] * 4)),
         trainer_kwargs={
             "teacher_model": teacher,
-            "rollout_func": rollout,
+            "rollout_func": masked if rollout == "masked" else rollout,
             "callbacks": list(callbacks),
-            "eval_dataset": name_teachers(make_dataset(1)),
+            "eval_dataset": name_teachers(make_dataset(1).select(evaluated)),
         },
         shuffle_dataset=False,
         per_device_train_batch_size=ROLLOUTS // processes,
@@ -167,6 +183,8 @@ def main(output: str) -> None:
         trainer = build(path / name, **settings)
         trainer.train()
         cost = list(trainer._logs["extra"]["cost"])  # of the last step: the order of an evaluation is shuffled
+        if name == "dual":
+            (path / f"multiplier_{trainer.accelerator.process_index}.txt").write_text(repr(trainer._multiplier.value))
         evaluation = trainer.evaluate()
         results[name] = {
             "history": trainer.state.log_history,

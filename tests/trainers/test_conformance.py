@@ -1,0 +1,221 @@
+"""
+What TRL promises of `GRPOTrainer` holds with a teacher: the features that the other files of this folder leave out.
+
+Of each, two things are shown. Within the limit the run is GRPO's, bit for bit, the feature's metric included. Beyond it
+the gradient is that of TRL's own loss, the feature in it, plus that of the divergence. docs/promises.md says where each
+of the other promises is held.
+"""
+
+import itertools
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import IterableDataset
+from helpers import (
+    CHARACTERS,
+    EOS,
+    FIRST,
+    PAD,
+    dense_costs,
+    history,
+    loss_and_gradients,
+    make_dataset,
+    make_model,
+    make_teacher,
+    make_tokenizer,
+    make_trainer,
+    micro_batches,
+    relative_error,
+    weights,
+)
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM
+from trl import GRPOTrainer
+
+from trl_cmdp import ConstrainedDistillTrainer
+
+
+CALCULATOR = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "scripts" / "calculator_tool.py"))
+STEPS = 3
+
+
+def make_mixture_of_experts() -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=FIRST + len(CHARACTERS),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+    )
+    return MixtralForCausalLM(config)
+
+
+def make_environments() -> dict[str, type]:
+    """Two environments with rewards of their own: one instance for each rollout, and each instance has a number."""
+    numbers = itertools.count()
+
+    class Plain:
+        def __init__(self):
+            self.number = next(numbers)
+
+        def reset(self, **kwargs) -> str | None:
+            return None
+
+        def get_reward(self) -> float:
+            return float(self.number % 3 == 0)
+
+        def calculate(self, expression: str) -> str:
+            """
+            Calculates.
+
+            Args:
+                expression: What to calculate.
+
+            Returns:
+                The result.
+            """
+            return CALCULATOR["calculate"](expression)
+
+    class Observed(Plain):
+        def reset(self, **kwargs) -> str | None:
+            return "?"
+
+    return {"plain": Plain, "observed": Observed}
+
+
+def environments() -> dict:
+    tokenizer = CALCULATOR["make_tokenizer"]()
+    dataset = CALCULATOR["make_dataset"]()
+    names = ["plain", "observed"] * (len(dataset) // 2)
+    return {
+        "model": make_model(vocab_size=len(tokenizer), spread=0.4),
+        "teacher": make_teacher(vocab_size=len(tokenizer)),
+        "tokenizer": tokenizer,
+        "reward_funcs": None,
+        "train_dataset": dataset.add_column("environment", names),
+        "shuffle_dataset": False,
+        "trainer_kwargs": {"environment_factory": make_environments()},
+    }
+
+
+def stream() -> dict:
+    return {"train_dataset": IterableDataset.from_generator(lambda: iter(make_dataset()))}
+
+
+FEATURES = {
+    "sync_ref_model": lambda path: {
+        "model": save(path, make_model()),
+        "beta": 0.5,
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 2,
+        "ref_model_mixup_alpha": 1.0,
+    },
+    "mixture_of_experts": lambda path: {"model": make_mixture_of_experts(), "router_aux_loss_coef": 0.5},
+    "qlora": lambda path: {
+        "model": save(path, make_model(hidden_size=64, spread=0.1)),
+        "trainer_kwargs": {
+            "quantization_config": BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+            ),
+            "peft_config": LoraConfig(r=2, target_modules=["q_proj", "up_proj"]),
+        },
+    },
+    "stream": lambda path: stream(),
+    "entropy": lambda path: {"entropy_coef": 0.5},
+    "adaptive_entropy": lambda path: {
+        "use_adaptive_entropy": True,
+        "entropy_target": 9.0,
+        "entropy_coef_delta": 0.125,
+    },
+    "top_entropy": lambda path: {"top_entropy_quantile": 0.5},
+    "environments": lambda path: environments(),
+}
+METRICS = {
+    "sync_ref_model": "kl",
+    "mixture_of_experts": "aux_loss",
+    "entropy": "entropy_coef",
+    "adaptive_entropy": "entropy_coef",
+}
+
+
+def save(path: Path, model) -> str:
+    model.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def build(folder: Path, feature: str, trainer_class=ConstrainedDistillTrainer, **arguments):
+    arguments = {**FEATURES[feature](folder / "model"), **arguments}
+    teacher = arguments.pop("teacher", None) or make_teacher()
+    if trainer_class is not GRPOTrainer:
+        arguments["trainer_kwargs"] = {"teacher_model": teacher, **arguments.get("trainer_kwargs", {})}
+    return make_trainer(folder, trainer_class, max_steps=STEPS, **arguments)
+
+
+def train(*args, **kwargs):
+    trainer = build(*args, **kwargs)
+    trainer.train()  # before another is built, which would draw from the same random numbers
+    return trainer
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_within_the_limit_it_is_grpo_and_beyond_it_distils(tmp_path, feature):
+    grpo = train(tmp_path / "grpo", feature, GRPOTrainer)
+    within = train(tmp_path / "within", feature, cost_limit=1e6)
+    beyond = train(tmp_path / "beyond", feature, cost_limit=0.01)
+    for name in ("loss", "grad_norm", "reward", *filter(None, [METRICS.get(feature)])):
+        assert len(history(grpo, name)) == STEPS
+        assert history(within, name) == history(grpo, name), name
+    assert max(history(grpo, "grad_norm")) > 0
+    expected, same, other = weights(grpo), weights(within), weights(beyond)
+    assert same.keys() == expected.keys() == other.keys()
+    assert all(torch.equal(same[name], expected[name]) for name in expected)
+    assert any(not torch.equal(other[name], expected[name]) for name in expected)
+    assert history(within, "distill_loss") == [0.0] * STEPS
+    assert min(history(beyond, "distill_loss")) > 0
+    if feature == "sync_ref_model":  # before the first update, and once the student has become the reference
+        before, apart, synchronised = history(beyond, "kl")
+        assert apart > 1e-6
+        assert max(abs(before), abs(synchronised)) < 0.01 * apart
+    if feature == "mixture_of_experts":
+        assert min(history(beyond, "aux_loss")) > 0
+    if feature == "adaptive_entropy":
+        assert history(beyond, "entropy_coef") == [0.125, 0.25, 0.375]
+    if feature == "environments":  # one prompt in each step, so one environment
+        for name, scores in (("Plain", [True, False, True]), ("Observed", [False, True, False])):
+            assert [value is not None for value in history(beyond, f"rewards/{name}/mean")] == scores
+
+
+@pytest.mark.parametrize("feature", [name for name in FEATURES if name not in ("stream", "adaptive_entropy")])
+def test_gradient_is_that_of_trls_loss_and_of_the_divergence(tmp_path, feature):
+    trainer = build(tmp_path, feature, cost_limit=1e-9)
+    (batch,) = micro_batches(trainer, [trainer.train_dataset[0]] * 4)
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in trained.values():  # away from the reference model, and from adapters of zeros
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    batch["advantages"] = torch.tensor([2.0, -1.0, 0.5, -1.5])  # all violate the limit, so theirs hardly differ
+    mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+    divergence_weights = batch["divergence_weights"]
+    assert torch.equal(divergence_weights != 0, mask.bool())
+    _, gradients = loss_and_gradients(trainer, [batch])
+    without = {name: value for name, value in batch.items() if name != "divergence_weights"}
+    _, own = loss_and_gradients(trainer, [without])
+    costs = dense_costs(trainer.model, trainer.teacher_model, batch)
+    ((costs * divergence_weights * mask).sum() / mask.sum()).backward()
+    divergence = {name: parameter.grad for name, parameter in trained.items()}
+    expected = {name: own[name] + divergence[name] for name in trained}
+    # TRL trains the adapters of a quantised model in bfloat16.
+    assert relative_error(gradients, expected) < (1e-2 if feature == "qlora" else 1e-5)
+    assert relative_error(own, expected) > 0.02
+    assert relative_error(divergence, expected) > 0.02
