@@ -8,6 +8,7 @@ torch and TRL are imported once: each run is a fork of this process, which train
 """
 
 import contextlib
+import faulthandler
 import itertools
 import json
 import logging
@@ -137,6 +138,7 @@ def fork(folder: Path, trainer_class, setting: dict, how=None, at=0) -> int:
             log = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
+            faulthandler.enable()  # a crash leaves its place in the output
             train(folder, trainer_class, setting, Counts(write, how, at))
             status = 0
         except BaseException:
@@ -157,7 +159,7 @@ def was_killed(process: int, folder: Path) -> bool:
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return True
     if status != 0:
-        raise RuntimeError((folder / "output.txt").read_text()[-3000:])
+        raise RuntimeError(f"wait status {status}\n" + (folder / "output.txt").read_text()[-3000:])
     return False
 
 
