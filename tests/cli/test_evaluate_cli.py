@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from fake_vllm import KEY, FakeServer, serving
+from transformers import AutoModelForCausalLM
 
 from trl_cmdp.cli import main
 from trl_cmdp.evaluation import read_rollout_records
@@ -39,6 +41,24 @@ def folders(tmp_path_factory):
         code = run("--student", model, "--teacher", TEACHER, "--output_dir", folder / name, "--greedy", *SIZES)
         assert code == 0
     return folder
+
+
+def test_a_teacher_on_a_server_with_a_key(folders, tmp_path, monkeypatch):
+    """Costs are those of the teacher in this process; the key comes from the environment and is in no file."""
+    server = FakeServer(AutoModelForCausalLM.from_pretrained(TEACHER), TEACHER, key=KEY)
+    server.models["data"][0]["max_model_len"] = 128
+    options = ["--student", STUDENT, "--teacher", TEACHER, "--output_dir", tmp_path, "--greedy", *SIZES]
+    with serving(server):
+        options += ["--teacher_model_server_url", server.url]
+        assert run(*options) == 2  # without it
+        monkeypatch.setenv("TRL_CMDP_TEACHER_API_KEY", KEY)
+        assert run(*options) == 0
+    _, found = read_rollout_records(tmp_path / "records.jsonl")
+    _, expected = read_rollout_records(folders / "student" / "records.jsonl")
+    for record, local in zip(found, expected, strict=True):
+        assert record.completion == local.completion
+        assert record.costs == pytest.approx(local.costs, abs=1e-4)
+    assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_records_summary_and_table_are_written(folders):

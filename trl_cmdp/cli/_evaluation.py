@@ -1,6 +1,7 @@
 """What `evaluate` and `calibrate` share: their arguments, what they load, and a student rolled out with its records."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from ..evaluation import EvaluationSettings, RolloutRecord
 
 COST_LIMIT, COST_SCOPE = 0.35, "mean"
+TEACHER_KEY_VARIABLE = "TRL_CMDP_TEACHER_API_KEY"  # an argument would be in the shell's history
 
 
 def add_rollout_arguments(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
@@ -24,7 +26,11 @@ def add_rollout_arguments(parser: argparse.ArgumentParser) -> "argparse._Argumen
         "--teacher", metavar="PATH_OR_ID", help="teacher; with --teacher_model_server_url its checkpoint"
     )
     models.add_argument("--teacher_adapter_name", metavar="NAME", help="'base': the student's base is its teacher")
-    models.add_argument("--teacher_model_server_url", metavar="URL", help="exact vLLM server that runs the teacher")
+    models.add_argument(
+        "--teacher_model_server_url",
+        metavar="URL",
+        help=f"exact vLLM server that runs the teacher (its key: ${TEACHER_KEY_VARIABLE})",
+    )
     models.add_argument("--teacher_beta", type=float, default=1.0, help="divergence: 1 reverse KL, 0 forward KL")
     models.add_argument("--dtype", default="auto", help="dtype of the models, such as bfloat16 (default: their own)")
 
@@ -211,7 +217,8 @@ def _load_teacher(
 
         return AdapterTeacher(student, Accelerator(), arguments.teacher_adapter_name)
     if arguments.teacher_model_server_url:
-        teacher: Any = RemoteTeacher(arguments.teacher_model_server_url, model=arguments.teacher)
+        key = os.environ.get(TEACHER_KEY_VARIABLE)
+        teacher: Any = RemoteTeacher(arguments.teacher_model_server_url, key, model=arguments.teacher)
     elif arguments.teacher:
         teacher = load_teacher(arguments.teacher, init_kwargs={"dtype": arguments.dtype}).to(student.device)
     else:

@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._arguments import positive_float, positive_int
-from ._evaluation import load_problems, load_student, load_task
+from ._evaluation import TEACHER_KEY_VARIABLE, load_problems, load_student, load_task
 
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ def _make_trainer(arguments: argparse.Namespace, task: Any, settings: dict[str, 
                 cost_scope=settings["cost_scope"],
                 teacher_adapter_name=arguments.teacher_adapter_name,
                 teacher_model_server_url=arguments.teacher_model_server_url,
+                teacher_model_server_api_key=os.environ.get(TEACHER_KEY_VARIABLE),
                 teacher_model_init_kwargs={"dtype": arguments.dtype},
                 logging_steps=1,
                 save_strategy="no",
