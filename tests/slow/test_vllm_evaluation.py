@@ -1,8 +1,11 @@
 """Evaluation's rollouts by vLLM itself, on SmolLM2. Where vLLM is missing, these tests run in its own environment."""
 
 import importlib.util
+import json
 import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_server import run_tests_beside_vllm
 
-from trl_cmdp.evaluation import sample_rollouts
+from trl_cmdp.evaluation import read_rollout_records, sample_rollouts
 from trl_cmdp.evaluation.vllm import load_engine, sample_rollouts_vllm
 
 
@@ -160,3 +163,23 @@ def test_text_prompts_and_what_is_too_long(engine, tokenizer):
     assert rollout.completion == tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
     with pytest.raises(ValueError, match="`max_model_len`"):
         sample_rollouts_vllm(engine, tokenizer, ["Once upon a time"], max_new_tokens=253)
+
+
+@needs_vllm
+def test_the_command(smollm2, model, tokenizer, tmp_path):
+    """`trl-cmdp evaluate --backend vllm`, in a process of its own: greedy rollouts, and no cost against itself."""
+    problems = tmp_path / "problems.jsonl"
+    rows = [{"prompt": prompt[0]["content"], "answer": "0"} for prompt in PROMPTS[:8]]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-m", "trl_cmdp", "evaluate", "--backend", "vllm", "--dtype", "float32"]
+    command += ["--student", str(smollm2), "--teacher", str(smollm2), "--dataset", str(problems)]
+    command += ["--num_problems", "8", "--num_samples", "1", "--greedy", "--max_new_tokens", "16"]
+    command += ["--reward", "trl_cmdp.tasks.arithmetic.final_answer_reward", "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    settings, records = read_rollout_records(tmp_path / "out" / "records.jsonl")
+    assert (settings.backend, len(records)) == ("vllm", 16)
+    assert max(max(record.costs) for record in records) < 1e-5
+    greedy = [record for record in records if record.greedy]
+    expected = sample_rollouts(model, tokenizer, PROMPTS[:8], max_new_tokens=16, greedy=True)
+    assert sum(record.completion == rollout.completion for record, rollout in zip(greedy, expected, strict=True)) >= 7
