@@ -172,9 +172,9 @@ def test_the_command(smollm2, model, tokenizer, tmp_path):
     rows = [{"prompt": prompt[0]["content"], "answer": "0"} for prompt in PROMPTS[:8]]
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, "-m", "trl_cmdp", "evaluate", "--backend", "vllm", "--dtype", "float32"]
-    command += ["--student", str(smollm2), "--teacher", str(smollm2), "--dataset", str(problems)]
+    command += ["--student", str(smollm2), "--teacher", str(smollm2), "--dataset", str(problems), "--split", "train"]
     command += ["--num_problems", "8", "--num_samples", "1", "--greedy", "--max_new_tokens", "16"]
-    command += ["--reward", "trl_cmdp.tasks.arithmetic.final_answer_reward", "--output_dir", str(tmp_path / "out")]
+    command += ["--reward", "trl.rewards.think_format_reward", "--output_dir", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     settings, records = read_rollout_records(tmp_path / "out" / "records.jsonl")
