@@ -181,5 +181,5 @@ def test_the_command(smollm2, model, tokenizer, tmp_path):
     assert (settings.backend, len(records)) == ("vllm", 16)
     assert max(max(record.costs) for record in records) < 1e-5
     greedy = [record for record in records if record.greedy]
-    expected = sample_rollouts(model, tokenizer, PROMPTS[:8], max_new_tokens=16, greedy=True)
+    expected = sample_rollouts(model, tokenizer, [record.prompt for record in greedy], max_new_tokens=16, greedy=True)
     assert sum(record.completion == rollout.completion for record, rollout in zip(greedy, expected, strict=True)) >= 7
