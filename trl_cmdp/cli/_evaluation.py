@@ -63,6 +63,11 @@ def output_folder(command: str, arguments: argparse.Namespace) -> Path:
     return arguments.output_dir or Path("outputs") / f"{command}-{task}-{name}"
 
 
+def replace_arguments(arguments: argparse.Namespace, **changes: Any) -> argparse.Namespace:
+    """A copy of the arguments with some of them changed."""
+    return argparse.Namespace(**{**vars(arguments), **changes})
+
+
 def read_evaluation(path: Path) -> "tuple[EvaluationSettings, list[RolloutRecord]]":
     """Records of an evaluation, or an error that names their file."""
     from ..evaluation import read_rollout_records

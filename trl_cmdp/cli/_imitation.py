@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._arguments import positive_float, positive_int
-from ._evaluation import TEACHER_KEY_VARIABLE, load_problems, load_student, load_task
+from ._evaluation import TEACHER_KEY_VARIABLE, load_problems, load_student, load_task, replace_arguments
 
 
 if TYPE_CHECKING:
@@ -204,8 +204,3 @@ def _train_problems(
     if not kept:
         raise ValueError("Every problem to imitate on is measured on: choose another --imitation_split.")
     return problems.select(kept)
-
-
-def replace_arguments(arguments: argparse.Namespace, **changes: Any) -> argparse.Namespace:
-    """A copy of the arguments with some of them changed."""
-    return argparse.Namespace(**{**vars(arguments), **changes})

@@ -9,8 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._arguments import positive_float
-from ._evaluation import COST_SCOPE, add_rollout_arguments, output_folder, read_evaluation, roll_out
-from ._imitation import add_imitation_arguments, check_imitation_arguments, imitate, replace_arguments
+from ._evaluation import (
+    COST_SCOPE,
+    add_rollout_arguments,
+    output_folder,
+    read_evaluation,
+    replace_arguments,
+    roll_out,
+)
+from ._imitation import add_imitation_arguments, check_imitation_arguments, imitate
 
 
 if TYPE_CHECKING:

@@ -54,16 +54,18 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         check_judge_arguments(arguments)
         if arguments.records:
-            evaluations = [read_evaluation(path) for path in arguments.records]
-            _report(evaluations, arguments, arguments.output_dir)
-            return 0
-        return _evaluate_and_report(arguments)
+            output_dir, evaluations = arguments.output_dir, [read_evaluation(path) for path in arguments.records]
+        else:
+            output_dir = output_folder("evaluate", arguments)
+            evaluations = [roll_out(arguments, output_dir / RECORDS_FILE)]
+        _report(evaluations, arguments, output_dir)
     except (ValueError, OSError, ImportError) as error:
         print(f"trl-cmdp evaluate: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nStopped. What is recorded stays: the same command goes on from there.", file=sys.stderr)
         return 130
+    return 0
 
 
 def _report(
@@ -100,10 +102,3 @@ def _report(
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
     (output_dir / "table.md").write_text(table, encoding="utf-8")
     print(f"summary.json and table.md are in {output_dir}/.")
-
-
-def _evaluate_and_report(arguments: argparse.Namespace) -> int:
-    output_dir = output_folder("evaluate", arguments)
-    evaluation = roll_out(arguments, output_dir / RECORDS_FILE)
-    _report([evaluation], arguments, output_dir)
-    return 0

@@ -450,13 +450,12 @@ class DistillTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """
-        [`~transformers.Trainer.train`], where a resumed run goes on as if it had never stopped.
+        [`~transformers.Trainer.train`], where a resumed run goes on as if it had never stopped. SIGTERM
+        ends the step under way, saves a checkpoint, and then ends the process.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 Folder of a checkpoint, or `True` for the newest one in `args.output_dir` that is whole.
-
-        SIGTERM ends the step under way, saves a checkpoint, and then ends the process.
 
         Raises:
             ValueError: If that checkpoint was cut off while it was written, or there is none that is whole.
