@@ -4,24 +4,21 @@ import contextlib
 import http.client
 import json
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from transformers.utils import logging
 
-from .._http import cut_after
+from .._http import HttpServer
 
 
 logger = logging.get_logger(__name__)
 
 _Item, _Result = TypeVar("_Item"), TypeVar("_Result")
 
-_CONNECT_TIMEOUT = 10.0  # seconds
 _LONGEST_DELAY = 10.0  # seconds between two attempts
 _WARN_EVERY = 10.0  # seconds, over all threads
 _PROBE_BYTES = 2**24
@@ -47,7 +44,7 @@ class _Unavailable(Exception):
     """A failure that waiting may cure."""
 
 
-class TeacherServer:
+class TeacherServer(HttpServer):
     """
     Connection to one HTTP server, by the standard library: a connection per request, no proxy, no redirect followed.
 
@@ -76,25 +73,8 @@ class TeacherServer:
         max_wait: float = 600.0,
         concurrency: int = 16,
     ):
-        parts = urlsplit(url)
-        if parts.username is not None or parts.password is not None:  # the URL is logged and saved: no word of it here
-            raise ValueError("The teacher server's URL holds credentials. Pass the key as the API key instead.")
-        try:
-            port = parts.port
-        except ValueError:
-            port = -1
-        usable = parts.scheme in ("http", "https") and parts.hostname and port != -1 and re.fullmatch(r"[!-~]+", url)
-        if not usable or parts.query or parts.fragment:
-            raise ValueError(f"The teacher server's URL must look like 'http://host:8000', got {url!r}.")
-        # Checked here: `http.client` would print a key that it cannot send.
-        if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
-            raise ValueError("The teacher server's API key must be printable ASCII without spaces or line breaks.")
-        self._path = parts.path.rstrip("/").removesuffix("/v1")
-        self.url = f"{parts.scheme}://{parts.netloc}{self._path}"
-        self._connection_class = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._host, self._port = parts.hostname, port
-        self._api_key = api_key
-        self._timeout = timeout
+        super().__init__("teacher server", url, "http://host:8000", api_key, timeout)
+        self._path = self._path.removesuffix("/v1")
         self._max_wait = max_wait
         self._concurrency = concurrency
         self._jitter = random.Random()  # its own: the global one decides the training run
@@ -205,33 +185,14 @@ class TeacherServer:
             "it? The last checkpoint is untouched."
         )
 
-    def _hide_key(self, text: str) -> str:
-        """What a server says, without the key that it may quote."""
-        return text if self._api_key is None else text.replace(self._api_key, "***")
-
     def _attempt(self, path: str, payload: dict[str, Any] | None, max_bytes: int) -> bytearray:
-        connection = self._connection_class(self._host, self._port, timeout=min(_CONNECT_TIMEOUT, self._timeout))
-        headers = {"Accept": "*/*", "Connection": "close"}
-        if self._api_key is not None:
-            headers["Authorization"] = f"Bearer {self._api_key}"
-        body = None
-        if payload is not None:
-            headers["Content-Type"] = "application/json"
-            body = json.dumps(payload).encode()
+        body = None if payload is None else json.dumps(payload).encode()
         try:
-            connection.connect()
-            sock = connection.sock
-            sock.settimeout(self._timeout)
-            connection.request("GET" if payload is None else "POST", self._path + path, body, headers)
-            with cut_after(sock, self._timeout):
-                response = connection.getresponse()
-            with response, cut_after(sock, self._timeout):
+            with self._respond(path, body) as response:
                 return self._read(response, max_bytes)
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: malformed status or chunks
             # Not `from error`, which may quote the server.
             raise _Unavailable(self._hide_key(f"{type(error).__name__}: {error}")[:300]) from None
-        finally:
-            connection.close()
 
     def _read(self, response: http.client.HTTPResponse, max_bytes: int) -> bytearray:
         """Body of an answer of status 200; an error for any other."""

@@ -10,15 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlsplit
 
-from ..._http import cut_after
+from ..._http import HttpServer
 
 
 Message = dict[str, str]
 
 MAX_BODY_BYTES = 2**20
-_CONNECT_TIMEOUT = 10.0  # seconds
 _LONGEST_DELAY = 30.0  # seconds, between two attempts and for a Retry-After
 _FATAL = {301, 302, 303, 307, 308, 401, 403, 404, 405}  # what every request would be answered
 
@@ -51,7 +49,7 @@ class _Failure(Exception):
         self.kind, self.again, self.delay = kind, again, delay
 
 
-class ChatEndpoint:
+class ChatEndpoint(HttpServer):
     """
     An OpenAI-compatible endpoint, by the standard library: a connection per request, no proxy, no redirect followed.
 
@@ -90,28 +88,11 @@ class ChatEndpoint:
         concurrency: int = 8,
         sleep: Callable[[float], None] = time.sleep,
     ):
-        parts = urlsplit(url)
-        if parts.username is not None or parts.password is not None:  # the URL is logged: no word of it here
-            raise ValueError("The judge's URL holds credentials. Pass the key as the API key instead.")
-        try:
-            port = parts.port
-        except ValueError:
-            port = -1
-        usable = parts.scheme in ("http", "https") and parts.hostname and port != -1 and re.fullmatch(r"[!-~]+", url)
-        if not usable or parts.query or parts.fragment:
-            raise ValueError(f"The judge's URL must look like 'http://host:8000/v1', got {url!r}.")
-        # Checked here: `http.client` would print a key that it cannot send.
-        if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
-            raise ValueError("The judge's API key must be printable ASCII without spaces or line breaks.")
-        self._path = parts.path.rstrip("/") or "/v1"
-        self.url = f"{parts.scheme}://{parts.netloc}{self._path}"
+        super().__init__("judge", url, "http://host:8000/v1", api_key, timeout)
+        self._path = self._path or "/v1"
         self.model = model
         self.sampling_params = {"temperature": 0, "max_tokens": 1024} if sampling_params is None else sampling_params
         self.concurrency = concurrency
-        self._connection_class = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._host, self._port = str(parts.hostname), port
-        self._api_key = api_key
-        self._timeout = timeout
         self._max_retries = max_retries
         self._sleep = sleep
         self._jitter = random.Random()  # its own: the global one belongs to the evaluation
@@ -151,18 +132,8 @@ class ChatEndpoint:
             delay *= 2
 
     def _attempt(self, payload: bytes) -> str:
-        connection = self._connection_class(self._host, self._port, timeout=min(_CONNECT_TIMEOUT, self._timeout))
-        headers = {"Accept": "application/json", "Content-Type": "application/json", "Connection": "close"}
-        if self._api_key is not None:
-            headers["Authorization"] = f"Bearer {self._api_key}"
         try:
-            connection.connect()
-            sock = connection.sock
-            sock.settimeout(self._timeout)
-            connection.request("POST", f"{self._path}/chat/completions", payload, headers)
-            with cut_after(sock, self._timeout):
-                response = connection.getresponse()
-            with response, cut_after(sock, self._timeout):
+            with self._respond("/chat/completions", payload) as response:
                 return self._reply(response)
         except TimeoutError:
             raise _Failure("timeout", f"no answer within {self._timeout:g} s") from None
@@ -170,8 +141,6 @@ class ChatEndpoint:
             raise _Failure("bad_answer", "an answer that is cut or not HTTP") from None
         except (OSError, http.client.HTTPException) as error:  # not `from error`, which may quote the server
             raise _Failure("connection", f"no connection ({type(error).__name__})") from None
-        finally:
-            connection.close()
 
     def _reply(self, response: http.client.HTTPResponse) -> str:
         status = response.status
@@ -198,7 +167,7 @@ class ChatEndpoint:
             content = None
         if not isinstance(content, str):
             raise _Failure("bad_answer", "an answer that is not a chat completion")
-        return content if self._api_key is None else content.replace(self._api_key, "***")
+        return self._hide_key(content)
 
     def _advice(self, status: int) -> str:
         if status in (401, 403):
