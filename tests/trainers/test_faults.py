@@ -188,6 +188,23 @@ def test_sigterm(tmp_path):
     assert_equal(resume(tmp_path / "told", save_steps=100), trained_to_the_end(tmp_path / "whole"))
 
 
+def test_a_program_that_handles_sigterm_itself_trains_again(tmp_path):
+    """It is told once training has ended; the training after that one is not stopped."""
+    told = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+    try:
+        trainer = make_trainer(
+            tmp_path, trainer_kwargs={"teacher_model": make_teacher(), "callbacks": [Terminate()]}, **SAVING
+        )
+        trainer.train()
+        assert (trainer.state.global_step, told) == (3, [True])
+        trainer.remove_callback(Terminate)
+        trainer.train()
+        assert (trainer.state.global_step, told) == (4, [True])
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def test_sigterm_is_handled_only_while_training(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     seen = []

@@ -67,8 +67,8 @@ def named_failure(checkpoint: Path) -> Iterator[None]:
         free = shutil.disk_usage(checkpoint.parent).free / 2**20
         raise RuntimeError(
             f"The checkpoint {checkpoint} could not be written ({error}); {free:,.0f} MiB are free on its disk. The ones "
-            "before it are whole: make room, then go on with `trainer.train(resume_from_checkpoint=True)`, which passes "
-            "over this one."
+            "before it are whole: once the cause is gone (if the disk is full, make room), go on with "
+            "`trainer.train(resume_from_checkpoint=True)`, which passes over this one."
         ) from error
 
 
@@ -96,6 +96,7 @@ class CheckpointOnSigterm(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        self._told = False
         previous = signal.signal(signal.SIGTERM, self._note)
         try:
             yield
