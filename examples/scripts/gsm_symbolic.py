@@ -50,7 +50,7 @@ from trl_cmdp import (
 from trl_cmdp.cli import main as trl_cmdp
 from trl_cmdp.evaluation import EvaluationSettings, evaluate
 from trl_cmdp.evaluation.progress import show_progress
-from trl_cmdp.evaluation.provenance import git_state, library_versions, weights_fingerprint
+from trl_cmdp.evaluation.provenance import weights_fingerprint
 from trl_cmdp.tasks import gsm_symbolic
 
 
@@ -265,17 +265,10 @@ def evaluate_all(folder: Path, options) -> None:
                 split=split,
                 num_problems=number,
                 num_samples=scale.num_samples,
-                greedy=False,
                 seed=options.seed,
-                temperature=1.0,
                 max_new_tokens=scale.max_completion_length,
                 batch_size=scale.evaluation_batch_size,
-                backend="transformers",
-                teacher_beta=1.0,
                 cost_limit=COST_LIMIT,
-                cost_scope="mean",
-                versions=library_versions(),
-                git_commit=git_state()[0],
             )
             with show_progress(f"  {name}, {split}") as progress:
                 evaluate(

@@ -17,23 +17,10 @@ GOOD, WRONG = "3 + 4 = 7, good\n#### 7", "3 + 4 = 8\n#### 8"
 SETTINGS = EvaluationSettings(
     name="first",
     student="s",
-    student_fingerprint=None,
-    teacher=None,
     task="gsm8k",
-    split="test",
     num_problems=4,
-    num_samples=1,
     greedy=True,
-    seed=0,
-    temperature=1.0,
     max_new_tokens=8,
-    batch_size=8,
-    backend="transformers",
-    teacher_beta=1.0,
-    cost_limit=0.35,
-    cost_scope="mean",
-    versions={},
-    git_commit=None,
 )
 
 

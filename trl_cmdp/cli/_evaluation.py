@@ -183,7 +183,7 @@ def load_problems(task: Any, tokenizer: "PreTrainedTokenizerBase", arguments: ar
 
 def _settings(task: Any, num_problems: int, arguments: argparse.Namespace) -> "EvaluationSettings":
     from ..evaluation import EvaluationSettings
-    from ..evaluation.provenance import git_state, library_versions, weights_fingerprint
+    from ..evaluation.provenance import weights_fingerprint
 
     adapter = f"{arguments.student}, adapter {arguments.teacher_adapter_name}"
     teacher = arguments.teacher or arguments.teacher_model_server_url
@@ -205,8 +205,6 @@ def _settings(task: Any, num_problems: int, arguments: argparse.Namespace) -> "E
         teacher_beta=arguments.teacher_beta,
         cost_limit=COST_LIMIT if arguments.cost_limit is None else arguments.cost_limit,
         cost_scope=COST_SCOPE if arguments.cost_scope is None else arguments.cost_scope,
-        versions=library_versions(),
-        git_commit=git_state()[0],
     )
 
 

@@ -1,12 +1,14 @@
 """The records of one evaluation, from which every figure is computed again without a model."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .provenance import git_state, library_versions
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
     """
     What an evaluation was asked for: the first line of its records. An evaluation goes on only under equal settings.
@@ -22,55 +24,55 @@ class EvaluationSettings:
             Path or hub id of the teacher, `None` if costs are not measured.
         task (`str`):
             Name of the task, or of the dataset.
-        split (`str`):
+        split (`str`, *optional*, defaults to `"test"`):
             Its split.
         num_problems (`int`):
             Number of problems.
-        num_samples (`int`):
+        num_samples (`int`, *optional*, defaults to `1`):
             Sampled rollouts of each problem.
-        greedy (`bool`):
+        greedy (`bool`, *optional*, defaults to `False`):
             Whether each problem has a greedy rollout too.
-        seed (`int`):
+        seed (`int`, *optional*, defaults to `0`):
             Seed of the problems and of the sampling.
-        temperature (`float`):
+        temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the sampling, and of both models in the costs (of greedy rollouts as well).
         max_new_tokens (`int`):
             Longest completion, in tokens.
-        batch_size (`int`):
+        batch_size (`int`, *optional*, defaults to `32`):
             Rollouts generated at a time. Part of what the seed means.
-        backend (`str`):
+        backend (`str`, *optional*, defaults to `"transformers"`):
             What generates: `"transformers"` or `"vllm"`.
-        teacher_beta (`float`):
+        teacher_beta (`float`, *optional*, defaults to `1.0`):
             Divergence: 1 reverse KL, 0 forward KL, generalised JSD between.
-        cost_limit (`float`):
+        cost_limit (`float`, *optional*, defaults to `0.35`):
             Limit, in the unit of the scope.
-        cost_scope (`str`):
+        cost_scope (`str`, *optional*, defaults to `"mean"`):
             Cost of a rollout: `"mean"`, `"sum"` or `"worst_prefix"`.
-        versions (`dict[str, str]`):
-            Versions of Python and of the libraries.
+        versions (`dict[str, str]`, *optional*):
+            Versions of Python and of the libraries; those that are running unless given.
         git_commit (`str`, *optional*):
-            Commit of the source checkout, `None` if the package was not run from one.
+            Commit of the source checkout, `None` if the package was not run from one; found unless given.
     """
 
     name: str
     student: str
-    student_fingerprint: str | None
-    teacher: str | None
+    student_fingerprint: str | None = None
+    teacher: str | None = None
     task: str
-    split: str
+    split: str = "test"
     num_problems: int
-    num_samples: int
-    greedy: bool
-    seed: int
-    temperature: float
+    num_samples: int = 1
+    greedy: bool = False
+    seed: int = 0
+    temperature: float = 1.0
     max_new_tokens: int
-    batch_size: int
-    backend: str
-    teacher_beta: float
-    cost_limit: float
-    cost_scope: str
-    versions: dict[str, str]
-    git_commit: str | None
+    batch_size: int = 32
+    backend: str = "transformers"
+    teacher_beta: float = 1.0
+    cost_limit: float = 0.35
+    cost_scope: str = "mean"
+    versions: dict[str, str] = field(default_factory=library_versions)
+    git_commit: str | None = field(default_factory=lambda: git_state()[0])
 
     def to_json(self) -> str:
         """The settings on one line."""

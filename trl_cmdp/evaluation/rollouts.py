@@ -90,7 +90,7 @@ def sample_rollouts(
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = list(prompts[start : start + batch_size])
-            batch_ids = [_prompt_ids(tokenizer, prompt) for prompt in batch]
+            batch_ids = [encode_prompt(tokenizer, prompt) for prompt in batch]
             inputs = tokenizer.pad({"input_ids": batch_ids}, padding=True, padding_side="left", return_tensors="pt")
             inputs = inputs.to(model.device)
             output = model.generate(**inputs, generation_config=config)  # type: ignore[operator]
@@ -105,7 +105,8 @@ def sample_rollouts(
     return rollouts
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Token ids of a prompt, a conversation's with the chat template's opening of the answer."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     encoded: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)

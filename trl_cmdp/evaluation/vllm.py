@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .rollouts import Rollout, _prompt_ids
+from .rollouts import Rollout, encode_prompt
 
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def sample_rollouts_vllm(
     from vllm import SamplingParams, TokensPrompt
     from vllm.lora.request import LoRARequest
 
-    prompt_ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
+    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     longest, room = max(map(len, prompt_ids), default=0), engine.llm_engine.model_config.max_model_len
     if longest + max_new_tokens > room:
         raise ValueError(
