@@ -109,23 +109,12 @@ held_out = arithmetic.load_problems(HELD_OUT, "test", seed=0)
 settings = EvaluationSettings(
     name="",
     student="",
-    student_fingerprint=None,
     teacher="arithmetic teacher",
     task="arithmetic",
-    split="test",
     num_problems=HELD_OUT,
-    num_samples=1,
-    greedy=False,
-    seed=0,
-    temperature=1.0,
     max_new_tokens=arithmetic.MAX_COMPLETION_LENGTH,
     batch_size=200,
-    backend="transformers",
-    teacher_beta=1.0,
     cost_limit=COST_LIMIT,
-    cost_scope="mean",
-    versions={},
-    git_commit=None,
 )
 records, files = {}, []
 for name, model in {"teacher": teacher, **students}.items():
