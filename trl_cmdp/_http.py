@@ -58,10 +58,10 @@ class HttpServer:
         return self._origin + self._path
 
     @contextlib.contextmanager
-    def _respond(self, path: str, payload: bytes | None) -> Iterator[http.client.HTTPResponse]:
+    def _respond(self, path: str, payload: bytes | None, accept: str = "*/*") -> Iterator[http.client.HTTPResponse]:
         """The response to a GET, or to a POST of JSON, while it may be read. What goes wrong raises as it comes."""
         connection = self._connection_class(self._host, self._port, timeout=min(_CONNECT_TIMEOUT, self._timeout))
-        headers = {"Accept": "*/*", "Connection": "close"}
+        headers = {"Accept": accept, "Connection": "close"}
         if payload is not None:
             headers["Content-Type"] = "application/json"
         if self._api_key is not None:
@@ -71,9 +71,9 @@ class HttpServer:
             sock = connection.sock
             sock.settimeout(self._timeout)
             connection.request("GET" if payload is None else "POST", self._path + path, payload, headers)
-            with cut_after(sock, self._timeout):
+            with _cut_after(sock, self._timeout):
                 response = connection.getresponse()
-            with response, cut_after(sock, self._timeout):
+            with response, _cut_after(sock, self._timeout):
                 yield response
         finally:
             connection.close()
@@ -84,7 +84,7 @@ class HttpServer:
 
 
 @contextlib.contextmanager
-def cut_after(sock: socket.socket, seconds: float) -> Iterator[None]:
+def _cut_after(sock: socket.socket, seconds: float) -> Iterator[None]:
     """Ends a connection that is not done in time. A socket's own timeout bounds each silence, not what drips."""
     late = threading.Event()
 

@@ -133,7 +133,7 @@ class ChatEndpoint(HttpServer):
 
     def _attempt(self, payload: bytes) -> str:
         try:
-            with self._respond("/chat/completions", payload) as response:
+            with self._respond("/chat/completions", payload, "application/json") as response:
                 return self._reply(response)
         except TimeoutError:
             raise _Failure("timeout", f"no answer within {self._timeout:g} s") from None
