@@ -9,7 +9,7 @@ import pytest
 from trl import GRPOConfig
 
 from trl_cmdp import ConstrainedDistillConfig, GKDDistillConfig, LagrangianDistillConfig, MiniLLMDistillConfig
-from trl_cmdp.trainers._config import DistillConfig
+from trl_cmdp.trainers.engine.config import DistillConfig
 
 
 ROOT = Path(__file__).parents[2]

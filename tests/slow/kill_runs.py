@@ -34,7 +34,7 @@ from trl_cmdp import (
     LagrangianDistillTrainer,
     MiniLLMDistillTrainer,
 )
-from trl_cmdp.trainers._resume import last_whole_checkpoint
+from trl_cmdp.trainers.engine.checkpoints import last_whole_checkpoint
 
 
 STEPS = 6

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx
 
 from trl_cmdp.teachers import LocalTeacher
-from trl_cmdp.trainers._forward import DivergenceRequest, StudentForward
-from trl_cmdp.trainers._scoring import RolloutScorer
+from trl_cmdp.trainers.engine.forward import DivergenceRequest, StudentForward
+from trl_cmdp.trainers.engine.scoring import RolloutScorer
 
 
 VOCAB = FIRST + len(CHARACTERS)

@@ -17,7 +17,7 @@ from trl_cmdp import (
     LagrangianDistillTrainer,
     MiniLLMDistillTrainer,
 )
-from trl_cmdp.trainers._selection import FEASIBLE_REWARD, Verdicts
+from trl_cmdp.trainers.telemetry.selection import FEASIBLE_REWARD, Verdicts
 
 
 rewards = st.floats(width=32, allow_nan=False, allow_infinity=False)

@@ -22,7 +22,7 @@ from trl_cmdp import (
     LagrangianDistillTrainer,
     MiniLLMDistillTrainer,
 )
-from trl_cmdp.trainers._resume import check_whole, last_whole_checkpoint
+from trl_cmdp.trainers.engine.checkpoints import check_whole, last_whole_checkpoint
 
 
 SCRIPT = Path(__file__).parent / "scripts" / "resume_two_processes.py"

@@ -11,9 +11,9 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from trl_cmdp import GKDDistillTrainer, LagrangianDistillTrainer
 from trl_cmdp.core import clustered_rate_interval
-from trl_cmdp.trainers._hub import describe_error
-from trl_cmdp.trainers._satisfaction import LOGGED_STEPS, SatisfactionCounts
-from trl_cmdp.trainers._secrets import hide_secrets, shell_command
+from trl_cmdp.trainers.telemetry.hub import describe_error
+from trl_cmdp.trainers.telemetry.satisfaction import LOGGED_STEPS, SatisfactionCounts
+from trl_cmdp.trainers.telemetry.secrets import hide_secrets, shell_command
 
 
 def card_of(trainer, **kwargs) -> ModelCard:

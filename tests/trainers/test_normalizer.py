@@ -7,8 +7,6 @@ import torch
 from helpers import make_rows, make_teacher, make_trainer, micro_batches, random_completions, scripted
 from trl import GRPOTrainer
 
-from trl_cmdp.trainers._base import _loss_mask
-
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 

@@ -10,7 +10,7 @@ import pytest
 from helpers import make_args, make_dataset, make_model, make_teacher, make_tokenizer
 
 from trl_cmdp import ConstrainedDistillTrainer
-from trl_cmdp.trainers._shading import shade_tokens
+from trl_cmdp.trainers.telemetry.shading import shade_tokens
 
 
 METRICS = {

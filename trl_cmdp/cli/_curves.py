@@ -6,7 +6,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..reports import plot_training_curves
-from ..trainers._card import CURVES_FILE
+from ..trainers.telemetry.card import CURVES_FILE
 
 
 class CurvesOnPush(TrainerCallback):

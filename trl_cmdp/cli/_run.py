@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-    from ..trainers._base import DistillTrainer
-    from ..trainers._config import DistillConfig
+    from ..trainers.engine.config import DistillConfig
+    from ..trainers.engine.distill_trainer import DistillTrainer
 
 # Trainer and config, by the name that an experiment gives. Without a teacher the constrained trainer is GRPO.
 TRAINERS = {

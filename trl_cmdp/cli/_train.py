@@ -32,9 +32,9 @@ from trl.scripts.grpo import GRPOScriptArguments
 
 from ..tasks.table import load_splits
 from ..teachers import TeacherServerError
-from ..trainers._base import DistillTrainer
-from ..trainers._config import DistillConfig
-from ..trainers._hub import describe_error
+from ..trainers.engine.config import DistillConfig
+from ..trainers.engine.distill_trainer import DistillTrainer
+from ..trainers.telemetry.hub import describe_error
 from ._curves import CurvesOnPush
 from ._progress import TrainingProgress
 

@@ -1,12 +1,14 @@
 """Configuration of the constrained method."""
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
-from ._config import DistillConfig
+from .engine.config import DistillConfig, help_from_docstring
+from .engine.limit import LimitPlan, parse_cost_limit
 
 
-@dataclass
+@help_from_docstring
+@dataclass(kw_only=True)
 class ConstrainedDistillConfig(DistillConfig):
     """
     Configuration of [`ConstrainedDistillTrainer`]. Every field of [`~trl.GRPOConfig`] keeps its name, position and
@@ -53,126 +55,39 @@ class ConstrainedDistillConfig(DistillConfig):
 
     # Of `float | str` TRL's parser would make float. Of this it makes text, which `_check_cost_limit` turns into what
     # is meant; `None` is refused there.
-    cost_limit: float | str | None = field(
-        default=0.35,
-        kw_only=True,
-        metadata={
-            "help": "Limit on the cost of a rollout, in nats (per token, or per rollout for cost_scope 'sum'), or "
-            "'auto' to take it from what a short imitation phase reaches, or JSON with one for each teacher."
-        },
-    )
-    auto_limit_steps: int = field(
-        default=50, kw_only=True, metadata={"help": "Optimizer steps of the imitation phase of cost_limit 'auto'."}
-    )
-    auto_limit_quantile: float = field(
-        default=0.9, kw_only=True, metadata={"help": "Quantile of the costs that imitation reaches."}
-    )
-    auto_limit_margin: float = field(default=2.0, kw_only=True, metadata={"help": "Factor on that quantile."})
-    cost_limit_schedule: str = field(
-        default="constant",
-        kw_only=True,
-        metadata={
-            "help": "'constant', or 'linear' or 'cosine' from cost_limit_start to cost_limit.",
-            "choices": ["constant", "linear", "cosine"],
-        },
-    )
-    cost_limit_start: float | None = field(
-        default=None, kw_only=True, metadata={"help": "Limit that a schedule starts from."}
-    )
-    cost_limit_schedule_steps: int | None = field(
-        default=None, kw_only=True, metadata={"help": "Optimizer steps of the schedule, the whole run by default."}
-    )
-    cost: str = field(
-        default="divergence",
-        kw_only=True,
-        metadata={
-            "help": "Cost of a token: 'divergence' over the full vocabulary, 'log_ratio' or 'teacher_nll' of the "
-            "sampled token.",
-            "choices": ["divergence", "log_ratio", "teacher_nll"],
-        },
-    )
-    violation_penalty: float = field(
-        default=20.0,
-        kw_only=True,
-        metadata={"help": "Penalty of a violation. Must exceed the largest absolute task reward."},
-    )
-    violation_distill_coef: float = field(
-        default=1.0,
-        kw_only=True,
-        metadata={"help": "Coefficient of the differentiated part on violating rollouts. 0 turns it off."},
-    )
-    violation_distill_loss: str = field(
-        default="divergence",
-        kw_only=True,
-        metadata={
-            "help": "What is differentiated on violating rollouts: the 'divergence', or 'teacher_nll', the teacher's "
-            "expected negative log-likelihood.",
-            "choices": ["divergence", "teacher_nll"],
-        },
-    )
-    credit_assignment: str = field(
-        default="trajectory",
-        kw_only=True,
-        metadata={
-            "help": "'trajectory': one advantage per rollout. 'token': returns-to-go of the per-step modified reward.",
-            "choices": ["trajectory", "token"],
-        },
-    )
-    constraint_aggregation: str = field(
-        default="lexicographic",
-        kw_only=True,
-        metadata={
-            "help": "'lexicographic': feasibility first, then reward. 'sum_then_normalize': the modified reward "
-            "standardised as it is.",
-            "choices": ["lexicographic", "sum_then_normalize"],
-        },
-    )
+    cost_limit: float | str | None = 0.35
+    auto_limit_steps: int = 50
+    auto_limit_quantile: float = 0.9
+    auto_limit_margin: float = 2.0
+    cost_limit_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    cost_limit_start: float | None = None
+    cost_limit_schedule_steps: int | None = None
+    cost: Literal["divergence", "log_ratio", "teacher_nll"] = "divergence"
+    violation_penalty: float = 20.0
+    violation_distill_coef: float = 1.0
+    violation_distill_loss: Literal["divergence", "teacher_nll"] = "divergence"
+    credit_assignment: Literal["trajectory", "token"] = "trajectory"
+    constraint_aggregation: Literal["lexicographic", "sum_then_normalize"] = "lexicographic"
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_positive("violation_penalty", "auto_limit_steps", "auto_limit_margin")
-        if self.violation_distill_coef < 0:
-            raise ValueError(f"`violation_distill_coef` must not be negative, got {self.violation_distill_coef}.")
-        if not 0 < self.auto_limit_quantile <= 1:
-            raise ValueError(f"`auto_limit_quantile` must lie in (0, 1], got {self.auto_limit_quantile}.")
-        self._check_choices(
-            cost=("divergence", "log_ratio", "teacher_nll"),
-            cost_limit_schedule=("constant", "linear", "cosine"),
-            violation_distill_loss=("divergence", "teacher_nll"),
-            credit_assignment=("trajectory", "token"),
-            constraint_aggregation=("lexicographic", "sum_then_normalize"),
+        given = [name for name in ("cost_limit_start", "cost_limit_schedule_steps") if getattr(self, name) is not None]
+        self._check_positive("violation_penalty", "auto_limit_steps", "auto_limit_margin", *given)
+        self._check_not_negative("violation_distill_coef")
+        self.limit_plan  # noqa: B018  # refuses what cannot be planned
+
+    @property
+    def limit_plan(self) -> LimitPlan:
+        """What the fields of the limit say, as one record."""
+        return LimitPlan(
+            target=self.cost_limit,
+            imitation_steps=self.auto_limit_steps,
+            quantile=self.auto_limit_quantile,
+            margin=self.auto_limit_margin,
+            schedule=self.cost_limit_schedule,
+            start=self.cost_limit_start,
+            schedule_steps=self.cost_limit_schedule_steps,
         )
-        self._check_schedule()
 
     def _check_cost_limit(self) -> None:
-        if self.cost_limit == "auto":
-            return
-        if isinstance(self.cost_limit, str) and self.cost_limit.lstrip().startswith("{"):
-            self.cost_limit = json.loads(self.cost_limit)
-        limits = self.cost_limit.values() if isinstance(self.cost_limit, dict) else [self.cost_limit]
-        try:
-            numbers = [float(limit) for limit in limits]
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"`cost_limit` must be a number, 'auto', or a number for each teacher, got {self.cost_limit!r}."
-            ) from None
-        if not numbers or not all(number > 0 for number in numbers):
-            raise ValueError(f"`cost_limit` must be positive, got {self.cost_limit!r}.")
-        if isinstance(self.cost_limit, dict):
-            self.cost_limit = dict(zip(self.cost_limit, numbers, strict=True))
-        else:
-            (self.cost_limit,) = numbers
-
-    def _check_schedule(self) -> None:
-        if self.cost_limit_schedule == "constant":
-            if self.cost_limit_start is not None or self.cost_limit_schedule_steps is not None:
-                raise ValueError(
-                    "`cost_limit_start` and `cost_limit_schedule_steps` belong to a schedule: set "
-                    "`cost_limit_schedule` to 'linear' or 'cosine'."
-                )
-            return
-        if self.cost_limit_start is None:
-            raise ValueError(f"`cost_limit_schedule={self.cost_limit_schedule!r}` needs `cost_limit_start`.")
-        self._check_positive("cost_limit_start")
-        if self.cost_limit_schedule_steps is not None:
-            self._check_positive("cost_limit_schedule_steps")
+        self.cost_limit = parse_cost_limit(self.cost_limit)

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 from ..core import constrained_advantages, violation_weights
-from ._base import DistillTrainer
-from ._card import CONSTRAINED_CITATION
-from ._limit import CostLimit
-from ._rewards import check_violation_penalty
-from ._signal import Rollouts, Signal
+from ..core.signal import Rollouts, Signal
 from .constrained_config import ConstrainedDistillConfig
+from .engine.checks import check_violation_penalty
+from .engine.distill_trainer import DistillTrainer
+from .engine.limit import CostLimit
+from .telemetry.card import CONSTRAINED_CITATION
 
 
 class ConstrainedDistillTrainer(DistillTrainer):
@@ -63,6 +63,10 @@ class ConstrainedDistillTrainer(DistillTrainer):
     }
 
     @property
+    def _token_cost(self) -> str:
+        return self.args.cost
+
+    @property
     def _needs_divergence(self) -> bool:
         args = self.args
         return args.cost == "divergence" or args.violation_distill_coef > 0 or args.cost_limit == "auto"
@@ -76,27 +80,22 @@ class ConstrainedDistillTrainer(DistillTrainer):
         return self.args.violation_distill_loss == "teacher_nll"
 
     def _set_up_method(self) -> None:
-        self._cost_limit = CostLimit(self.args, list(self.teachers))
+        self._cost_limit = CostLimit(self.args.limit_plan, list(self.teachers))
 
     def _signal(self, rollouts: Rollouts) -> Signal:
-        args, step, max_steps, training = (
-            self.args,
-            self.state.global_step,
-            self.state.max_steps,
-            self._mode == "train",
-        )
+        args, step, training = self.args, self.state.global_step, self._mode == "train"
         check_violation_penalty(rollouts.rewards, args.violation_penalty, step)
         if args.cost == "log_ratio":
             rollouts = replace(rollouts, costs=rollouts.student_logps - rollouts.teacher_logps)
         elif args.cost == "teacher_nll":
             rollouts = replace(rollouts, costs=-rollouts.teacher_logps)
-        limit = self._cost_limit.of(rollouts, step, max_steps, training)
+        if training:
+            self._cost_limit.end_imitation(step)
+        if not self._cost_limit.known:
+            return self._imitation_signal(rollouts, training)
+        limit = self._cost_limit.of(rollouts, step, self.state.max_steps, training)
         columns = self._log_constraint(rollouts, limit, args.cost_scope)
         costs, mask = rollouts.costs, rollouts.mask
-        if limit is None:
-            if training:
-                self._cost_limit.imitate(rollouts, step, max_steps)
-            return Signal(torch.zeros_like(rollouts.rewards), mask.to(costs.dtype), columns)
         advantages = constrained_advantages(
             rollouts.rewards,
             costs,
@@ -116,6 +115,13 @@ class ConstrainedDistillTrainer(DistillTrainer):
                 costs, mask, limit, args.cost_scope, args.credit_assignment
             )
         return Signal(advantages, weights, columns)
+
+    def _imitation_signal(self, rollouts: Rollouts, training: bool) -> Signal:
+        """The phase in which `cost_limit="auto"` finds out what imitation reaches: the signal is GKD's."""
+        if training:
+            self._cost_limit.imitate(rollouts, self.args.cost_scope, self.state.global_step, self.state.max_steps)
+        columns = self._log_constraint(rollouts, None, self.args.cost_scope)
+        return Signal(torch.zeros_like(rollouts.rewards), rollouts.mask.to(rollouts.costs.dtype), columns)
 
     def _method_state(self) -> dict[str, Any]:
         return self._cost_limit.state()

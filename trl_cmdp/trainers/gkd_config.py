@@ -1,11 +1,12 @@
 """Configuration of generalised knowledge distillation."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ._config import DistillConfig
+from .engine.config import DistillConfig, help_from_docstring
 
 
-@dataclass
+@help_from_docstring
+@dataclass(kw_only=True)
 class GKDDistillConfig(DistillConfig):
     """
     Configuration of [`GKDDistillTrainer`]. Every field of [`~trl.GRPOConfig`] keeps its name, position and default; the
@@ -21,23 +22,13 @@ class GKDDistillConfig(DistillConfig):
     And those shared by every trainer (see [`DistillConfig`]); satisfaction is only measured against `cost_limit`. `teacher_beta` is the generalised JSD's β.
     """
 
-    lmbda: float = field(
-        default=1.0,
-        kw_only=True,
-        metadata={
-            "help": "Probability that the rollouts of a generation batch are the student's own. The others are the "
-            "dataset's `completion` column, or the teacher's with `seq_kd`."
-        },
-    )
-    seq_kd: bool = field(
-        default=False,
-        kw_only=True,
-        metadata={"help": "Whether off-policy completions are sampled from the teacher."},
-    )
+    lmbda: float = 1.0
+    seq_kd: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_unit_interval("lmbda")
+        if not 0.0 <= self.lmbda <= 1.0:
+            raise ValueError(f"`lmbda` must lie in [0, 1], got {self.lmbda}.")
         if self.lmbda < 1 and self.use_vllm and self.vllm_importance_sampling_correction:
             raise ValueError(
                 "Off-policy completions (`lmbda` below 1) have no sampling log-probabilities to correct by. Set "

@@ -1,11 +1,13 @@
 """Configuration of the Lagrangian baselines."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
-from ._config import DistillConfig
+from .engine.config import DistillConfig, help_from_docstring
 
 
-@dataclass
+@help_from_docstring
+@dataclass(kw_only=True)
 class LagrangianDistillConfig(DistillConfig):
     """
     Configuration of [`LagrangianDistillTrainer`]. Every field of [`~trl.GRPOConfig`] keeps its name, position and
@@ -20,9 +22,6 @@ class LagrangianDistillConfig(DistillConfig):
             Step size of `"dual"`.
         multiplier_max (`float`, *optional*, defaults to `10.0`):
             Upper bound of λ.
-        multiplier_signal (`str`, *optional*, defaults to `"cost"`):
-            What moves λ: `"cost"`, the mean cost of a rollout minus `cost_limit`; or `"violation_rate"`, the share of
-            rollouts above it minus `tolerated_violation_rate`, the share that leaves λ where it is.
         pid_kp (`float`, *optional*, defaults to `0.05`):
             Proportional gain of `"pid"`.
         pid_ki (`float`, *optional*, defaults to `0.01`):
@@ -36,42 +35,21 @@ class LagrangianDistillConfig(DistillConfig):
     against `cost_limit`.
     """
 
-    multiplier: str = field(
-        default="fixed",
-        kw_only=True,
-        metadata={"help": "How the multiplier moves.", "choices": ["fixed", "dual", "pid"]},
-    )
-    multiplier_init: float = field(default=0.01, kw_only=True, metadata={"help": "Multiplier at the start."})
-    multiplier_lr: float = field(default=0.01, kw_only=True, metadata={"help": "Step size of 'dual'."})
-    multiplier_max: float = field(default=10.0, kw_only=True, metadata={"help": "Upper bound of the multiplier."})
-    multiplier_signal: str = field(
-        default="cost",
-        kw_only=True,
-        metadata={
-            "help": "What moves the multiplier: mean cost minus limit, or violation rate minus a tolerated rate.",
-            "choices": ["cost", "violation_rate"],
-        },
-    )
-    pid_kp: float = field(default=0.05, kw_only=True, metadata={"help": "Proportional gain of 'pid'."})
-    pid_ki: float = field(default=0.01, kw_only=True, metadata={"help": "Integral gain of 'pid'."})
-    pid_kd: float = field(default=0.01, kw_only=True, metadata={"help": "Derivative gain of 'pid'."})
-    pid_cost_ema: float = field(
-        default=0.9, kw_only=True, metadata={"help": "Weight of the past in the moving average that 'pid' sees."}
-    )
+    multiplier: Literal["fixed", "dual", "pid"] = "fixed"
+    multiplier_init: float = 0.01
+    multiplier_lr: float = 0.01
+    multiplier_max: float = 10.0
+    pid_kp: float = 0.05
+    pid_ki: float = 0.01
+    pid_kd: float = 0.01
+    pid_cost_ema: float = 0.9
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_choices(
-            multiplier=("fixed", "dual", "pid"),
-            multiplier_signal=("cost", "violation_rate"),
-        )
         self._check_positive("multiplier_max")
-        for name in ("multiplier_init", "multiplier_lr", "pid_kp", "pid_ki", "pid_kd"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        self._check_not_negative("multiplier_init", "multiplier_lr", "pid_kp", "pid_ki", "pid_kd")
+        self._check_below_one("pid_cost_ema")
         if self.multiplier_init > self.multiplier_max:
             raise ValueError(
                 f"`multiplier_init` ({self.multiplier_init}) is above `multiplier_max` ({self.multiplier_max})."
             )
-        if not 0 <= self.pid_cost_ema < 1:
-            raise ValueError(f"`pid_cost_ema` must lie in [0, 1), got {self.pid_cost_ema}.")

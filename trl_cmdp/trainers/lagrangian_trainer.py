@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from ..core import DualMultiplier, FixedMultiplier, PIDMultiplier, group_advantages, rollout_cost
-from ._base import DistillTrainer, _loss_mask
-from ._signal import Rollouts, Signal
+from ..core.signal import Rollouts, Signal
+from .engine.distill_trainer import DistillTrainer
+from .engine.policy_loss import loss_mask
 from .lagrangian_config import LagrangianDistillConfig
 
 
@@ -54,8 +55,8 @@ class LagrangianDistillTrainer(DistillTrainer):
         else:
             gains = (args.pid_kp, args.pid_ki, args.pid_kd, args.pid_cost_ema)
             self._multiplier = PIDMultiplier(args.multiplier_init, *gains, args.multiplier_max)
-        # Of the accumulation window: cost, violations, rollouts.
-        self._window = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
+        # Of the accumulation window: cost, rollouts.
+        self._window = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
 
     @property
     def _divergence_coefficient(self) -> float:
@@ -67,21 +68,18 @@ class LagrangianDistillTrainer(DistillTrainer):
         return Signal(advantages, rollouts.mask.to(rollouts.costs.dtype), columns)
 
     def _after_micro_step(self, inputs: dict[str, Any]) -> None:
-        mask = _loss_mask(inputs)
+        mask = loss_mask(inputs)
         cost = rollout_cost(inputs["costs"], mask, self.args.cost_scope).double()  # (b,)
         has_tokens = mask.bool().any(1)
-        self._window += torch.stack([cost.sum(), (cost > self.args.cost_limit).sum(), has_tokens.sum()])
+        self._window += torch.stack([cost.sum(), has_tokens.sum()])
         if not self.accelerator.sync_gradients:
             return
         self._count("lagrange_multiplier", self._multiplier.value, 1)
-        cost_sum, violations, count = self.accelerator.reduce(self._window, reduction="sum").tolist()
+        cost_sum, count = self.accelerator.reduce(self._window, reduction="sum").tolist()
         self._window.zero_()
         if count == 0:
             return
-        if self.args.multiplier_signal == "cost":
-            self._multiplier.update(cost_sum / count - self.args.cost_limit)
-        else:
-            self._multiplier.update(violations / count - self.args.tolerated_violation_rate)
+        self._multiplier.update(cost_sum / count - self.args.cost_limit)
 
     def _method_state(self) -> dict[str, float | None]:
         return asdict(self._multiplier)

@@ -1,11 +1,12 @@
 """Configuration of MiniLLM."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ._config import DistillConfig
+from .engine.config import DistillConfig, help_from_docstring
 
 
-@dataclass
+@help_from_docstring
+@dataclass(kw_only=True)
 class MiniLLMDistillConfig(DistillConfig):
     """
     Configuration of [`MiniLLMDistillTrainer`]. Every field of [`~trl.GRPOConfig`] keeps its name, position and default;
@@ -23,26 +24,13 @@ class MiniLLMDistillConfig(DistillConfig):
     And those shared by every trainer (see [`DistillConfig`]); satisfaction is only measured against `cost_limit`. `teacher_beta` must stay 1, reverse KL.
     """
 
-    single_step_decomposition: bool = field(
-        default=True,
-        kw_only=True,
-        metadata={"help": "Whether a token's own log-ratio is replaced by its exact expectation, the reverse KL."},
-    )
-    length_normalization: bool = field(
-        default=True,
-        kw_only=True,
-        metadata={"help": "Whether returns-to-go are means over the tokens to come, not sums."},
-    )
-    teacher_mixed_alpha: float = field(
-        default=0.2,
-        kw_only=True,
-        metadata={"help": "Share of the teacher in what training rollouts are sampled from. 0 turns it off."},
-    )
+    single_step_decomposition: bool = True
+    length_normalization: bool = True
+    teacher_mixed_alpha: float = 0.2
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.teacher_mixed_alpha < 1:
-            raise ValueError(f"`teacher_mixed_alpha` must lie in [0, 1), got {self.teacher_mixed_alpha}.")
+        self._check_below_one("teacher_mixed_alpha")
         if self.teacher_beta != 1:
             raise ValueError(f"MiniLLM minimises reverse KL: `teacher_beta` must be 1, got {self.teacher_beta:g}.")
         if self.teacher_mixed_alpha > 0 and (self.use_vllm or self.use_transformers_continuous_batching):

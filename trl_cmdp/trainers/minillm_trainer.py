@@ -3,8 +3,8 @@
 import textwrap
 
 from ..core import minillm_advantages
-from ._base import DistillTrainer
-from ._signal import Rollouts, Signal
+from ..core.signal import Rollouts, Signal
+from .engine.distill_trainer import DistillTrainer
 from .minillm_config import MiniLLMDistillConfig
 
 

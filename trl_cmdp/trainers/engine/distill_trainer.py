@@ -1,45 +1,46 @@
 """
-The base of every trainer: a `GRPOTrainer` with a teacher, in which a method is one function, its signal.
+The base of every method: a `GRPOTrainer` with a teacher, in which a method is one function, its signal.
 
-Every touch of TRL's private hooks is in this file, and of its state between steps in `_resume.py`;
-tests/trainers/test_trl_hooks.py pins them.
+Every touch of TRL's private hooks but those of checkpoints is in this file; tests/trainers/test_trl_hooks.py pins them.
 """
 
 import sys
-from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from torch.utils.data import Sampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
-from ..core import infeasible_steps, rollout_cost
-from ..teachers import LocalTeacher, base_model
-from ._card import write_model_card
-from ._config import DistillConfig
-from ._forward import DivergenceRequest, StudentForward
-from ._guards import CheckpointOnSigterm, named_failure, sole_run
-from ._hub import warn_if_failed
-from ._images import IMAGES_REFUSED, check_no_images
-from ._processes import gather_rows, on_any_process
-from ._resume import check_whole, last_whole_checkpoint, load_progress, save_progress, start_checkpoint
-from ._rewards import check_reward_columns, no_reward
-from ._rollout_func import checked_rollout_func
-from ._satisfaction import SatisfactionCounts
-from ._scoring import RolloutScorer
-from ._selection import FEASIBLE_REWARD, Verdicts, asks_for_feasible_reward
-from ._shading import ShadedCompletions
-from ._signal import Rollouts, Signal
-from ._teachers import Teacher, TeacherModel, check_teacher_name, has_teacher, make_teachers
+from ...core.signal import Rollouts, Signal
+from ...teachers import LocalTeacher, base_model
+from ..telemetry.card import DistillationFacts, describe_cost, describe_limit, describe_teacher, write_model_card
+from ..telemetry.hub import warn_if_failed
+from ..telemetry.metrics import DistillMetrics
+from ..telemetry.selection import asks_for_feasible_reward
+from ..telemetry.shading import ShadedCompletions
+from .checks import (
+    IMAGES_REFUSED,
+    check_arguments,
+    check_no_images,
+    check_reward_columns,
+    checked_rollout_func,
+    has_teacher,
+    no_reward,
+)
+from .config import DistillConfig
+from .forward import DivergenceRequest, StudentForward
+from .policy_loss import expected_log_prob_grad, loss_mask, policy_token_weight
+from .processes import gather_rows, on_any_process
+from .resumable_trainer import ResumableGRPOTrainer
+from .scoring import RolloutScorer
+from .teachers import Teacher, TeacherModel, make_teachers, teacher_index
 
 
-class DistillTrainer(GRPOTrainer):
+class DistillTrainer(ResumableGRPOTrainer):
     """
     [`~trl.GRPOTrainer`] with a teacher. Subclasses define one method, [`~DistillTrainer._signal`]; rollouts, batching,
     vLLM, PEFT, logging and checkpoints stay TRL's. Without a teacher it is `GRPOTrainer`, bit for bit.
@@ -57,10 +58,10 @@ class DistillTrainer(GRPOTrainer):
     # What a method asks of the base; a property where it depends on the arguments.
     _needs_divergence = True  # over the full vocabulary; what a teacher of log-probabilities alone lacks
     _needs_log_probs = False  # of the sampled tokens, in its `Rollouts`
+    _token_cost = "divergence"  # what costs a token, as `ConstrainedDistillConfig.cost` names it
     _distill_cross_entropy = False  # differentiate E_π[−log μ] in place of the divergence
     _teacher_mixed_alpha = 0.0  # share of the teacher in what training rollouts are sampled from
     _samples_from_teacher = False
-    _train_sampler: Sampler | None = None  # of the dataset, unless it is iterable
 
     def __init__(
         self,
@@ -85,27 +86,16 @@ class DistillTrainer(GRPOTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self._config_class(f"{model_name.split('/')[-1]}-{self._name.replace(' ', '-')}")
         with_teacher = has_teacher(teacher_model, args)
+        check_arguments(
+            self._config_class, args, with_teacher, reward_funcs is not None or environment_factory is not None
+        )
         if with_teacher:
-            if not isinstance(args, self._config_class):
-                raise TypeError(
-                    f"{type(self).__name__} with a teacher needs a `{self._config_class.__name__}` as `args`, got "
-                    f"`{type(args).__name__}`. It takes every argument of `GRPOConfig`: change the class name alone."
-                )
-            if args.multi_objective_aggregation == "normalize_then_sum":
-                raise ValueError(
-                    "`multi_objective_aggregation='normalize_then_sum'` cannot be used with a teacher: it leaves no "
-                    "single reward to weigh against the limit. Use 'sum_then_normalize' and `reward_weights`."
-                )
             check_no_images(train_dataset, eval_dataset)
             if reward_funcs is None and environment_factory is None:
                 reward_funcs = no_reward
             if rollout_func is not None:
                 rollout_func = checked_rollout_func(rollout_func)
-        elif reward_funcs is None and environment_factory is None:
-            raise ValueError(
-                "There is neither a reward nor a teacher to learn from. Pass `reward_funcs`, `teacher_model`, or both."
-            )
-        self._selects = asks_for_feasible_reward(args, with_teacher, eval_dataset)
+        selects = asks_for_feasible_reward(args, with_teacher, eval_dataset)
 
         super().__init__(
             model=model,
@@ -126,8 +116,6 @@ class DistillTrainer(GRPOTrainer):
         if rollout_func is None and environment_factory is None:
             check_reward_columns(self.reward_funcs, self.reward_func_names, self.train_dataset, self.eval_dataset)
 
-        self._sigterm = CheckpointOnSigterm(self.accelerator)
-        self.add_callback(self._sigterm)
         self.command = sys.argv  # what the model card says that made the run; secrets are hidden there
         self.teachers: dict[str, Teacher] = make_teachers(self, teacher_model) if with_teacher else {}
         if not self.teachers:
@@ -141,11 +129,8 @@ class DistillTrainer(GRPOTrainer):
         self._scorer = RolloutScorer(self.teachers, self._student_forward, self.accelerator, args)
         self._rows: list[dict[str, Any]] = []  # of the dataset, that are being generated for
         self._rewards_per_func: torch.Tensor | None = None
-        # Numerators and denominators: TRL averages logged values unweighted, which is wrong for rates.
-        self._sums = {mode: defaultdict(lambda: [0.0, 0.0]) for mode in ("train", "eval")}
-        self._maxima: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
-        self._verdicts = Verdicts()  # of the evaluation under way
-        self._satisfaction = SatisfactionCounts()
+        tolerated = args.tolerated_violation_rate if selects else None
+        self._distill_metrics = DistillMetrics(list(self.teachers), tolerated)
         shades = args.log_completions and "wandb" in args.report_to
         self._shaded = ShadedCompletions(self._tokenizer) if shades else None
         self._set_up_method()
@@ -185,42 +170,11 @@ class DistillTrainer(GRPOTrainer):
         self, rollouts: Rollouts, cost_limit: float | torch.Tensor | None, cost_scope: str
     ) -> dict[str, list]:
         """Log the metrics of a limit (of the cost alone where none is set yet), and return its columns of the table."""
-        costs, mask = rollouts.costs, rollouts.mask
-        cost = rollout_cost(costs, mask, cost_scope)  # (B,)
-        has_tokens = mask.any(1)
-        self._count("constraint/cost", cost.sum(), has_tokens.sum())
-        self._maximum("constraint/cost_max", cost.max())
-        if cost_limit is None:
-            return {"cost": cost.tolist(), "feasible": [None] * len(cost)}
-        feasible = cost <= cost_limit
-        judged = has_tokens & ~rollouts.rewards.isnan()
-        self._count("constraint/limit", torch.as_tensor(cost_limit, dtype=torch.float64).mean(), 1)
-        self._count("constraint/satisfaction_rate", (feasible & judged).sum(), judged.sum())
-        self._satisfaction.add(self._mode, feasible, judged, rollouts.num_generations)
-        if self._mode == "eval":
-            self._verdicts.add(rollouts.rewards, feasible, judged)
-        if len(self.teachers) > 1:
-            for index, name in enumerate(self.teachers):
-                own = judged & (rollouts.teacher_index == index)
-                self._count(f"constraint/satisfaction_rate/{name}", (feasible & own).sum(), own.sum())
-        infeasible = infeasible_steps(costs, mask, cost_limit, cost_scope)
-        self._count("constraint/violated_token_frac", infeasible.sum(), mask.sum())
-        self._count("constraint/unjudged_frac", (~judged).sum(), len(judged))
-        verdicts = [
-            verdict if counts else None for verdict, counts in zip(feasible.tolist(), judged.tolist(), strict=True)
-        ]
-        return {"cost": cost.tolist(), "feasible": verdicts}
+        return self._distill_metrics.constraint(self._mode, rollouts, cost_limit, cost_scope)
 
     def _count(self, name: str, numerator: torch.Tensor | float, denominator: torch.Tensor | float) -> None:
         """Log numerator/denominator, both summed over the logging window. Give global sums."""
-        sums = self._sums[self._mode][name]
-        sums[0] += float(numerator)
-        sums[1] += float(denominator)
-
-    def _maximum(self, name: str, value: torch.Tensor) -> None:
-        """Log the largest value of the logging window. Give the global one."""
-        maxima = self._maxima[self._mode]
-        maxima[name] = max(maxima.get(name, -torch.inf), float(value))
+        self._distill_metrics.count(self._mode, name, numerator, denominator)
 
     # ----------------------------------------------------------------------------------------------- rollouts to signal
 
@@ -277,8 +231,8 @@ class DistillTrainer(GRPOTrainer):
         rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
         rewards[rewards_per_func.isnan().all(dim=1)] = torch.nan  # as in TRL: unscorable, not 0
 
-        output["teacher_index"] = self._teacher_index(inputs)  # (b,)
-        local_mask = _loss_mask(output).bool()  # (b, T)
+        output["teacher_index"] = teacher_index(inputs, list(self.teachers), self.accelerator.device)  # (b,)
+        local_mask = loss_mask(output).bool()  # (b, T)
         mask = gather_rows(self.accelerator, local_mask)  # (B, T), T now the longest of all processes
         if "tool_mask" in output:
             num_tokens = self.accelerator.gather(output["completion_mask"].sum()).sum()
@@ -312,17 +266,8 @@ class DistillTrainer(GRPOTrainer):
         self._log_rollouts(rollouts, signal)
         if self._shaded is not None and self._mode == "train":
             ids, shown = (gather_rows(self.accelerator, output[f"completion_{name}"]) for name in ("ids", "mask"))
-            self._shaded.replace(self._logs["prompt"], ids, shown, rollouts, signal)
+            self._shaded.replace(self._logs["prompt"], ids, shown, rollouts.costs, rewards, signal.columns)
         return output
-
-    def _teacher_index(self, inputs: list[dict[str, Any]]) -> torch.Tensor:
-        """Index of each rollout's teacher, of shape (b,)."""
-        names = list(self.teachers)
-        if len(names) == 1:
-            return torch.zeros(len(inputs), dtype=torch.long, device=self.accelerator.device)
-        for row in inputs:
-            check_teacher_name(row.get("teacher"), names)
-        return torch.tensor([names.index(row["teacher"]) for row in inputs], device=self.accelerator.device)
 
     def _score(self, output, local_mask, mask) -> tuple[dict[str, torch.Tensor], list[torch.Tensor] | None]:
         """Scores (b, T) of this process's rollouts, and the teachers' hidden states per rollout if they fit."""
@@ -354,14 +299,14 @@ class DistillTrainer(GRPOTrainer):
         return loss
 
     def _compute_loss_with_divergence(self, model, inputs):
-        mask = _loss_mask(inputs)
-        token_weight = self._policy_token_weight(mask, inputs["num_items_in_batch"])  # (B, 1) or ()
+        mask = loss_mask(inputs)
+        token_weight = policy_token_weight(self, mask, inputs["num_items_in_batch"])  # (B, 1) or ()
         weights = inputs["divergence_weights"] * token_weight * self._divergence_coefficient  # (B, T)
         states = self._scorer.weighted_states(inputs, inputs["divergence_weights"] != 0)
         request = DivergenceRequest(
             states,
             weights,
-            log_prob_grad=self._expected_log_prob_grad(inputs, mask, token_weight),
+            log_prob_grad=expected_log_prob_grad(self, inputs, mask, token_weight),
             cross_entropy=self._distill_cross_entropy,
         )
         with self._student_forward.answering(request):
@@ -372,50 +317,10 @@ class DistillTrainer(GRPOTrainer):
         self._count("distill_loss", distill_loss, 1)
         return loss + request.loss
 
-    def _expected_log_prob_grad(self, inputs, mask, token_weight) -> torch.Tensor | None:
-        """Derivative (b, T) of TRL's loss by each log-probability, which on policy is known before it is computed."""
-        if "old_per_token_logps" in inputs or self.beta != 0.0:
-            return None
-        advantages = inputs["advantages"]
-        advantages = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
-        ratio = min(1.0, self.epsilon_high) if self.loss_type == "cispo" else 1.0  # cispo clips also a ratio of 1
-        expected = -ratio * advantages * mask * token_weight
-        if "importance_sampling_ratio" not in inputs:
-            return expected
-        # Of vLLM's sampling, (b, T) or (b, 1). VESPO makes weights of its own from it.
-        return None if self.loss_type == "vespo" else expected * inputs["importance_sampling_ratio"]
-
-    def _policy_token_weight(self, mask: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
-        """
-        Factor of each token in TRL's policy loss, of shape `(B, 1)` or `()`: the loss is Σ factor·mask·per_token_loss.
-
-        Restated from `GRPOTrainer._compute_loss` in this one place, and tested against it for each loss type.
-        """
-        training = self._mode == "train"
-        accumulation = self.current_gradient_accumulation_steps if training else 1
-        num_rows = mask.size(0)
-        if self.loss_type in ("grpo", "sapo"):
-            return 1 / (mask.sum(-1, keepdim=True).clamp(min=1.0) * num_rows * accumulation)
-        if self.loss_type == "bnpo":
-            return 1 / (mask.sum().clamp(min=1.0) * accumulation)
-        if self.loss_type == "dr_grpo":
-            return torch.tensor(1 / (num_rows * self.max_completion_length * accumulation), device=mask.device)
-        if self.loss_type == "luspo":
-            return torch.tensor(1 / (num_rows * accumulation), device=mask.device)
-        if self.loss_type in ("cispo", "dapo", "vespo"):
-            normalizer = num_items_in_batch.clamp(min=1.0) / self.accelerator.num_processes
-            return 1 / (normalizer * accumulation / self.args.steps_per_generation if training else normalizer)
-        raise ValueError(f"Unknown loss type: {self.loss_type}")
-
     # ---------------------------------------------------------------------------------------------------------- logging
 
     def _log_rollouts(self, rollouts: Rollouts, signal: Signal) -> None:
-        if rollouts.costs is not None:
-            self._count("teacher/divergence", rollouts.costs.sum(), rollouts.mask.sum())
-        if rollouts.divergence_lower_bound is not None:
-            bound = rollouts.divergence_lower_bound.sum()
-            self._count("teacher/divergence_lower_bound", bound, rollouts.mask.sum())
-
+        self._distill_metrics.divergence(self._mode, rollouts)
         # TRL has logged GRPO's own advantages for these rollouts: replace them.
         advantages = signal.advantages
         spread = advantages.view(len(advantages), -1).abs().amax(1).view(-1, rollouts.num_generations).amax(1)
@@ -431,63 +336,27 @@ class DistillTrainer(GRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.teachers:
-            metrics = self._metrics[self._mode]
-            for name, (numerator, denominator) in self._sums[self._mode].items():
-                metrics[name] = [numerator / denominator if denominator else float("nan")]
-            for name, value in self._maxima[self._mode].items():
-                metrics[name] = [value]
-            if self._selects and self._mode == "eval" and self._sums["eval"]:  # a log of an evaluation, not after one
-                metrics[FEASIBLE_REWARD] = [self._verdicts.feasible_reward(self.args.tolerated_violation_rate)]
-                self._verdicts = Verdicts()
-            self._satisfaction.close(self._mode, self.state.global_step)
-            self._sums[self._mode].clear()
-            self._maxima[self._mode].clear()
+            values = self._distill_metrics.close(self._mode, self.state.global_step)
+            self._metrics[self._mode].update({name: [value] for name, value in values.items()})
         super().log(logs, start_time)
         if self.teachers and self._shaded is not None and self.accelerator.is_main_process:
             self._shaded.log(self.state.global_step)
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """
-        [`~transformers.Trainer.train`], where a resumed run goes on as if it had never stopped. SIGTERM
-        ends the step under way, saves a checkpoint, and then ends the process.
+    def _saved_state(self) -> dict[str, Any]:
+        return self._method_state() if self.teachers else {}
 
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
-                Folder of a checkpoint, or `True` for the newest one in `args.output_dir` that is whole.
+    def _load_saved_state(self, state: dict[str, Any]) -> None:
+        self._load_method_state(state)
 
-        Raises:
-            ValueError: If that checkpoint was cut off while it was written, or there is none that is whole.
-            RuntimeError: If another run is training into `args.output_dir`.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
-        elif resume_from_checkpoint:
-            check_whole(resume_from_checkpoint)
-        with sole_run(self.args.output_dir, self.accelerator), self._sigterm.listening():
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+    def _logging_window(self) -> dict[str, Any]:
+        return super()._logging_window() | (self._distill_metrics.state() if self.teachers else {})
 
-    def _get_train_sampler(self, dataset=None):
-        self._train_sampler = super()._get_train_sampler(dataset)
-        return self._train_sampler
-
-    def _save_checkpoint(self, model, trial):
-        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        with named_failure(folder):
-            if self.args.should_save:
-                start_checkpoint(folder)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir):
-        super()._save_rng_state(output_dir)
-        save_progress(self, Path(output_dir))  # now, as transformers may delete the checkpoint before this one next
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            load_progress(self, Path(checkpoint))
+    def _load_logging_window(self, window: dict[str, Any]) -> None:
+        super()._load_logging_window(window)
+        if self.teachers:
+            self._distill_metrics.load_state(window)
 
     # ---------------------------------------------------------------------------------------------------------- the Hub
 
@@ -516,7 +385,23 @@ class DistillTrainer(GRPOTrainer):
         model_name = model_name or Path(self.args.output_dir).name
         super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero():
-            write_model_card(self, dataset_name, evaluation)
+            write_model_card(self, self.command, self._facts(), dataset_name, evaluation)
+
+    def _facts(self) -> DistillationFacts | None:
+        """What the card says of distillation."""
+        if not self.teachers:
+            return None
+        args = self.args
+        return DistillationFacts(
+            teachers=[
+                describe_teacher(name, teacher, self.accelerator, args.teacher_model_revision)
+                for name, teacher in self.teachers.items()
+            ],
+            cost=describe_cost(self._token_cost, args.teacher_beta, args.temperature, args.cost_scope),
+            limit=describe_limit(args.cost_limit, args.cost_scope, self.state.log_history),
+            satisfaction=self._distill_metrics.satisfaction.all_measured(),
+            secrets=[args.teacher_model_server_api_key],
+        )
 
     def _push_from_checkpoint(self, checkpoint_folder):
         if not self.is_world_process_zero():
@@ -537,8 +422,3 @@ class DistillTrainer(GRPOTrainer):
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
-
-
-def _loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
-    mask = inputs["completion_mask"]
-    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask

@@ -1,13 +1,25 @@
 """Configuration fields that every trainer with a teacher shares."""
 
 import copy
-from dataclasses import dataclass, field
-from typing import Any
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin
 
 from trl import GRPOConfig
 
 
-@dataclass
+def help_from_docstring(config: type) -> type:
+    """Gives each field of a config class, as its help on the command line, what the class's docstring says of it."""
+    described = re.findall(r"^ {8}(\w+) \(.*\):\n((?: {12}.*\n)+)", config.__doc__ or "", re.MULTILINE)
+    for name, text in described:
+        if name in config.__annotations__:
+            own = config.__dataclass_fields__[name]
+            own.metadata = {**own.metadata, "help": " ".join(text.split()).replace("%", "%%")}
+    return config
+
+
+@help_from_docstring
+@dataclass(kw_only=True)
 class DistillConfig(GRPOConfig):
     """
     Base of the configurations: [`~trl.GRPOConfig`] and the teacher's settings. All new fields are keyword-only.
@@ -59,105 +71,33 @@ class DistillConfig(GRPOConfig):
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        kw_only=True,
-        metadata={
-            "help": "Keyword arguments of `from_pretrained` for a teacher given as a path or hub id. `dtype` defaults "
-            "to 'auto' and `use_safetensors` to true. `trust_remote_code` holds for the teacher only if given here."
-        },
-    )
-    teacher_model_revision: str | None = field(
-        default=None, kw_only=True, metadata={"help": "Revision of the teacher on the Hub."}
-    )
-    teacher_adapter_name: str | None = field(
-        default=None,
-        kw_only=True,
-        metadata={
-            "help": "Make the student's own base model its teacher: 'base' with every adapter off, or the name of "
-            "another adapter loaded on the student."
-        },
-    )
-    teacher_model_server_url: str | None = field(
-        default=None, kw_only=True, metadata={"help": "Address of a vLLM server that runs the teacher."}
-    )
-    teacher_model_server_api_key: str | None = field(
-        default=None, kw_only=True, repr=False, metadata={"help": "Key of that server, never logged or saved."}
-    )
-    teacher_model_server_timeout: float = field(
-        default=120.0, kw_only=True, metadata={"help": "Seconds that the teacher server may stay silent."}
-    )
-    teacher_model_server_max_wait: float = field(
-        default=600.0,
-        kw_only=True,
-        metadata={"help": "Seconds that training waits for a teacher server that is gone, before it stops."},
-    )
-    teacher_model_server_top_k: int = field(
-        default=0,
-        kw_only=True,
-        metadata={"help": "With a completion server, bound the divergence from below by the teacher's k likeliest."},
-    )
-    teacher_beta: float = field(
-        default=1.0,
-        kw_only=True,
-        metadata={"help": "Divergence from the teacher: 1.0 is reverse KL, 0.0 forward KL, generalised JSD between."},
-    )
-    teacher_prob_floor: float = field(
-        default=0.0,
-        kw_only=True,
-        metadata={"help": "Weight of the uniform distribution mixed into the teacher, which bounds the cost."},
-    )
-    divergence_memory_mb: float = field(
-        default=256,
-        kw_only=True,
-        metadata={"help": "Memory, in MiB per process, for vocabulary-sized tiles of the divergence."},
-    )
-    teacher_hidden_memory_mb: float = field(
-        default=256,
-        kw_only=True,
-        metadata={
-            "help": "Memory, in MiB per process, in which the teacher's hidden states are kept from scoring to the "
-            "loss. Where they do not fit they are computed once more."
-        },
-    )
-    teacher_hidden_offload: bool = field(
-        default=False, kw_only=True, metadata={"help": "Keep the teacher's hidden states in host memory."}
-    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = None
+    teacher_model_revision: str | None = None
+    teacher_adapter_name: str | None = None
+    teacher_model_server_url: str | None = None
+    teacher_model_server_api_key: str | None = field(default=None, repr=False)
+    teacher_model_server_timeout: float = 120.0
+    teacher_model_server_max_wait: float = 600.0
+    teacher_model_server_top_k: int = 0
+    teacher_beta: float = 1.0
+    teacher_prob_floor: float = 0.0
+    divergence_memory_mb: float = 256
+    teacher_hidden_memory_mb: float = 256
+    teacher_hidden_offload: bool = False
 
-    cost_limit: float = field(
-        default=0.35,
-        kw_only=True,
-        metadata={
-            "help": "Limit on the cost of a rollout, in nats (per token, or per rollout for cost_scope 'sum'). A method "
-            "without a limit of its own only measures against it."
-        },
-    )
-    cost_scope: str = field(
-        default="mean",
-        kw_only=True,
-        metadata={
-            "help": "Cost of a rollout: 'mean' of its tokens' costs, 'sum', or 'worst_prefix' (largest running mean).",
-            "choices": ["mean", "sum", "worst_prefix"],
-        },
-    )
-    tolerated_violation_rate: float = field(
-        default=0.05,
-        kw_only=True,
-        metadata={"help": "Share of rollouts above the limit with which a student counts as feasible."},
-    )
+    cost_limit: float = 0.35
+    cost_scope: Literal["mean", "sum", "worst_prefix"] = "mean"
+    tolerated_violation_rate: float = 0.05
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_choices()
         self._check_cost_limit()
-        self._check_choices(cost_scope=("mean", "sum", "worst_prefix"))
         if not 0.0 <= self.teacher_beta <= 1.0:
             raise ValueError(
                 f"`teacher_beta` must lie in [0, 1] (0 is forward KL, 1 reverse KL), got {self.teacher_beta}."
             )
-        if not 0.0 <= self.teacher_prob_floor < 1.0:
-            raise ValueError(f"`teacher_prob_floor` must lie in [0, 1), got {self.teacher_prob_floor}.")
-        if not 0.0 <= self.tolerated_violation_rate < 1.0:
-            raise ValueError(f"`tolerated_violation_rate` must lie in [0, 1), got {self.tolerated_violation_rate}.")
+        self._check_below_one("teacher_prob_floor", "tolerated_violation_rate")
         self._check_positive(
             "divergence_memory_mb",
             "teacher_hidden_memory_mb",
@@ -176,11 +116,6 @@ class DistillConfig(GRPOConfig):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "teacher_model_server_api_key": None, "hub_token": None}
 
-    def _check_unit_interval(self, *names: str) -> None:
-        for name in names:
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
-
     def _check_cost_limit(self) -> None:
         self._check_positive("cost_limit")
 
@@ -189,9 +124,21 @@ class DistillConfig(GRPOConfig):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
 
-    def _check_choices(self, **choices: tuple[str, ...]) -> None:
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
+    def _check_not_negative(self, *names: str) -> None:
+        for name in names:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+
+    def _check_below_one(self, *names: str) -> None:
+        for name in names:
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+
+    def _check_choices(self) -> None:
+        """A field of a `Literal` type holds one of its values."""
+        for own in fields(self):
+            if get_origin(own.type) is Literal and getattr(self, own.name) not in get_args(own.type):
                 raise ValueError(
-                    f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}."
+                    f"`{own.name}` must be one of {', '.join(map(repr, get_args(own.type)))}, got "
+                    f"{getattr(self, own.name)!r}."
                 )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core import clustered_rate_interval
+from ...core import clustered_rate_interval
 
 
 LOGGED_STEPS = 10  # that the card's figure of the training rollouts is made of
@@ -17,6 +17,8 @@ class MeasuredSatisfaction:
     Satisfaction of rollouts, which are independent between prompts only.
 
     Args:
+        mode (`str`):
+            `"train"` or `"eval"`.
         rate (`float`):
             Share of rollouts within the limit.
         low, high (`float`):
@@ -31,6 +33,7 @@ class MeasuredSatisfaction:
             Times that they were logged.
     """
 
+    mode: str
     rate: float
     low: float
     high: float
@@ -71,5 +74,9 @@ class SatisfactionCounts:
             return None
         low, high = clustered_rate_interval(*counts)
         return MeasuredSatisfaction(
-            satisfied / rollouts, low, high, rollouts, counts.size(1), logged[0][0], logged[-1][0], len(logged)
+            mode, satisfied / rollouts, low, high, rollouts, counts.size(1), logged[0][0], logged[-1][0], len(logged)
         )
+
+    def all_measured(self) -> list[MeasuredSatisfaction]:
+        """What there is of both, the evaluation first."""
+        return [value for mode in ("eval", "train") if (value := self.measured(mode)) is not None]

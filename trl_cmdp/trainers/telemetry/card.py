@@ -2,26 +2,24 @@
 
 import platform
 import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard, get_token
 from transformers import is_wandb_available
-from trl import is_conversational
+from trl import GRPOTrainer, is_conversational
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
-from ..teachers import AdapterTeacher, LocalTeacher
-from ._config import DistillConfig
-from ._satisfaction import MeasuredSatisfaction
-from ._secrets import shell_command
+from ...teachers import AdapterTeacher, LocalTeacher
+from .satisfaction import MeasuredSatisfaction
+from .secrets import shell_command
 
-
-if TYPE_CHECKING:
-    from ._base import DistillTrainer
-    from ._teachers import Teacher
 
 # Shown where it lies beside the card.
 CURVES_FILE = "training_curves.png"
@@ -50,13 +48,48 @@ _TRL_CITATION = textwrap.dedent("""\
     }""")
 
 
-def write_model_card(trainer: "DistillTrainer", dataset_name: str | None, evaluation: Any | None) -> None:
+@dataclass(frozen=True)
+class DistillationFacts:
+    """
+    What a card says of distillation, as text: see the functions that describe it.
+
+    Args:
+        teachers (`list[str]`):
+            The teachers.
+        cost (`str`):
+            Cost of a rollout.
+        limit (`str`):
+            Limit on it.
+        satisfaction (`list[MeasuredSatisfaction]`):
+            Satisfaction that was measured in training and evaluation, the last evaluation first.
+        secrets (`list[str]`):
+            What must not be on the card.
+    """
+
+    teachers: list[str]
+    cost: str
+    limit: str
+    satisfaction: list[MeasuredSatisfaction]
+    secrets: list[str | None] = field(default_factory=list)
+
+
+def write_model_card(
+    trainer: GRPOTrainer,
+    command: Sequence[str],
+    facts: DistillationFacts | None,
+    dataset_name: str | None,
+    evaluation: Any | None,
+) -> None:
     """
     Write `README.md` into the output folder anew: the metadata that TRL's card there has, and this library's text.
 
     Args:
-        trainer ([`DistillTrainer`]):
+        trainer ([`~trl.GRPOTrainer`]):
             Trainer.
+        command (`Sequence[str]`):
+            What made the run, as in `sys.argv`. Secrets in it are hidden.
+        facts ([`DistillationFacts`], *optional*):
+            What is said of distillation, `None` without a teacher.
         dataset_name (`str`, *optional*):
             Name of the dataset on the Hub.
         evaluation ([`~trl_cmdp.evaluation.EvaluationSummary`], *optional*):
@@ -68,17 +101,13 @@ def write_model_card(trainer: "DistillTrainer", dataset_name: str | None, evalua
     if adapter:
         data.library_name = "peft"
     data.pipeline_tag = "text-generation"
-    with_teacher = bool(trainer.teachers)
-    satisfaction = _measured(trainer) if with_teacher else []
-    limit = _limit(trainer) if with_teacher else None
+    satisfaction = [] if facts is None else facts.satisfaction
     data.eval_results = [
-        *(_evaluation_results(evaluation) if evaluation is not None else []),
-        *(_training_result(name, split, value, limit, dataset_name) for name, split, value in satisfaction),
+        *([] if evaluation is None else _evaluation_results(evaluation)),
+        *(_satisfaction_result(value, facts.limit, dataset_name) for value in satisfaction),
     ] or None
-    # Keys of an adapter's own teacher or of a server are in none of this; a token may be in the command.
-    known = [args.hub_token, get_token()]
-    if isinstance(args, DistillConfig):
-        known.append(args.teacher_model_server_api_key)
+    # A token may be in the command.
+    known = [args.hub_token, get_token(), *([] if facts is None else facts.secrets)]
     card = ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
@@ -88,10 +117,10 @@ def write_model_card(trainer: "DistillTrainer", dataset_name: str | None, evalua
         dataset_name=dataset_name,
         method=trainer._name,
         paper=trainer._paper,
-        teachers=[_describe_teacher(name, teacher, trainer) for name, teacher in trainer.teachers.items()],
-        cost=_describe_cost(args) if with_teacher else None,
-        limit=limit,
-        satisfaction=[{"name": name, "text": _describe_satisfaction(value)} for name, _, value in satisfaction],
+        teachers=[] if facts is None else facts.teachers,
+        cost=None if facts is None else facts.cost,
+        limit=None if facts is None else facts.limit,
+        satisfaction=[{"name": _satisfaction_name(value), "text": _describe(value)} for value in satisfaction],
         step=trainer.state.global_step,
         hub_model_id=trainer.hub_model_id or data.model_name,
         prompt=_example_prompt(trainer),
@@ -99,7 +128,7 @@ def write_model_card(trainer: "DistillTrainer", dataset_name: str | None, evalua
         evaluation=None if evaluation is None else _evaluation_table(evaluation),
         curves=CURVES_FILE if Path(args.output_dir, CURVES_FILE).exists() else None,
         badges=_badges(),
-        command=shell_command(trainer.command, known) if trainer.command else None,
+        command=shell_command(command, known) if command else None,
         versions={"Python": platform.python_version()}
         | {package: version(package) for package in (*_PACKAGES, *(["peft"] if adapter else []))},
         citations=list(dict.fromkeys([CONSTRAINED_CITATION, trainer._paper["citation"], _TRL_CITATION])),
@@ -110,12 +139,12 @@ def write_model_card(trainer: "DistillTrainer", dataset_name: str | None, evalua
     path.write_text(content, encoding="utf-8")
 
 
-def _describe_teacher(name: str, teacher: "Teacher", trainer: "DistillTrainer") -> str:
+def describe_teacher(name: str, teacher: Any, accelerator: Accelerator, revision: str | None) -> str:
     """A teacher as the card names it. Of a folder on this machine only its last part, of a server not its address."""
     if isinstance(teacher, AdapterTeacher):
         return "the base model itself" if name == "base" else f"adapter `{name}` of the same base model"
     if isinstance(teacher, LocalTeacher):
-        config, where = trainer.accelerator.unwrap_model(teacher.module).config, ""
+        config, where = accelerator.unwrap_model(teacher.module).config, ""
     else:
         config, where = teacher.remote.config, ", on a vLLM server"
     source = get_config_model_id(config)
@@ -124,61 +153,56 @@ def _describe_teacher(name: str, teacher: "Teacher", trainer: "DistillTrainer") 
     elif Path(source).exists():
         text = f"`{Path(source).name}` (a local folder)"
     else:
-        revision = trainer.args.teacher_model_revision
         revision = f" at revision `{revision}`" if revision else ""
         text = f"[{source}](https://huggingface.co/{source}){revision}"
-    prefix = "" if name == "teacher" else f"`{name}`: "
-    return prefix + text + where
+    return ("" if name == "teacher" else f"`{name}`: ") + text + where
 
 
-def _describe_cost(args: DistillConfig) -> str:
+def describe_cost(token_cost: str, beta: float, temperature: float, cost_scope: str) -> str:
+    """The cost of a rollout as the card defines it, from the names that the config gives its parts."""
     divergence = {1.0: "reverse KL(student‖teacher)", 0.0: "forward KL(teacher‖student)"}.get(
-        args.teacher_beta, f"generalised JSD (β = {args.teacher_beta:g})"
+        beta, f"generalised JSD (β = {beta:g})"
     )
-    token = _COSTS.get(args.to_dict().get("cost"), f"{divergence} over the full vocabulary")
-    return f"{token} at each completion token, at temperature {args.temperature:g}; {_SCOPES[args.cost_scope]}"
+    token = _COSTS.get(token_cost, f"{divergence} over the full vocabulary")
+    return f"{token} at each completion token, at temperature {temperature:g}; {_SCOPES[cost_scope]}"
 
 
-def _limit(trainer: "DistillTrainer") -> str:
+def describe_limit(
+    cost_limit: float | str | Mapping[str, float], cost_scope: str, log_history: Sequence[Mapping[str, Any]]
+) -> str:
     """The limit as it was asked for, and where that is no number, the one that was logged last."""
-    args = trainer.args
-    unit = _UNITS[args.cost_scope]
-    if isinstance(args.cost_limit, float | int):
-        return f"{args.cost_limit:g} {unit}"
-    if isinstance(args.cost_limit, dict):
-        return ", ".join(f"{limit:g} for `{name}`" for name, limit in args.cost_limit.items()) + f" ({unit})"
-    logged = [entry["constraint/limit"] for entry in trainer.state.log_history if "constraint/limit" in entry]
+    unit = _UNITS[cost_scope]
+    if isinstance(cost_limit, float | int):
+        return f"{cost_limit:g} {unit}"
+    if isinstance(cost_limit, Mapping):
+        return ", ".join(f"{limit:g} for `{name}`" for name, limit in cost_limit.items()) + f" ({unit})"
+    logged = [entry["constraint/limit"] for entry in log_history if "constraint/limit" in entry]
     return f"{logged[-1]:.4g} {unit}, found from what imitation reaches" if logged else "not found yet"
 
 
-def _measured(trainer: "DistillTrainer") -> list[tuple[str, str, MeasuredSatisfaction]]:
-    """Name, split and value of what was measured, the last evaluation first."""
-    measured = []
-    if (value := trainer._satisfaction.measured("eval")) is not None:
-        measured.append((f"Satisfaction, evaluation at step {value.last_step}", "test", value))
-    if (value := trainer._satisfaction.measured("train")) is not None:
-        steps = f"{value.logged_steps} logged steps (to step {value.last_step})"
-        measured.append((f"Satisfaction, training rollouts of the last {steps}", "train", value))
-    return measured
+def _satisfaction_name(value: MeasuredSatisfaction) -> str:
+    if value.mode == "eval":
+        return f"Satisfaction, evaluation at step {value.last_step}"
+    steps = f"{value.logged_steps} logged steps (to step {value.last_step})"
+    return f"Satisfaction, training rollouts of the last {steps}"
 
 
-def _describe_satisfaction(value: MeasuredSatisfaction) -> str:
+def _describe(value: MeasuredSatisfaction) -> str:
     return (
         f"{100 * value.rate:.1f}% [{100 * value.low:.1f}, {100 * value.high:.1f}] of {value.rollouts} rollouts in "
         f"{value.groups} groups"
     )
 
 
-def _training_result(
-    name: str, split: str, value: MeasuredSatisfaction, limit: str | None, dataset_name: str | None
-) -> EvalResult:
+def _satisfaction_result(value: MeasuredSatisfaction, limit: str, dataset_name: str | None) -> EvalResult:
+    split, prompts = {"train": ("train", "training prompts"), "eval": ("test", "evaluation prompts")}[value.mode]
     return EvalResult(
         task_type="text-generation",
         dataset_type=dataset_name or "custom",
-        dataset_name=dataset_name or {"train": "training prompts", "test": "evaluation prompts"}[split],
+        dataset_name=dataset_name or prompts,
         dataset_split=split,
         metric_type="constraint_satisfaction",
-        metric_name=name,
+        metric_name=_satisfaction_name(value),
         metric_value=round(value.rate, 4),
         metric_args={
             "limit": limit,
@@ -256,7 +280,7 @@ def _evaluation_table(evaluation: Any) -> dict[str, Any]:
     return {"heading": heading, "rows": rows}
 
 
-def _example_prompt(trainer: "DistillTrainer") -> str:
+def _example_prompt(trainer: GRPOTrainer) -> str:
     """A question as Python, in messages where the student was trained on them. Never the data's own: it may be private."""
     question, dataset = "What is 17 + 25?", trainer.train_dataset
     if isinstance(dataset, Dataset) and is_conversational(dataset[0]):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..teachers import LMHead, RemoteTeacher, TeacherServerError
-from ._processes import on_any_process
+from ...teachers import LMHead, RemoteTeacher, TeacherServerError
+from .processes import on_any_process
 
 
 class ServerTeacher:

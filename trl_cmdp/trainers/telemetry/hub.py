@@ -3,7 +3,7 @@
 import logging
 from concurrent.futures import Future
 
-from ._secrets import hide_secrets
+from .secrets import hide_secrets
 
 
 _logger = logging.getLogger(__name__)

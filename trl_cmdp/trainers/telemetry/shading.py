@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ._signal import Rollouts, Signal
+from ...core.signal import Rollouts, Signal
 
 
 TABLE = "completions_by_cost"

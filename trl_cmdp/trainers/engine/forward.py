@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ..teachers import (
+from ...teachers import (
     LMHead,
     head_divergence,
     head_log_probs,
@@ -21,7 +21,7 @@ from ..teachers import (
     last_hidden_state,
     lm_head,
 )
-from ._config import DistillConfig
+from .config import DistillConfig
 
 
 _logger = logging.getLogger(__name__)

@@ -1,19 +1,21 @@
 """Completions of the dataset as the token ids that a student would have written."""
 
-from typing import TYPE_CHECKING
+from typing import Any
+
+from trl import GRPOTrainer
 
 
-if TYPE_CHECKING:
-    from ._base import DistillTrainer
-
-
-def dataset_completions(trainer: "DistillTrainer", prompt_ids: list[list[int]]) -> list[list[int]]:
+def dataset_completions(
+    trainer: GRPOTrainer, rows: list[dict[str, Any]], prompt_ids: list[list[int]]
+) -> list[list[int]]:
     """
     The dataset's own completions of the rows being generated for, with the end-of-sequence token.
 
     Args:
-        trainer ([`DistillTrainer`]):
-            Trainer.
+        trainer ([`~trl.GRPOTrainer`]):
+            Trainer, whose tokenizer and chat template count.
+        rows (`list[dict[str, Any]]`):
+            The rows, with a column `completion`.
         prompt_ids (`list[list[int]]`):
             Token ids of the rows' prompts.
 
@@ -21,7 +23,7 @@ def dataset_completions(trainer: "DistillTrainer", prompt_ids: list[list[int]]) 
         ValueError: If a completion has messages that are not the assistant's, or cannot be told from its prompt.
     """
     tokenizer, completions = trainer._tokenizer, []
-    for row, ids in zip(trainer._rows, prompt_ids, strict=True):
+    for row, ids in zip(rows, prompt_ids, strict=True):
         completion = row["completion"]
         if isinstance(completion, str):
             tokens = [*tokenizer(completion, add_special_tokens=False)["input_ids"]]

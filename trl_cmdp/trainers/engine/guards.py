@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from transformers import TrainerCallback
 
-from ._processes import on_any_process
+from .processes import on_any_process
 
 
 _LOCK_FILE = "_run.lock"  # the Hub's uploads leave out what begins with an underscore

@@ -1,14 +1,13 @@
-"""The teachers of a trainer, from its arguments, and the dataset column that chooses among several."""
+"""The teachers of a trainer, from its arguments, and which of several each rollout has."""
 
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.models.utils import prepare_deepspeed
 
-from ..teachers import (
+from ...teachers import (
     EXACT_SERVER_COMMAND,
     AdapterTeacher,
     LocalTeacher,
@@ -17,35 +16,12 @@ from ..teachers import (
     check_vocabulary,
     load_teacher,
 )
-from ._config import DistillConfig
-from ._server_teacher import ServerTeacher
+from .checks import check_teacher_column, check_teacher_name
+from .server_teacher import ServerTeacher
 
 
 Teacher = LocalTeacher | AdapterTeacher | ServerTeacher
 TeacherModel = str | PreTrainedModel | dict[str, str | PreTrainedModel]
-
-
-def has_teacher(teacher_model: TeacherModel | None, args: Any) -> bool:
-    """
-    Whether the arguments of a trainer name a teacher.
-
-    Raises:
-        ValueError: If they name two in different ways.
-    """
-    if not isinstance(args, DistillConfig):
-        return teacher_model is not None
-    by_server, by_adapter = args.teacher_model_server_url is not None, args.teacher_adapter_name is not None
-    if by_adapter and (by_server or teacher_model is not None):
-        raise ValueError(
-            "`teacher_adapter_name` makes the student's own base model the teacher: leave out `teacher_model` and "
-            "`teacher_model_server_url`, or it."
-        )
-    if by_server and not (teacher_model is None or isinstance(teacher_model, str)):
-        raise ValueError(
-            "With `teacher_model_server_url` the server runs the teacher: leave out `teacher_model`, or give the path "
-            "or hub id of the checkpoint that the server runs."
-        )
-    return by_server or by_adapter or teacher_model is not None
 
 
 def make_teachers(trainer: GRPOTrainer, teacher_model: TeacherModel | None) -> dict[str, Teacher]:
@@ -66,28 +42,33 @@ def make_teachers(trainer: GRPOTrainer, teacher_model: TeacherModel | None) -> d
         return {"teacher": _local_teacher(trainer, teacher_model)}
     if not teacher_model:
         raise ValueError("`teacher_model` is an empty dict. Name at least one teacher.")
-    evaluation = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
-    for dataset in (trainer.train_dataset, *evaluation.values()):
-        if isinstance(dataset, Dataset):  # a stream is checked as it comes
-            names = dataset.unique("teacher") if "teacher" in dataset.column_names else [None]
-            for name in names:
-                check_teacher_name(name, list(teacher_model))
+    check_teacher_column(list(teacher_model), trainer.train_dataset, trainer.eval_dataset)
     return {name: _local_teacher(trainer, model) for name, model in teacher_model.items()}
 
 
-def check_teacher_name(name: str | None, names: list[str]) -> None:
+def teacher_index(rows: list[dict[str, Any]], teachers: list[str], device: torch.device) -> torch.Tensor:
     """
-    Check what a row of the dataset says in its column `teacher`, `None` where it has none.
+    Which teacher each rollout has.
+
+    Args:
+        rows (`list[dict[str, Any]]`):
+            Rows of the dataset, one for each rollout. With several teachers their column `teacher` names one.
+        teachers (`list[str]`):
+            Names of the teachers.
+        device (`torch.device`):
+            Device of the result.
+
+    Returns:
+        `torch.Tensor`: Indices of shape `(b,)`.
 
     Raises:
-        ValueError: If it is not the name of a teacher.
+        ValueError: If a row names none of several teachers.
     """
-    if name not in names:
-        found = "no such column" if name is None else repr(name)
-        raise ValueError(
-            "With several teachers the dataset's column `teacher` chooses one for each prompt, of "
-            f"{', '.join(map(repr, names))}; found {found}. Add or correct the column."
-        )
+    if len(teachers) == 1:
+        return torch.zeros(len(rows), dtype=torch.long, device=device)
+    for row in rows:
+        check_teacher_name(row.get("teacher"), teachers)
+    return torch.tensor([teachers.index(row["teacher"]) for row in rows], device=device)
 
 
 def _local_teacher(trainer: GRPOTrainer, model: str | PreTrainedModel) -> LocalTeacher:

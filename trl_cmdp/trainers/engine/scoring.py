@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..core import top_k_divergence_lower_bound
-from ._config import DistillConfig
-from ._forward import DivergenceRequest, StudentForward, TeacherStates
-from ._processes import on_any_process
-from ._server_teacher import ServerTeacher
-from ._teachers import Teacher
+from ...core import top_k_divergence_lower_bound
+from .config import DistillConfig
+from .forward import DivergenceRequest, StudentForward, TeacherStates
+from .processes import on_any_process
+from .server_teacher import ServerTeacher
+from .teachers import Teacher
 
 
 class RolloutScorer:

@@ -1,0 +1,254 @@
+"""What is refused before training: arguments that contradict each other, and data that lacks or holds the wrong."""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import GRPOConfig
+
+from .config import DistillConfig
+
+
+# What TRL itself passes to a reward function, beside the columns of the dataset.
+_REWARD_ARGUMENTS = {
+    "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"
+}  # fmt: skip
+IMAGES_REFUSED = (
+    "With a teacher only text is supported: the cost of a token is computed from the text alone. Vision-language models "
+    "can be student and teacher on text prompts. Remove the images (`dataset.remove_columns`, or the image parts of the "
+    "messages), or train without a teacher."
+)
+
+
+def has_teacher(teacher_model: Any, args: GRPOConfig) -> bool:
+    """
+    Whether the arguments of a trainer name a teacher.
+
+    Raises:
+        ValueError: If they name two in different ways.
+    """
+    if not isinstance(args, DistillConfig):
+        return teacher_model is not None
+    by_server, by_adapter = args.teacher_model_server_url is not None, args.teacher_adapter_name is not None
+    if by_adapter and (by_server or teacher_model is not None):
+        raise ValueError(
+            "`teacher_adapter_name` makes the student's own base model the teacher: leave out `teacher_model` and "
+            "`teacher_model_server_url`, or it."
+        )
+    if by_server and not (teacher_model is None or isinstance(teacher_model, str)):
+        raise ValueError(
+            "With `teacher_model_server_url` the server runs the teacher: leave out `teacher_model`, or give the path "
+            "or hub id of the checkpoint that the server runs."
+        )
+    return by_server or by_adapter or teacher_model is not None
+
+
+def check_arguments(config_class: type[DistillConfig], args: GRPOConfig, with_teacher: bool, has_reward: bool) -> None:
+    """
+    Check what a trainer is given, as far as the arguments alone decide.
+
+    Args:
+        config_class (`type[DistillConfig]`):
+            Config of the trainer.
+        args ([`~trl.GRPOConfig`]):
+            Its arguments.
+        with_teacher (`bool`):
+            Whether it has a teacher.
+        has_reward (`bool`):
+            Whether there are reward functions or environments.
+
+    Raises:
+        TypeError: For a config that has no settings for a teacher.
+        ValueError: For a setting that no teacher can be combined with, or if there is nothing to learn from.
+    """
+    if not with_teacher:
+        if not has_reward:
+            raise ValueError(
+                "There is neither a reward nor a teacher to learn from. Pass `reward_funcs`, `teacher_model`, or both."
+            )
+        return
+    if not isinstance(args, config_class):
+        raise TypeError(
+            f"{config_class.__name__.removesuffix('Config')}Trainer with a teacher needs a `{config_class.__name__}` as "
+            f"`args`, got `{type(args).__name__}`. It takes every argument of `GRPOConfig`: change the class name alone."
+        )
+    if args.multi_objective_aggregation == "normalize_then_sum":
+        raise ValueError(
+            "`multi_objective_aggregation='normalize_then_sum'` cannot be used with a teacher: it leaves no "
+            "single reward to weigh against the limit. Use 'sum_then_normalize' and `reward_weights`."
+        )
+
+
+def no_reward(completions: list, **kwargs: Any) -> list[float]:
+    """Reward of a trainer that has a teacher and no reward function: 0 for every completion."""
+    return [0.0] * len(completions)
+
+
+def check_reward_columns(reward_funcs: list, names: list[str], train_dataset: Any, eval_dataset: Any) -> None:
+    """
+    A column that a reward function needs and a dataset lacks is an error now, not at the first step.
+
+    Args:
+        reward_funcs (`list`):
+            Reward functions and models.
+        names (`list[str]`):
+            Their names.
+        train_dataset ([`~datasets.Dataset`] or other):
+            Training data. Only a [`~datasets.Dataset`] is checked: a stream may not know its columns.
+        eval_dataset ([`~datasets.Dataset`], `dict` of them, or other):
+            Evaluation data.
+
+    Raises:
+        ValueError: If an argument without default is neither a column nor something that TRL passes.
+    """
+    for dataset_name, dataset in _named(train_dataset, eval_dataset).items():
+        if not isinstance(dataset, Dataset):
+            continue
+        for reward_func, name in zip(reward_funcs, names, strict=True):
+            if isinstance(reward_func, torch.nn.Module):
+                continue
+            needed = {
+                parameter.name
+                for parameter in inspect.signature(reward_func).parameters.values()
+                if parameter.default is parameter.empty
+                and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            }
+            missing = sorted(needed - set(dataset.column_names) - _REWARD_ARGUMENTS)
+            if missing:
+                raise ValueError(
+                    f"The reward function '{name}' needs the column{'s' if len(missing) > 1 else ''} "
+                    f"{', '.join(map(repr, missing))}, and the {dataset_name} dataset has "
+                    f"{sorted(dataset.column_names)}. Add or rename the column (`dataset.rename_column`), or give "
+                    "the argument a default."
+                )
+
+
+def check_violation_penalty(rewards: torch.Tensor, penalty: float, step: int) -> None:
+    """
+    A reward that reaches the penalty is an error: a violation could then be worth its reward.
+
+    Args:
+        rewards (`torch.Tensor`):
+            Task rewards of shape `(B,)`, NaN where there are none.
+        penalty (`float`):
+            Penalty n of a violation.
+        step (`int`):
+            Optimizer step, for the message.
+
+    Raises:
+        ValueError: If an absolute reward is not below the penalty.
+    """
+    largest = rewards.nan_to_num(nan=0.0).abs().max().item()
+    if largest >= penalty:
+        raise ValueError(
+            f"A task reward of size {largest:g} at step {step} reaches the violation penalty {penalty:g}: a violation "
+            "could then be worth its reward. Set `violation_penalty` above the largest absolute reward, or scale the "
+            "rewards down."
+        )
+
+
+def check_no_images(train_dataset: Any, eval_dataset: Any) -> None:
+    """
+    Refuse datasets with images, by their first rows.
+
+    Args:
+        train_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `None`):
+            Training data. A stream is opened anew and read by one row.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], `dict` of them or `None`):
+            Evaluation data.
+
+    Raises:
+        ValueError: If the first row has a column `image` or `images`, or a message with an image.
+    """
+    for name, dataset in _named(train_dataset, eval_dataset).items():
+        if dataset is None:
+            continue
+        for row in islice(dataset, 1):
+            columns = sorted({"image", "images"} & row.keys())
+            if columns:
+                raise ValueError(f"The {name} dataset has the column {columns[0]!r}. {IMAGES_REFUSED}")
+            messages = row.get("prompt", [])
+            contents = [] if isinstance(messages, str) else [message.get("content") for message in messages]
+            parts = [part for content in contents if isinstance(content, list) for part in content]
+            if any(part["type"] == "image" for part in parts):
+                raise ValueError(f"A message of the {name} dataset has an image. {IMAGES_REFUSED}")
+
+
+def check_teacher_column(teachers: Sequence[str], train_dataset: Any, eval_dataset: Any) -> None:
+    """
+    With several teachers, check that each row of the data names one of them. A stream is checked as it comes.
+
+    Args:
+        teachers (`Sequence[str]`):
+            Names of the teachers.
+        train_dataset ([`~datasets.Dataset`] or other):
+            Training data.
+        eval_dataset ([`~datasets.Dataset`], `dict` of them, or other):
+            Evaluation data.
+
+    Raises:
+        ValueError: If a row names none of them, or there is no column `teacher`.
+    """
+    for dataset in _named(train_dataset, eval_dataset).values():
+        if isinstance(dataset, Dataset):
+            names = dataset.unique("teacher") if "teacher" in dataset.column_names else [None]
+            for name in names:
+                check_teacher_name(name, teachers)
+
+
+def check_teacher_name(name: str | None, teachers: Sequence[str]) -> None:
+    """
+    Check what a row of the dataset says in its column `teacher`, `None` where it has none.
+
+    Raises:
+        ValueError: If it is not the name of a teacher.
+    """
+    if name not in teachers:
+        found = "no such column" if name is None else repr(name)
+        raise ValueError(
+            "With several teachers the dataset's column `teacher` chooses one for each prompt, of "
+            f"{', '.join(map(repr, teachers))}; found {found}. Add or correct the column."
+        )
+
+
+def checked_rollout_func(rollout_func: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """
+    A `rollout_func` whose masks are as long as what they mask: TRL pads a shorter one with 1, and the environment's
+    tokens would count as the student's.
+
+    Args:
+        rollout_func (`Callable`):
+            TRL's `rollout_func`.
+
+    Returns:
+        `Callable`: The same. It raises a `ValueError` where `env_mask` or `logprobs` do not fit `completion_ids`.
+    """
+
+    @functools.wraps(rollout_func)
+    def checked(prompts: list, trainer: Any) -> dict[str, Any]:
+        output = rollout_func(prompts, trainer)
+        lengths = [len(ids) for ids in output.get("completion_ids", [])]
+        for name in ("env_mask", "logprobs"):
+            rows = output.get(name)
+            if rows is None:
+                continue
+            found = [len(row) for row in rows]
+            if found != lengths:
+                raise ValueError(
+                    f"`rollout_func` returned `{name}` of lengths {found} for `completion_ids` of lengths {lengths}. "
+                    "Each needs one value for every completion token (`env_mask`: 1 for the student's own, 0 for the "
+                    "environment's)."
+                )
+        return output
+
+    return checked
+
+
+def _named(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+    """The datasets of a trainer by what messages call them."""
+    evaluation = eval_dataset if isinstance(eval_dataset, dict) else {"evaluation": eval_dataset}
+    return {"training": train_dataset, **evaluation}
