@@ -7,7 +7,6 @@ from accelerate.utils import broadcast
 from datasets import Dataset
 
 from ..core.signal import Rollouts, Signal
-from .engine.completions import dataset_completions
 from .engine.distill_trainer import DistillTrainer
 from .gkd_config import GKDDistillConfig
 
@@ -78,7 +77,7 @@ class GKDDistillTrainer(DistillTrainer):
         if self.args.seq_kd:
             return self._teacher_completions(prompt_ids)
         self._check_completions(list(self._rows[0]))
-        return dataset_completions(self, self._rows, prompt_ids)
+        return self._dataset_completions(prompt_ids)
 
     def _signal(self, rollouts: Rollouts) -> Signal:
         columns = {name: [None] * len(rollouts.rewards) for name in ("cost", "feasible")}

@@ -5,7 +5,6 @@ Every touch of TRL's private hooks but those of checkpoints is in this file; tes
 """
 
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
 from ...core.signal import Rollouts, Signal
-from ...teachers import LocalTeacher, base_model
+from ...teachers import base_model
 from ..telemetry.card import DistillationFacts, describe_cost, describe_limit, describe_teacher, write_model_card
 from ..telemetry.hub import warn_if_failed
 from ..telemetry.metrics import DistillMetrics
@@ -33,14 +32,14 @@ from .checks import (
 )
 from .config import DistillConfig
 from .forward import DivergenceRequest, StudentForward
+from .off_policy_trainer import OffPolicyGRPOTrainer
 from .policy_loss import expected_log_prob_grad, loss_mask, policy_token_weight
 from .processes import gather_rows, on_any_process
-from .resumable_trainer import ResumableGRPOTrainer
 from .scoring import RolloutScorer
 from .teachers import Teacher, TeacherModel, make_teachers, teacher_index
 
 
-class DistillTrainer(ResumableGRPOTrainer):
+class DistillTrainer(OffPolicyGRPOTrainer):
     """
     [`~trl.GRPOTrainer`] with a teacher. Subclasses define one method, [`~DistillTrainer._signal`]; rollouts, batching,
     vLLM, PEFT, logging and checkpoints stay TRL's. Without a teacher it is `GRPOTrainer`, bit for bit.
@@ -60,8 +59,6 @@ class DistillTrainer(ResumableGRPOTrainer):
     _needs_log_probs = False  # of the sampled tokens, in its `Rollouts`
     _token_cost = "divergence"  # what costs a token, as `ConstrainedDistillConfig.cost` names it
     _distill_cross_entropy = False  # differentiate E_π[−log μ] in place of the divergence
-    _teacher_mixed_alpha = 0.0  # share of the teacher in what training rollouts are sampled from
-    _samples_from_teacher = False
 
     def __init__(
         self,
@@ -127,7 +124,6 @@ class DistillTrainer(ResumableGRPOTrainer):
         fused = not (args.cast_lm_head_to_fp32 or self.is_deepspeed_enabled)
         self._student_forward = StudentForward(student, args, maybe_gather_lm_head_ctx, fused)
         self._scorer = RolloutScorer(self.teachers, self._student_forward, self.accelerator, args)
-        self._rows: list[dict[str, Any]] = []  # of the dataset, that are being generated for
         self._rewards_per_func: torch.Tensor | None = None
         tolerated = args.tolerated_violation_rate if selects else None
         self._distill_metrics = DistillMetrics(list(self.teachers), tolerated)
@@ -137,12 +133,6 @@ class DistillTrainer(ResumableGRPOTrainer):
         # Loading a teacher may draw random numbers; rollouts must not depend on that.
         set_seed(args.seed, device_specific=True)
 
-    @property
-    def teacher_model(self) -> torch.nn.Module | None:
-        """The teacher's module, where a single teacher is in this process; `teachers` has all of them."""
-        teachers = list(self.teachers.values())
-        return teachers[0].module if len(teachers) == 1 and isinstance(teachers[0], LocalTeacher) else None
-
     # ------------------------------------------------------------------------------------------------ for subclasses
 
     def _signal(self, rollouts: Rollouts) -> Signal:
@@ -151,10 +141,6 @@ class DistillTrainer(ResumableGRPOTrainer):
 
     def _set_up_method(self) -> None:
         """Called once at the end of the set-up, with a teacher only."""
-
-    def _off_policy_completions(self, prompt_ids: list[list[int]]) -> list[list[int]] | None:
-        """Token ids of the training completions that are not sampled from the student, `None` if all are."""
-        return None
 
     def _after_micro_step(self, inputs: dict[str, Any]) -> None:
         """Called after the loss of each training micro-step, with a teacher only. `inputs` has exact `costs` (b, T)."""
@@ -182,42 +168,7 @@ class DistillTrainer(ResumableGRPOTrainer):
         self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._rewards_per_func
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
-        training = bool(self.teachers) and self._mode == "train"
-        completions = self._off_policy_completions(prompt_ids) if training else None
-        if completions is not None:
-            return completions, None
-        alpha = self._teacher_mixed_alpha if training else 0.0
-        with self._student_forward.mixing(alpha, self._sampling_teacher()) if alpha > 0 else nullcontext():
-            return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
-            )
-
-    def _sampling_teacher(self) -> torch.nn.Module:
-        """The one teacher that completions can be sampled from."""
-        if self.teacher_model is None:
-            raise ValueError(
-                f"{type(self).__name__} with these arguments samples completions from the teacher, which takes a single "
-                "`teacher_model` in this process. Turn that off (MiniLLM: `teacher_mixed_alpha=0`, GKD: "
-                "`seq_kd=False`), or pass one."
-            )
-        return self.teacher_model
-
-    def _teacher_completions(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        """Completions sampled from the teacher: TRL's own generation, with the teacher in the student's place."""
-        student = self.model_wrapped
-        backends = self.use_vllm, self.use_transformers_continuous_batching
-        self.model_wrapped = self._sampling_teacher()
-        self.use_vllm = self.use_transformers_continuous_batching = False
-        try:
-            completions, _ = super()._generate_single_turn(prompt_ids, None, {}, self.num_generations)
-        finally:
-            self.model_wrapped = student
-            self.use_vllm, self.use_transformers_continuous_batching = backends
-        return completions
-
     def _generate_and_score_completions(self, inputs):
-        self._rows = inputs
         output = super()._generate_and_score_completions(inputs)
         if not self.teachers:
             return output
@@ -266,7 +217,7 @@ class DistillTrainer(ResumableGRPOTrainer):
         self._log_rollouts(rollouts, signal)
         if self._shaded is not None and self._mode == "train":
             ids, shown = (gather_rows(self.accelerator, output[f"completion_{name}"]) for name in ("ids", "mask"))
-            self._shaded.replace(self._logs["prompt"], ids, shown, rollouts.costs, rewards, signal.columns)
+            self._shaded.replace(self._logs["prompt"], ids, shown, rollouts, signal)
         return output
 
     def _score(self, output, local_mask, mask) -> tuple[dict[str, torch.Tensor], list[torch.Tensor] | None]:
@@ -418,7 +369,3 @@ class DistillTrainer(ResumableGRPOTrainer):
     def _used_in_one_step(self) -> bool:
         """Whether one optimizer step uses all rollouts of a generation, TRL's condition for a ratio of 1 in the loss."""
         return self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) == 0
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"

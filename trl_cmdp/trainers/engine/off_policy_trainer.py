@@ -1,0 +1,113 @@
+"""A `GRPOTrainer` whose completions need not be the student's own: how methods get others to train on."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from ...teachers import LocalTeacher
+from .forward import StudentForward
+from .resumable_trainer import ResumableGRPOTrainer
+from .teachers import Teacher
+
+
+class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
+    """
+    [`~trl.GRPOTrainer`] that with a teacher can also train on completions of the dataset, of the teacher, or of a
+    mixture of student and teacher. The only change is where training completions come from.
+
+    Takes the arguments of [`~trl.GRPOTrainer`].
+    """
+
+    teachers: dict[str, Teacher]
+    _student_forward: StudentForward
+    _teacher_mixed_alpha = 0.0  # share of the teacher in what training rollouts are sampled from
+    _samples_from_teacher = False
+    _rows: list[dict[str, Any]]  # of the dataset, that are being generated for
+
+    @property
+    def teacher_model(self) -> torch.nn.Module | None:
+        """The teacher's module, where a single teacher is in this process; `teachers` has all of them."""
+        teachers = list(self.teachers.values())
+        return teachers[0].module if len(teachers) == 1 and isinstance(teachers[0], LocalTeacher) else None
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _off_policy_completions(self, prompt_ids: list[list[int]]) -> list[list[int]] | None:
+        """Token ids of the training completions that are not sampled from the student, `None` if all are."""
+        return None
+
+    def _generate_and_score_completions(self, inputs):
+        self._rows = inputs
+        return super()._generate_and_score_completions(inputs)
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
+        training = bool(self.teachers) and self._mode == "train"
+        completions = self._off_policy_completions(prompt_ids) if training else None
+        if completions is not None:
+            return completions, None
+        alpha = self._teacher_mixed_alpha if training else 0.0
+        with self._student_forward.mixing(alpha, self._sampling_teacher()) if alpha > 0 else nullcontext():
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
+            )
+
+    def _sampling_teacher(self) -> torch.nn.Module:
+        """The one teacher that completions can be sampled from."""
+        if self.teacher_model is None:
+            raise ValueError(
+                f"{type(self).__name__} with these arguments samples completions from the teacher, which takes a single "
+                "`teacher_model` in this process. Turn that off (MiniLLM: `teacher_mixed_alpha=0`, GKD: "
+                "`seq_kd=False`), or pass one."
+            )
+        return self.teacher_model
+
+    def _teacher_completions(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """Completions sampled from the teacher: TRL's own generation, with the teacher in the student's place."""
+        student = self.model_wrapped
+        backends = self.use_vllm, self.use_transformers_continuous_batching
+        self.model_wrapped = self._sampling_teacher()
+        self.use_vllm = self.use_transformers_continuous_batching = False
+        try:
+            completions, _ = super()._generate_single_turn(prompt_ids, None, {}, self.num_generations)
+        finally:
+            self.model_wrapped = student
+            self.use_vllm, self.use_transformers_continuous_batching = backends
+        return completions
+
+    def _dataset_completions(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """The dataset's own completions of the rows, as the token ids that a student would have written."""
+        tokenizer, completions = self._tokenizer, []
+        for row, ids in zip(self._rows, prompt_ids, strict=True):
+            completion = row["completion"]
+            if isinstance(completion, str):
+                tokens = [*tokenizer(completion, add_special_tokens=False)["input_ids"]]
+                tokens.append(tokenizer.eos_token_id)
+            else:  # messages: what the chat template adds to the prompt
+                roles = sorted({message["role"] for message in completion} - {"assistant"})
+                if roles:
+                    raise ValueError(
+                        f"A `completion` of the dataset has messages of the role {', '.join(map(repr, roles))}, whose "
+                        "tokens are not the student's to learn. Give each assistant turn a row of its own, with what "
+                        "came before in its `prompt`."
+                    )
+                whole = tokenizer.apply_chat_template(
+                    [*row["prompt"], *completion],
+                    chat_template=self.chat_template,
+                    tokenize=True,
+                    return_dict=True,
+                    **self.chat_template_kwargs,
+                )["input_ids"]
+                if whole[: len(ids)] != ids:
+                    raise ValueError(
+                        "The chat template does not continue its own prompt when the completion is added, so the "
+                        "completion's tokens cannot be told apart. Give `prompt` and `completion` as text."
+                    )
+                tokens = whole[len(ids) :]
+                # What a template writes after the end of the turn (a newline), no student ever does.
+                ends = [position for position, token in enumerate(tokens) if token in self.eos_token_ids]
+                tokens = tokens[: ends[-1] + 1] if ends else tokens
+            completions.append(tokens[: self.max_completion_length])
+        return completions
