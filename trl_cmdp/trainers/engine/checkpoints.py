@@ -31,16 +31,7 @@ _logger = logging.getLogger(__name__)
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> str:
-    """
-    The newest checkpoint of a folder that is whole. Newer ones that are not are passed over with a warning.
-
-    Args:
-        output_dir (`str` or `Path`):
-            Folder of the run.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """The newest checkpoint of a folder that is whole. Newer ones that are not are passed over with a warning."""
     steps = {
         path: int(step)
         for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -58,16 +49,7 @@ def last_whole_checkpoint(output_dir: str | Path) -> str:
 
 
 def check_whole(checkpoint: str | Path) -> None:
-    """
-    Refuse a checkpoint that cannot be resumed from.
-
-    Args:
-        checkpoint (`str` or `Path`):
-            Folder of the checkpoint.
-
-    Raises:
-        ValueError: If it is not whole.
-    """
+    """Refuse a checkpoint that cannot be resumed from."""
     fault = _fault(Path(checkpoint))
     if fault is not None:
         raise ValueError(

@@ -25,12 +25,7 @@ IMAGES_REFUSED = (
 
 
 def has_teacher(teacher_model: Any, args: GRPOConfig) -> bool:
-    """
-    Whether the arguments of a trainer name a teacher.
-
-    Raises:
-        ValueError: If they name two in different ways.
-    """
+    """Whether the arguments of a trainer name a teacher."""
     if not isinstance(args, DistillConfig):
         return teacher_model is not None
     by_server, by_adapter = args.teacher_model_server_url is not None, args.teacher_adapter_name is not None
@@ -48,23 +43,7 @@ def has_teacher(teacher_model: Any, args: GRPOConfig) -> bool:
 
 
 def check_arguments(config_class: type[DistillConfig], args: GRPOConfig, with_teacher: bool, has_reward: bool) -> None:
-    """
-    Check what a trainer is given, as far as the arguments alone decide.
-
-    Args:
-        config_class (`type[DistillConfig]`):
-            Config of the trainer.
-        args ([`~trl.GRPOConfig`]):
-            Its arguments.
-        with_teacher (`bool`):
-            Whether it has a teacher.
-        has_reward (`bool`):
-            Whether there are reward functions or environments.
-
-    Raises:
-        TypeError: For a config that has no settings for a teacher.
-        ValueError: For a setting that no teacher can be combined with, or if there is nothing to learn from.
-    """
+    """Check what a trainer is given, as far as the arguments alone decide."""
     if not with_teacher:
         if not has_reward:
             raise ValueError(
@@ -89,22 +68,7 @@ def no_reward(completions: list, **kwargs: Any) -> list[float]:
 
 
 def check_reward_columns(reward_funcs: list, names: list[str], train_dataset: Any, eval_dataset: Any) -> None:
-    """
-    A column that a reward function needs and a dataset lacks is an error now, not at the first step.
-
-    Args:
-        reward_funcs (`list`):
-            Reward functions and models.
-        names (`list[str]`):
-            Their names.
-        train_dataset ([`~datasets.Dataset`] or other):
-            Training data. Only a [`~datasets.Dataset`] is checked: a stream may not know its columns.
-        eval_dataset ([`~datasets.Dataset`], `dict` of them, or other):
-            Evaluation data.
-
-    Raises:
-        ValueError: If an argument without default is neither a column nor something that TRL passes.
-    """
+    """A column that a reward function needs and a dataset lacks is an error now, not at the first step."""
     for dataset_name, dataset in _named(train_dataset, eval_dataset).items():
         if not isinstance(dataset, Dataset):
             continue
@@ -128,20 +92,7 @@ def check_reward_columns(reward_funcs: list, names: list[str], train_dataset: An
 
 
 def check_violation_penalty(rewards: torch.Tensor, penalty: float, step: int) -> None:
-    """
-    A reward that reaches the penalty is an error: a violation could then be worth its reward.
-
-    Args:
-        rewards (`torch.Tensor`):
-            Task rewards of shape `(B,)`, NaN where there are none.
-        penalty (`float`):
-            Penalty n of a violation.
-        step (`int`):
-            Optimizer step, for the message.
-
-    Raises:
-        ValueError: If an absolute reward is not below the penalty.
-    """
+    """A reward that reaches the penalty is an error: a violation could then be worth its reward."""
     largest = rewards.nan_to_num(nan=0.0).abs().max().item()
     if largest >= penalty:
         raise ValueError(
@@ -152,18 +103,7 @@ def check_violation_penalty(rewards: torch.Tensor, penalty: float, step: int) ->
 
 
 def check_no_images(train_dataset: Any, eval_dataset: Any) -> None:
-    """
-    Refuse datasets with images, by their first rows.
-
-    Args:
-        train_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `None`):
-            Training data. A stream is opened anew and read by one row.
-        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], `dict` of them or `None`):
-            Evaluation data.
-
-    Raises:
-        ValueError: If the first row has a column `image` or `images`, or a message with an image.
-    """
+    """Refuse datasets with images, by their first rows."""
     for name, dataset in _named(train_dataset, eval_dataset).items():
         if dataset is None:
             continue
@@ -179,20 +119,7 @@ def check_no_images(train_dataset: Any, eval_dataset: Any) -> None:
 
 
 def check_teacher_column(teachers: Sequence[str], train_dataset: Any, eval_dataset: Any) -> None:
-    """
-    With several teachers, check that each row of the data names one of them. A stream is checked as it comes.
-
-    Args:
-        teachers (`Sequence[str]`):
-            Names of the teachers.
-        train_dataset ([`~datasets.Dataset`] or other):
-            Training data.
-        eval_dataset ([`~datasets.Dataset`], `dict` of them, or other):
-            Evaluation data.
-
-    Raises:
-        ValueError: If a row names none of them, or there is no column `teacher`.
-    """
+    """With several teachers, check that each row of the data names one of them. A stream is checked as it comes."""
     for dataset in _named(train_dataset, eval_dataset).values():
         if isinstance(dataset, Dataset):
             names = dataset.unique("teacher") if "teacher" in dataset.column_names else [None]
@@ -201,12 +128,7 @@ def check_teacher_column(teachers: Sequence[str], train_dataset: Any, eval_datas
 
 
 def check_teacher_name(name: str | None, teachers: Sequence[str]) -> None:
-    """
-    Check what a row of the dataset says in its column `teacher`, `None` where it has none.
-
-    Raises:
-        ValueError: If it is not the name of a teacher.
-    """
+    """Check what a row of the dataset says in its column `teacher`, `None` where it has none."""
     if name not in teachers:
         found = "no such column" if name is None else repr(name)
         raise ValueError(
@@ -219,13 +141,6 @@ def checked_rollout_func(rollout_func: Callable[..., dict[str, Any]]) -> Callabl
     """
     A `rollout_func` whose masks are as long as what they mask: TRL pads a shorter one with 1, and the environment's
     tokens would count as the student's.
-
-    Args:
-        rollout_func (`Callable`):
-            TRL's `rollout_func`.
-
-    Returns:
-        `Callable`: The same. It raises a `ValueError` where `env_mask` or `logprobs` do not fit `completion_ids`.
     """
 
     @functools.wraps(rollout_func)

@@ -20,18 +20,7 @@ _LOCK_FILE = "_run.lock"  # the Hub's uploads leave out what begins with an unde
 
 @contextmanager
 def sole_run(output_dir: str, accelerator: Accelerator) -> Iterator[None]:
-    """
-    No other run trains into the folder meanwhile: their checkpoints would take each other's places.
-
-    Args:
-        output_dir (`str`):
-            Folder of the run.
-        accelerator ([`~accelerate.Accelerator`]):
-            Its processes, of which the first holds the lock. It is released however that process ends.
-
-    Raises:
-        RuntimeError: If another run has the folder, on all processes.
-    """
+    """No other run trains into the folder meanwhile: their checkpoints would take each other's places."""
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     lock, taken = FileLock(Path(output_dir, _LOCK_FILE), timeout=0), False
     if accelerator.is_main_process:
@@ -53,13 +42,6 @@ def sole_run(output_dir: str, accelerator: Accelerator) -> Iterator[None]:
 def named_failure(checkpoint: Path) -> Iterator[None]:
     """
     What fails while a checkpoint is written is named: the libraries' own errors know neither the folder nor the disk.
-
-    Args:
-        checkpoint (`Path`):
-            Folder of the checkpoint.
-
-    Raises:
-        RuntimeError: From whatever was raised inside.
     """
     try:
         yield
@@ -75,14 +57,11 @@ def named_failure(checkpoint: Path) -> Iterator[None]:
 class CheckpointOnSigterm(TrainerCallback):
     """
     SIGTERM, with which schedulers announce the end of a job, ends training after the optimizer step under way, with a
-    checkpoint. Then the signal is delivered as it would have been at once, so the process ends as one that was told to.
+    checkpoint. Then the signal is delivered as it would have been at once, so the process ends as one that was told
+    to.
 
-    transformers' `enable_jit_checkpoint` saves between micro-steps too, from where a resumed run does not repeat the same
-    rollouts.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            Its processes. One that is told stops all of them, at the same step.
+    transformers' `enable_jit_checkpoint` saves between micro-steps too, from where a resumed run does not repeat the
+    same rollouts.
     """
 
     def __init__(self, accelerator: Accelerator):

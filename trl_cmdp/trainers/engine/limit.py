@@ -18,19 +18,7 @@ _logger = logging.getLogger(__name__)
 
 
 def parse_cost_limit(value: Any) -> float | str | dict[str, float]:
-    """
-    What `cost_limit` may be, as the command line, YAML or Python gives it.
-
-    Args:
-        value (`str`, `float` or `dict[str, float]`):
-            A number, `"auto"`, or a number for each teacher (as JSON if it is text).
-
-    Returns:
-        `float`, `str` or `dict[str, float]`: The same, its numbers as `float`.
-
-    Raises:
-        ValueError: If it is none of these, or a number is not positive.
-    """
+    """A positive number, `"auto"`, or a number for each teacher, from what Python, YAML or the command line gives."""
     if value == AUTO:
         return AUTO
     if isinstance(value, str) and value.lstrip().startswith("{"):
@@ -122,12 +110,7 @@ class CostLimit:
         return self._auto is None or self._auto.limit is not None
 
     def imitate(self, rollouts: Rollouts, cost_scope: str, step: int, max_steps: int) -> None:
-        """
-        Keep what the rollouts of the imitation phase cost.
-
-        Raises:
-            ValueError: If the phase would be the whole run.
-        """
+        """Keep what the rollouts of the imitation phase cost."""
         if max_steps <= self._plan.imitation_steps:
             raise ValueError(
                 f"The imitation phase of `cost_limit='auto'` ({self._plan.imitation_steps} steps) would be the whole "
@@ -142,19 +125,7 @@ class CostLimit:
             _logger.warning(f"`cost_limit='auto'` set the limit to {self._auto.settle():.4g} nats at step {step}.")
 
     def of(self, rollouts: Rollouts, step: int, max_steps: int, training: bool) -> float | torch.Tensor:
-        """
-        Limit of the rollouts, one number or of shape `(B,)`.
-
-        Args:
-            rollouts ([`Rollouts`]):
-                Rollouts.
-            step (`int`):
-                Optimizer steps done.
-            max_steps (`int`):
-                Optimizer steps of the run.
-            training (`bool`):
-                Whether a schedule applies. Evaluation is against the limit that is meant.
-        """
+        """Limit of the rollouts, one number or (B,). Evaluation is against the limit that is meant, without schedule."""
         plan, first, target = self._plan, 0, self._plan.target
         if self._auto is not None:
             first, target = plan.imitation_steps, self._auto.limit

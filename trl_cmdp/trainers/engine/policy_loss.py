@@ -13,20 +13,7 @@ def loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
 
 
 def policy_token_weight(trainer: GRPOTrainer, mask: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
-    """
-    Factor of each token in TRL's policy loss.
-
-    Args:
-        trainer ([`~trl.GRPOTrainer`]):
-            Trainer, whose loss type and accumulation count.
-        mask (`torch.Tensor`):
-            Mask of shape `(B, T)` of the tokens that the loss counts.
-        num_items_in_batch (`torch.Tensor`):
-            Completion tokens of the generation batch, of shape `()`.
-
-    Returns:
-        `torch.Tensor`: Factors of shape `(B, 1)` or `()`: the loss is Σ factor·mask·per_token_loss.
-    """
+    """Factor of each token in TRL's policy loss Σ factor·mask·per_token_loss, of shape (B, 1) or ()."""
     training = trainer.model.training
     accumulation = trainer.current_gradient_accumulation_steps if training else 1
     num_rows, loss_type = mask.size(0), trainer.loss_type

@@ -25,13 +25,7 @@ TeacherModel = str | PreTrainedModel | dict[str, str | PreTrainedModel]
 
 
 def make_teachers(trainer: GRPOTrainer, teacher_model: TeacherModel | None) -> dict[str, Teacher]:
-    """
-    Teachers by name, loaded, checked against the student and prepared for its devices.
-
-    Raises:
-        TeacherServerError: If there is no teacher server at the address given, or it is of no use.
-        ValueError: For a teacher that shares what is trained, another vocabulary, a dataset that names none.
-    """
+    """Teachers by name, loaded, checked against the student and prepared for its devices."""
     args = trainer.args
     if args.teacher_adapter_name is not None:
         adapter_teacher = AdapterTeacher(trainer.model, trainer.accelerator, args.teacher_adapter_name)
@@ -47,23 +41,7 @@ def make_teachers(trainer: GRPOTrainer, teacher_model: TeacherModel | None) -> d
 
 
 def teacher_index(rows: list[dict[str, Any]], teachers: list[str], device: torch.device) -> torch.Tensor:
-    """
-    Which teacher each rollout has.
-
-    Args:
-        rows (`list[dict[str, Any]]`):
-            Rows of the dataset, one for each rollout. With several teachers their column `teacher` names one.
-        teachers (`list[str]`):
-            Names of the teachers.
-        device (`torch.device`):
-            Device of the result.
-
-    Returns:
-        `torch.Tensor`: Indices of shape `(b,)`.
-
-    Raises:
-        ValueError: If a row names none of several teachers.
-    """
+    """Index of the teacher of each rollout, (b,): of several, the one that its row names."""
     if len(teachers) == 1:
         return torch.zeros(len(rows), dtype=torch.long, device=device)
     for row in rows:

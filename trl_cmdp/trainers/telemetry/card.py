@@ -82,18 +82,6 @@ def write_model_card(
 ) -> None:
     """
     Write `README.md` into the output folder anew: the metadata that TRL's card there has, and this library's text.
-
-    Args:
-        trainer ([`~trl.GRPOTrainer`]):
-            Trainer.
-        command (`Sequence[str]`):
-            What made the run, as in `sys.argv`. Secrets in it are hidden.
-        facts ([`DistillationFacts`], *optional*):
-            What is said of distillation, `None` without a teacher.
-        dataset_name (`str`, *optional*):
-            Name of the dataset on the Hub.
-        evaluation ([`~trl_cmdp.evaluation.EvaluationSummary`], *optional*):
-            Figures of the student on held-out problems.
     """
     args, path = trainer.args, Path(trainer.args.output_dir, "README.md")
     data = ModelCard.load(path).data

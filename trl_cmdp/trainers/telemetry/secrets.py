@@ -18,18 +18,7 @@ _PATTERNS = (
 
 
 def hide_secrets(text: str, known: Iterable[str | None] = ()) -> str:
-    """
-    Hide what looks like a secret, and those that are known.
-
-    Args:
-        text (`str`):
-            Text to show.
-        known (`Iterable[str]`, *optional*):
-            Secrets. `None` and empty ones are passed over.
-
-    Returns:
-        `str`: The text with `***` in their place.
-    """
+    """Hide what looks like a secret, and those that are known."""
     for secret in known:
         if secret:
             text = text.replace(secret, _HIDDEN)
@@ -39,18 +28,7 @@ def hide_secrets(text: str, known: Iterable[str | None] = ()) -> str:
 
 
 def shell_command(argv: Sequence[str], known: Iterable[str | None] = ()) -> str:
-    """
-    A command as it can be shown, with the values of options that are named like a secret hidden.
-
-    Args:
-        argv (`Sequence[str]`):
-            Program and arguments, as in `sys.argv`.
-        known (`Iterable[str]`, *optional*):
-            Secrets to hide anywhere.
-
-    Returns:
-        `str`: One line for a shell.
-    """
+    """A command as it can be shown, with the values of options that are named like a secret hidden."""
     known = list(known)
     program = Path(argv[0]).name
     words, hide_next = (["python", program] if program.endswith(".py") else [program]), False

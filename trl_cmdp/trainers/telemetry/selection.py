@@ -43,13 +43,6 @@ class Verdicts:
             mean reward, in [−M, M]       if v ≤ tolerated_violation_rate
             −(1 + v)·M, in [−2M, −M)      otherwise: below every reward, and the more violations the lower
             −3·M                          without a verdict (no rollout was judged, or no limit is set yet)
-
-        Args:
-            tolerated_violation_rate (`float`):
-                Share of violating rollouts with which a student still counts as feasible.
-
-        Returns:
-            `float`: The number, finite where the rewards are.
         """
         if self.judged == 0:
             return -3 * _LARGEST_REWARD
@@ -60,20 +53,7 @@ class Verdicts:
 
 
 def asks_for_feasible_reward(args: GRPOConfig, with_teacher: bool, eval_dataset: Any) -> bool:
-    """
-    Whether checkpoints are to be chosen by feasibility first and reward second.
-
-    Args:
-        args ([`~trl.GRPOConfig`]):
-            Arguments of the trainer.
-        with_teacher (`bool`):
-            Whether it has a teacher.
-        eval_dataset ([`~datasets.Dataset`], `dict` of them, or other):
-            Evaluation data.
-
-    Raises:
-        ValueError: If they are and could not be, or would be the wrong way round.
-    """
+    """Whether checkpoints are to be chosen by feasibility first and reward second."""
     if args.metric_for_best_model not in (FEASIBLE_REWARD, f"eval_{FEASIBLE_REWARD}"):
         return False
     asked = f"`metric_for_best_model={args.metric_for_best_model!r}`"

@@ -16,32 +16,14 @@ _DARKEST = 0.85  # opacity, at which the text can still be read
 
 
 class ShadedCompletions:
-    """
-    The training rollouts since the last log.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer, which gives the text of each token.
-    """
+    """The training rollouts since the last log."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
         self._rows: list[list[Any]] = []
 
     def replace(self, prompts: Sequence[Any], ids: torch.Tensor, mask: torch.Tensor, of: Rollouts, by: Signal) -> None:
-        """
-        Keep these rollouts in place of the ones before.
-
-        Args:
-            prompts (`Sequence[str or list]`):
-                Prompts, text or messages.
-            ids, mask (`torch.Tensor`):
-                Completion tokens and their mask, of shape `(B, T)`.
-            of ([`Rollouts`]):
-                The rollouts.
-            by ([`Signal`]):
-                What the method made of them, with the columns of a limit.
-        """
+        """Keep these rollouts, with their completion tokens and mask (B, T), in place of the ones before."""
         self._rows = []
         if of.costs is None or "cost" not in by.columns:
             return
@@ -65,20 +47,7 @@ class ShadedCompletions:
 
 
 def shade_tokens(tokens: Sequence[str], costs: Sequence[float], scale: float) -> str:
-    """
-    Tokens as HTML, the redder the more they cost. The cost shows where the pointer rests on a token.
-
-    Args:
-        tokens (`Sequence[str]`):
-            Text of each token.
-        costs (`Sequence[float]`):
-            Its cost, in nats.
-        scale (`float`):
-            Cost of the darkest shade.
-
-    Returns:
-        `str`: HTML.
-    """
+    """Tokens as HTML, the redder the more they cost. The cost shows where the pointer rests on a token."""
     spans = []
     for token, cost in zip(tokens, costs, strict=True):
         opacity = _DARKEST * (max(0.0, cost) / scale) ** 0.5 if scale > 0 else 0.0  # of a root: costs have long tails
