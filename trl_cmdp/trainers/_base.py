@@ -20,10 +20,11 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
 from ..core import infeasible_steps, rollout_cost
-from ..teachers import LocalTeacher, base_model
+from ..teachers import LocalTeacher, base_model, keep_differentiable
 from ._card import write_model_card
 from ._config import DistillConfig
 from ._forward import DivergenceRequest, StudentForward
+from ._gradient_check import GradientCheck
 from ._guards import CheckpointOnSigterm, named_failure, sole_run
 from ._hub import warn_if_failed
 from ._images import IMAGES_REFUSED, check_no_images
@@ -128,6 +129,8 @@ class DistillTrainer(GRPOTrainer):
 
         self._sigterm = CheckpointOnSigterm(self.accelerator)
         self.add_callback(self._sigterm)
+        keep_differentiable(self.model)
+        self.add_callback(GradientCheck(self.accelerator))
         self.command = sys.argv  # what the model card says that made the run; secrets are hidden there
         self.teachers: dict[str, Teacher] = make_teachers(self, teacher_model) if with_teacher else {}
         if not self.teachers:
