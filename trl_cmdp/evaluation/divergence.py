@@ -11,8 +11,10 @@ from ..teachers import (
     AdapterTeacher,
     LMHead,
     RemoteTeacher,
+    allow_fast_kernel,
     base_model,
     head_divergence,
+    keep_differentiable,
     last_hidden_state,
     lm_head,
 )
@@ -59,9 +61,11 @@ def score_rollouts(
         ValueError: If a cost is not finite.
     """
     student_model = base_model(student)
+    keep_differentiable(student)  # it may be trained afterwards
     training = student.training
     student.eval()
     if isinstance(teacher, PreTrainedModel):
+        allow_fast_kernel(teacher)
         teacher.eval()
     teacher_head = _teacher_head(teacher, student.device)
     costs: list[torch.Tensor] = []

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..teachers import base_model
+from ..teachers import base_model, keep_differentiable
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def sample_rollouts(
         disable_compile=True,
         **({} if greedy else {"temperature": temperature, "top_k": 0, "top_p": 1.0}),
     )
+    keep_differentiable(model)  # it may be trained afterwards
     training = model.training
     model.eval()
     rollouts: list[Rollout] = []

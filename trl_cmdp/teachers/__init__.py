@@ -12,6 +12,7 @@ from .heads import (
     lm_head,
 )
 from .local import LocalTeacher, check_vocabulary, load_teacher
+from .quantized import allow_fast_kernel, keep_differentiable
 from .remote import EXACT_SERVER_COMMAND, RemoteTeacher, TeacherServerError
 
 
@@ -22,12 +23,14 @@ __all__ = [
     "LocalTeacher",
     "RemoteTeacher",
     "TeacherServerError",
+    "allow_fast_kernel",
     "base_model",
     "check_vocabulary",
     "head_divergence",
     "head_log_probs",
     "head_policy_divergence",
     "head_scores",
+    "keep_differentiable",
     "last_hidden_state",
     "lm_head",
     "load_teacher",

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from trl.models.utils import _ForwardRedirection
 
 from .heads import LMHead, last_hidden_state, lm_head
+from .quantized import allow_fast_kernel
 
 
 logger = logging.get_logger(__name__)
@@ -132,6 +133,7 @@ def load_teacher(
             "`teacher_model_init_kwargs` and `teacher_model_revision` apply to a teacher given as a path or a hub id, "
             "but `teacher_model` is an instance. Load it with them, or pass its path."
         )
+    allow_fast_kernel(teacher_model)
     return teacher_model.eval().requires_grad_(False)
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
+from ...teachers import keep_differentiable
 from .checkpoints import (
     METHOD_STATE_FILE,
     PROGRESS_FILE,
@@ -23,6 +24,7 @@ from .checkpoints import (
     save_tree,
     start_checkpoint,
 )
+from .gradient_check import GradientCheck
 from .guards import CheckpointOnSigterm, named_failure, sole_run
 
 
@@ -42,6 +44,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        keep_differentiable(self.model)
+        self.add_callback(GradientCheck(self.accelerator))
         self._sigterm = CheckpointOnSigterm(self.accelerator)
         self.add_callback(self._sigterm)
 
