@@ -1,4 +1,4 @@
-"""`core` needs torch alone, and imports between the packages run one way (DESIGN, section 3)."""
+"""`core` needs torch and scipy alone, and imports between the packages run one way (DESIGN, section 3)."""
 
 import ast
 import subprocess
@@ -56,16 +56,16 @@ def test_every_package_is_listed():
     assert packages <= set(ALLOWED)
 
 
-def test_core_imports_torch_and_the_standard_library_alone():
+def test_core_imports_torch_scipy_and_the_standard_library_alone():
     """By its source: nothing else, not even inside a function."""
     assert files_of("core")
     for path in files_of("core"):
         for module in imported_modules(path):
             top = module.split(".")[0]
-            assert top in sys.stdlib_module_names | {"torch", "trl_cmdp"}, f"{path.name} imports {module}"
+            assert top in sys.stdlib_module_names | {"scipy", "torch", "trl_cmdp"}, f"{path.name} imports {module}"
 
 
-HEAVY = {"accelerate", "datasets", "matplotlib", "peft", "scipy", "tokenizers", "transformers", "trl", "vllm", "wandb"}
+HEAVY = {"accelerate", "datasets", "matplotlib", "peft", "tokenizers", "transformers", "trl", "vllm", "wandb"}
 
 
 def loaded_by(statement):
@@ -94,4 +94,4 @@ def test_package_and_help_wait_for_nothing(statement):
     """Neither the package nor the command line's help loads a library that takes seconds."""
     loaded = loaded_by(statement)
     assert "trl_cmdp" in loaded
-    assert not loaded & {*HEAVY, "numpy", "torch"}
+    assert not loaded & {*HEAVY, "numpy", "scipy", "torch"}
