@@ -245,7 +245,7 @@ def test_goes_on_after_a_restart(model, folder, caplog):
     assert random.getstate() == state  # training must not depend on an outage
     warnings = [record.message for record in caplog.records if "Waiting for the teacher server" in record.message]
     assert len(warnings) == 1  # not one per thread
-    assert "Connection refused" in warnings[0]
+    assert "All connection attempts failed" in warnings[0]
 
 
 def test_gives_up_with_one_error_that_says_what_to_do(model, folder):
@@ -256,7 +256,7 @@ def test_gives_up_with_one_error_that_says_what_to_do(model, folder):
         teacher.hidden_states(SEQUENCES * 30, NUM_LAST * 30)
     assert time.monotonic() - start < 2  # once, not once per sequence
     assert server.url in str(caught.value)
-    assert "Connection refused" in str(caught.value)
+    assert "All connection attempts failed" in str(caught.value)
     assert isinstance(caught.value, RuntimeError)
     assert caught.value.__suppress_context__  # not a chain of them
 
@@ -276,7 +276,7 @@ def test_a_silent_server_and_a_slow_body_end_too(pooling):
     for fault in (lambda handler, payload: time.sleep(1) or True, trickle):
         pooling.fault = fault
         start = time.monotonic()
-        with pytest.raises(TeacherServerError, match="TimeoutError"):
+        with pytest.raises(TeacherServerError, match="no whole answer within"):
             teacher.hidden_states([[2, 3, 4, 5, 6]], [1])
         assert time.monotonic() - start < 0.9
 
@@ -427,7 +427,9 @@ def test_nothing_listening_says_what_to_start():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        with pytest.raises(TeacherServerError, match=r"Connection refused.*vllm serve MODEL --runner pooling"):
+        with pytest.raises(
+            TeacherServerError, match=r"All connection attempts failed.*vllm serve MODEL --runner pooling"
+        ):
             RemoteTeacher(url)
 
 
