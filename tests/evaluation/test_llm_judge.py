@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from fake_openai import KEY, FakeOpenAI, answer, completion, serving, silence
-from helpers import make_model, make_tokenizer
 
 from trl_cmdp.evaluation.judges import ChatEndpoint, JudgeError, LLMJudge, Pair
 from trl_cmdp.evaluation.judges._cache import ReplyCache
@@ -22,7 +21,6 @@ from trl_cmdp.evaluation.judges.llm import (
     judge_messages,
     parse_verdict,
 )
-from trl_cmdp.evaluation.judges.local import LocalChat
 
 
 PAIR = Pair(3, False, 1, "What is 2 + 2?", "2 + 2 = 4, good", "2 + 2 = 5")
@@ -412,18 +410,3 @@ def test_the_documented_prompts_are_those_that_are_sent():
     page = (Path(__file__).parents[2] / "docs" / "judges.md").read_text()
     for prompt in (SYSTEM_PROMPT, USER_PROMPT, RETRY_PROMPT):
         assert f"```text\n{prompt}\n```" in page
-
-
-def test_a_local_model(tmp_path):
-    tokenizer = make_tokenizer()
-    make_model().save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no chat template"):
-        LocalChat(str(tmp_path))
-    tokenizer.chat_template = "{% for message in messages %}1+2={% endfor %}"
-    tokenizer.save_pretrained(tmp_path)
-    chat = LocalChat(str(tmp_path), max_new_tokens=8)
-    assert chat.model.startswith(f"{tmp_path}@")
-    judgement = judge_one(chat, max_malformed=1)
-    assert judgement.failures == {"malformed": 4, "no_verdict": 2}
-    assert judge_one(LocalChat(str(tmp_path), max_new_tokens=60)).failures == {"refused": 2, "no_reply": 2}

@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
 
 from ._cache import ReplyCache
-from ._client import JudgeError, Message, NoReplyError
+from ._client import ChatEndpoint, JudgeError, Message, NoReplyError
 from .records import Judgement, Outcome, Pair, flipped, judgement
 
 
@@ -55,17 +54,6 @@ _VERDICT = re.compile(r"Verdict: (A|B|tie)")
 _OUTCOMES: dict[str, Outcome] = {"A": "win", "B": "loss", "tie": "tie"}
 
 
-class Chat(Protocol):
-    """A language model that answers conversations: `ChatEndpoint`, or `local.LocalChat`."""
-
-    model: str
-    sampling_params: dict[str, Any]
-    concurrency: int
-
-    def complete(self, messages: Sequence[Message]) -> tuple[str, Counter[str]]:
-        """The reply, and how often each kind of failure came before it. Raises `NoReplyError` if there is none."""
-
-
 class LLMJudge:
     """
     Compares the reasoning of two solutions with a language model.
@@ -74,8 +62,8 @@ class LLMJudge:
     disagree are a tie. Solutions of the same text are a tie without a question.
 
     Args:
-        chat ([`Chat`]):
-            The model.
+        chat ([`ChatEndpoint`]):
+            Endpoint of the model.
         cache (`str` or `Path`, *optional*):
             JSONL file of replies. What is in it is not asked again.
         max_malformed (`int`, *optional*, defaults to `2`):
@@ -83,7 +71,7 @@ class LLMJudge:
             verdict: it is never guessed.
     """
 
-    def __init__(self, chat: Chat, cache: str | Path | None = None, *, max_malformed: int = 2):
+    def __init__(self, chat: ChatEndpoint, cache: str | Path | None = None, *, max_malformed: int = 2):
         self.name = chat.model
         self._chat = chat
         self._cache = None if cache is None else ReplyCache(cache)
