@@ -142,18 +142,15 @@ class LLMJudge:
         return None
 
     def _reply(self, messages: list[Message], order: str, failures: Counter[str]) -> str:
-        if self._cache is None:
-            reply, before = self._chat.complete(messages)
-            failures.update(before)
-            return reply
         key = ReplyCache.key(
             {"model": self._chat.model, "sampling": self._chat.sampling_params, "messages": messages, "order": order}
         )
-        if (cached := self._cache.get(key)) is not None:
-            return cached
-        reply, before = self._chat.complete(messages)
-        failures.update(before)
-        self._cache.add(key, reply)
+        reply = None if self._cache is None else self._cache.get(key)
+        if reply is None:
+            reply, before = self._chat.complete(messages)
+            failures.update(before)
+            if self._cache is not None:
+                self._cache.add(key, reply)
         return reply
 
 
