@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils._pytree import tree_map, tree_map_only
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -121,7 +122,7 @@ def save_progress(trainer: "DistillTrainer", folder: Path) -> None:
             Folder of the checkpoint.
     """
     if _micro_steps_left(trainer, trainer._step):
-        _save_tree(folder / _ROLLOUTS_FILE.format(process=trainer.accelerator.process_index), _rollouts_left(trainer))
+        save_tree(folder / _ROLLOUTS_FILE.format(process=trainer.accelerator.process_index), _rollouts_left(trainer))
     state = trainer._method_state() if trainer.teachers else {}
     if state and trainer.args.should_save:
         (folder / _METHOD_STATE_FILE).write_text(json.dumps(state))
@@ -191,7 +192,7 @@ def load_progress(trainer: "DistillTrainer", checkpoint: Path) -> None:
         trainer._step = progress["step"]
         if _micro_steps_left(trainer, trainer._step):
             path = checkpoint / _ROLLOUTS_FILE.format(process=trainer.accelerator.process_index)
-            trainer._buffered_inputs = _load_tree(path, trainer.accelerator.device)
+            trainer._buffered_inputs = load_tree(path, trainer.accelerator.device)
     elif progress["step"] % (saved["steps_per_generation"] * saved["num_iterations"]):
         changed = [f"{name} {saved[name]}, now {batches[name]}" for name in saved if saved[name] != batches[name]]
         _logger.warning(
@@ -237,38 +238,33 @@ def _logging_window(trainer: "DistillTrainer") -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------- tensors on disk
 
 
-def _save_tree(path: Path, tree: Any) -> None:
+def save_tree(path: Path, tree: Any) -> None:
     """Dictionaries and lists of tensors and of what JSON has, as one safetensors file."""
     tensors: dict[str, torch.Tensor] = {}
-    structure = json.dumps(_take_tensors(tree, tensors))
-    save_file(tensors, path, metadata={"structure": structure})
 
-
-def _take_tensors(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """The tree with each tensor put aside, replaced by its name there and whether it was in host memory."""
-    if isinstance(tree, torch.Tensor):
+    def stored(tensor: torch.Tensor) -> dict[str, Any]:
         name = str(len(tensors))
-        tensors[name] = (
-            tree.detach().cpu().clone(memory_format=torch.contiguous_format)
-        )  # safetensors shares no memory
-        return {"tensor": name, "on_host": tree.device.type == "cpu"}
-    if isinstance(tree, dict):
-        return {name: _take_tensors(value, tensors) for name, value in tree.items()}
-    if isinstance(tree, str | int | float | None):
-        return tree
-    return [_take_tensors(value, tensors) for value in tree]
+        # A copy, as safetensors refuses tensors that share memory.
+        tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": name, "on_host": tensor.device.type == "cpu"}
+
+    structure = tree_map_only(torch.Tensor, stored, tree)
+    save_file(tensors, path, metadata={"structure": json.dumps(structure)})
 
 
-def _load_tree(path: Path, device: torch.device) -> Any:
-    """The tree of a file, its tensors where they were."""
-
-    def restored(tree: Any) -> Any:
-        if isinstance(tree, dict):
-            if tree.keys() == {"tensor", "on_host"}:
-                tensor = file.get_tensor(tree["tensor"])
-                return tensor if tree["on_host"] else tensor.to(device)
-            return {name: restored(value) for name, value in tree.items()}
-        return [restored(value) for value in tree] if isinstance(tree, list) else tree
-
+def load_tree(path: Path, device: torch.device) -> Any:
+    """What [`save_tree`] wrote, its tensors in host memory or on `device` as they were; tuples are lists."""
     with safe_open(path, "pt") as file:
-        return restored(json.loads(file.metadata()["structure"]))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
+        structure = json.loads(file.metadata()["structure"])
+
+    def is_tensor(node: Any) -> bool:
+        return isinstance(node, dict) and node.keys() == {"tensor", "on_host"}
+
+    def restored(leaf: Any) -> Any:
+        if not is_tensor(leaf):
+            return leaf
+        tensor = tensors[leaf["tensor"]]
+        return tensor if leaf["on_host"] else tensor.to(device)
+
+    return tree_map(restored, structure, is_leaf=is_tensor)
