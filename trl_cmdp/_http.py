@@ -10,8 +10,8 @@ import re
 import ssl
 import threading
 import time
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import httpx2
@@ -24,19 +24,8 @@ _MAX_MESSAGE_BYTES = 2**14  # of an answer with another status than 200; the res
 logging.getLogger("httpcore2").setLevel(logging.INFO)
 
 
-@dataclass(frozen=True)
-class HttpAnswer:
-    """
-    Answer of a server.
-
-    Args:
-        status (`int`):
-            HTTP status.
-        headers ([`~httpx2.Headers`]):
-            Headers.
-        body (`bytearray`):
-            Body as it was sent. One that is longer than allowed is cut somewhere beyond the allowed length.
-    """
+class Answer(NamedTuple):
+    """What a server answered. A body that is longer than allowed is cut somewhere beyond the allowed length."""
 
     status: int
     headers: httpx2.Headers
@@ -45,16 +34,8 @@ class HttpAnswer:
 
 class HttpFailure(Exception):
     """
-    A request without a usable answer.
-
-    Args:
-        kind (`str`):
-            `"timeout"`, `"connection"`, `"bad_answer"`, `"http_429"` or `"http_5xx"`, which sending it again may cure,
-            or `"refused"`.
-        message (`str`):
-            What happened, without the API key.
-        delay (`float`, *optional*):
-            Seconds after which the server asks to be tried again.
+    A request without a usable answer. `kind` is "timeout", "connection", "bad_answer", "http_429" or "http_5xx", which
+    sending it again may cure (after `delay` seconds, where the server asks for that), or "refused".
     """
 
     def __init__(self, kind: str, message: str, delay: float | None = None):
@@ -78,9 +59,6 @@ class HttpServer:
         timeout (`float`):
             Seconds until an answer begins, its headers included, and again that its body may take.
 
-    Attributes:
-        url (`str`): Address, before the API's own paths.
-
     Raises:
         ValueError: If the URL or the key cannot be used.
     """
@@ -99,21 +77,8 @@ class HttpServer:
         if urlsplit(url).scheme == "https":  # reading the certificates takes tens of milliseconds
             self._tls.load_default_certs()
 
-    def _request(self, path: str, payload: bytes | None, max_bytes: int, accept: str = "*/*") -> HttpAnswer:
-        """
-        Answer to a GET, or to a POST of JSON, of any status but 429 and 5xx.
-
-        Raises:
-            HttpFailure: If there is none, or not a whole one.
-        """
-        exchange = self._exchange(path, payload, max_bytes, accept)
-        answer = asyncio.run_coroutine_threadsafe(exchange, _event_loop(os.getpid())).result()
-        if answer.status == 429 or answer.status >= 500:
-            kind = "http_429" if answer.status == 429 else "http_5xx"
-            raise HttpFailure(kind, self._describe(answer), _retry_after(answer.headers.get("Retry-After")))
-        return answer
-
-    async def _exchange(self, path: str, payload: bytes | None, max_bytes: int, accept: str) -> HttpAnswer:
+    def _request(self, path: str, payload: bytes | None, max_bytes: int, accept: str = "*/*") -> Answer:
+        """Answer to a GET, or to a POST of JSON, of any status but 429 and 5xx. Raises `HttpFailure`."""
         headers = {"Accept": accept, "Accept-Encoding": "identity", "Connection": "close"}
         if payload is not None:
             headers["Content-Type"] = "application/json"
@@ -122,6 +87,15 @@ class HttpServer:
         timeouts = {"timeout": {"connect": min(_CONNECT_TIMEOUT, self._timeout)}}
         method = "GET" if payload is None else "POST"
         request = httpx2.Request(method, self.url + path, headers=headers, content=payload, extensions=timeouts)
+        exchange = self._exchange(request, max_bytes)
+        answer = asyncio.run_coroutine_threadsafe(exchange, _event_loop(os.getpid())).result()
+        if answer.status == 429 or answer.status >= 500:
+            kind = "http_429" if answer.status == 429 else "http_5xx"
+            raise HttpFailure(kind, self._describe(answer), _retry_after(answer.headers.get("Retry-After")))
+        return answer
+
+    async def _exchange(self, request: httpx2.Request, max_bytes: int) -> Answer:
+        body = bytearray()
         failure = "connection"
         try:
             # The transport alone, without a client: it follows no redirect, reads no proxy from the environment, and
@@ -131,7 +105,6 @@ class HttpServer:
                     response = await transport.handle_async_request(request)
                 failure = "bad_answer"
                 allowed = max_bytes if response.status_code == 200 else _MAX_MESSAGE_BYTES
-                body = bytearray()
                 async with asyncio.timeout(self._timeout):
                     async for chunk in response.aiter_raw():
                         body += chunk
@@ -141,9 +114,9 @@ class HttpServer:
             raise HttpFailure("timeout", f"no whole answer within {self._timeout:g} s") from None
         except httpx2.TransportError as error:  # not `from error`, which may quote the server
             raise HttpFailure(failure, self._hide_key(f"{type(error).__name__}: {error}")[:300]) from None
-        return HttpAnswer(response.status_code, response.headers, body)
+        return Answer(response.status_code, response.headers, body)
 
-    def _describe(self, answer: HttpAnswer) -> str:
+    def _describe(self, answer: Answer) -> str:
         """Status of an answer and its message, if it has one."""
         text = answer.body.decode(errors="replace")
         with contextlib.suppress(LookupError, RecursionError, TypeError, ValueError):
@@ -151,15 +124,12 @@ class HttpServer:
         text = self._hide_key(" ".join(str(text).split()))[:300]
         return f"HTTP {answer.status}" + (f" ({text})" if text else "")
 
-    def _refusal(self, status: int) -> str | None:
-        """What to do about an answer that any request would get; `None` if it is about the one that was sent."""
+    def _problem(self, status: int) -> str | None:
+        """What is wrong where every request would get this status; `None` where it is about the one that was sent."""
         if status in (401, 403):
             return "needs an API key" if self._api_key is None else "does not accept the API key"
         if 300 <= status < 400:
-            return (
-                "redirects elsewhere, which is never followed, as the key must not reach another host: give the final "
-                "address"
-            )
+            return "redirects elsewhere, where the key must not go: give the final address"
         return None
 
     def _hide_key(self, text: str) -> str:
@@ -169,11 +139,8 @@ class HttpServer:
 
 @functools.cache
 def _event_loop(process_id: int) -> asyncio.AbstractEventLoop:
-    """
-    Runs the requests of a process, which a fork of it cannot share, in a thread of its own: the caller's may run another
-    loop, as a notebook's does.
-    """
-    loop = asyncio.new_event_loop()
+    """Runs a process's requests in a thread of its own: the caller's may run another loop, as a notebook's does."""
+    loop = asyncio.new_event_loop()  # a fork of the process does not have the thread, and makes another
     threading.Thread(target=loop.run_forever, daemon=True).start()
     return loop
 

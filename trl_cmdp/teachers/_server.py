@@ -40,22 +40,8 @@ class TeacherServerError(RuntimeError):
 
 class TeacherServer(HttpServer):
     """
-    HTTP to one teacher server: a connection per request, no proxy, no redirect followed.
-
-    Args:
-        url (`str`):
-            Address, `http://host:port` or with a path before the API's own. A final `/v1` is dropped.
-        api_key (`str`, *optional*):
-            Sent as a bearer token, to this server alone. It is in no log, `repr` or error.
-        timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds until an answer begins, its headers included, and again that its body may take.
-        max_wait (`float`, *optional*, defaults to `600.0`):
-            Seconds for which a request that fails (no connection, cut answer, HTTP 429 or 5xx) is tried again.
-        concurrency (`int`, *optional*, defaults to `16`):
-            Number of requests under way at once.
-
-    Raises:
-        ValueError: If the URL or the key cannot be used.
+    HTTP to one teacher server, its arguments those of [`RemoteTeacher`]: a request that fails (no connection, a cut
+    answer, HTTP 429 or 5xx) is tried again for `max_wait` seconds, and `concurrency` are under way at once.
     """
 
     def __init__(
@@ -68,7 +54,7 @@ class TeacherServer(HttpServer):
         concurrency: int = 16,
     ):
         super().__init__("teacher server", url, "http://host:8000", api_key, timeout)
-        self.url = self.url.removesuffix("/v1")
+        self.url = self.url.removesuffix("/v1")  # which OpenAI's clients want
         self._max_wait = max_wait
         self._concurrency = concurrency
         self._jitter = random.Random()  # its own: the global one decides the training run
@@ -78,21 +64,7 @@ class TeacherServer(HttpServer):
         return f"{type(self).__name__}({self.url!r})"
 
     def probe(self, path: str, payload: dict[str, Any] | None = None) -> Any:
-        """
-        JSON answer to one request, tried once.
-
-        Args:
-            path (`str`):
-                Path, `/v1/models` for one.
-            payload (`dict`, *optional*):
-                Body of a POST. Without it the request is a GET.
-
-        Returns:
-            The decoded answer.
-
-        Raises:
-            TeacherServerError: If there is no answer, or one that is not JSON. `status` tells a refusal.
-        """
+        """JSON answer to a GET or, with a payload, to a POST, tried once. The error's `status` tells a refusal."""
         try:
             body = self._attempt(path, payload, _PROBE_BYTES)
         except HttpFailure as failure:
@@ -101,23 +73,8 @@ class TeacherServer(HttpServer):
 
     def post(self, path: str, payload: dict[str, Any], max_bytes: int, stop: threading.Event) -> bytearray:
         """
-        Body of the answer to a POST, tried again with growing delays for as long as waiting may help.
-
-        Args:
-            path (`str`):
-                Path, `/pooling` for one.
-            payload (`dict`):
-                Body, sent as JSON.
-            max_bytes (`int`):
-                Longest answer that can be correct.
-            stop (`threading.Event`):
-                Ends the waiting when set.
-
-        Returns:
-            `bytearray`: The body.
-
-        Raises:
-            TeacherServerError: If the server refuses the request, answers too much, or is gone for `max_wait` seconds.
+        Body of the answer to a POST, at most `max_bytes`, tried again with growing delays for as long as waiting may
+        help and `stop` is not set.
         """
         first_failure = None
         delay = 0.5
@@ -142,18 +99,7 @@ class TeacherServer(HttpServer):
                 delay = min(2 * delay, _LONGEST_DELAY)
 
     def map(self, function: Callable[[_Item, threading.Event], _Result], items: Sequence[_Item]) -> list[_Result]:
-        """
-        `function(item, stop)` of all items, several at a time. The first error ends the others.
-
-        Args:
-            function (`Callable`):
-                Called in threads, with an event to hand to [`~TeacherServer.post`].
-            items (`Sequence`):
-                Items.
-
-        Returns:
-            `list`: Results, in the order of the items.
-        """
+        """`function(item, stop)` of all items in their order, computed in threads. The first error ends the others."""
         stop = threading.Event()
         executor = ThreadPoolExecutor(max_workers=max(1, min(self._concurrency, len(items))))
         try:
@@ -173,7 +119,7 @@ class TeacherServer(HttpServer):
             raise self.unexpected(f"{len(body)} bytes that are not JSON") from None
 
     def unexpected(self, answer: str) -> TeacherServerError:
-        """Error for an answer that no retry would mend."""
+        """Error for an answer that trying again would not change."""
         return TeacherServerError(
             f"The teacher server at {self.url} sent {answer}. Is it vLLM (0.32 was tested), and nothing else before "
             "it? The last checkpoint is untouched."
@@ -183,10 +129,8 @@ class TeacherServer(HttpServer):
         """Body of an answer of status 200. Raises `HttpFailure` for what waiting may cure."""
         answer = self._request(path, None if payload is None else json.dumps(payload).encode(), max_bytes)
         if answer.status != 200:
-            problem = self._refusal(answer.status) or "refused the request"
-            raise TeacherServerError(
-                f"The teacher server at {self.url} {problem}: {self._describe(answer)}.", answer.status
-            )
+            problem = f"{self._problem(answer.status) or 'refused the request'}: {self._describe(answer)}"
+            raise TeacherServerError(f"The teacher server at {self.url} {problem}.", answer.status)
         if len(answer.body) > max_bytes:
             raise self.unexpected(f"more than the {max_bytes} bytes that an answer can have")
         if not answer.body:  # the server went away between the headers and a body of no announced length

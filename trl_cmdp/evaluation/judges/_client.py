@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..._http import HttpAnswer, HttpFailure, HttpServer
+from ..._http import Answer, HttpFailure, HttpServer
 
 
 Message = dict[str, str]
@@ -120,14 +120,11 @@ class ChatEndpoint(HttpServer):
             self._sleep(min(wait, _LONGEST_DELAY))
             delay *= 2
 
-    def _reply(self, answer: HttpAnswer) -> str:
+    def _reply(self, answer: Answer) -> str:
         status = answer.status
-        problem = self._refusal(status)
+        problem = self._problem(status)
         if status in (404, 405):
-            problem = (
-                "does not know the address or the model: check the URL (such as 'http://host:8000/v1') and the model's "
-                f"name, {self.model!r}"
-            )
+            problem = f"has no such address or model: check the URL (as in 'http://host:8000/v1') and {self.model!r}"
         if problem is not None:
             raise JudgeError(f"The judge at {self.url} {problem} (HTTP {status}).")
         if status != 200:

@@ -90,27 +90,13 @@ class Token(NamedTuple):
 
 @dataclass
 class Side:
-    """
-    One side of an equality.
+    """One side of an equality."""
 
-    Args:
-        tokens (`list[Token]`):
-            Its expression; empty where the text has only words.
-        unit (`str`):
-            Last word after it, without a plural s, `""` if there is none.
-        approximate (`bool`):
-            Whether `≈` comes before it.
-        depth (`int`):
-            Number of its parentheses that are open, while it is read.
-        interrupted (`bool`):
-            Whether words follow its last token.
-    """
-
-    tokens: list[Token] = field(default_factory=list)
-    unit: str = ""
-    approximate: bool = False
-    depth: int = 0
-    interrupted: bool = False
+    tokens: list[Token] = field(default_factory=list)  # its expression; none where the text has only words
+    unit: str = ""  # the last word after it, without a plural s
+    approximate: bool = False  # whether ≈ comes before it
+    depth: int = 0  # parentheses that are open, while it is read
+    interrupted: bool = False  # whether words follow the last token, while it is read
 
     @property
     def complete(self) -> bool:
@@ -128,13 +114,7 @@ class Side:
         return not any(token.kind == "operator" for token in self.tokens[1:])
 
     def value(self, percent: Fraction) -> Fraction | None:
-        """
-        Value of the expression, `None` if it has none, or none of a bounded size.
-
-        Args:
-            percent (`Fraction`):
-                What `%` multiplies by: 1/100, or 1 where it is read as a unit.
-        """
+        """Value with `%` as a factor; `None` if the expression has none, or none of a bounded size."""
         try:
             return self._evaluate(self._tree, percent)
         except (ArithmeticError, SyntaxError):
@@ -187,31 +167,19 @@ def normalise(text: str) -> str:
 
 def read_chains(text: str) -> Iterator[list[Side]]:
     """
-    Chained equalities of a normalised text, in its order: the sides of each, at least two.
-
-    Args:
-        text (`str`):
-            What [`normalise`] returned.
-
-    Yields:
-        `list[Side]`: Sides. An expression begins after the last number that no operator connects to it.
+    Chained equalities of a normalised text, in its order: the sides of each, at least two. An expression begins after
+    the last number that no operator connects to it.
     """
     for line in text.splitlines():
         yield from _Reader().read(line)
 
 
-def read_numbers(text: str) -> Iterator[tuple[Fraction, int, bool]]:
-    """
-    Numbers of a normalised text that are written in digits.
-
-    Yields:
-        `tuple[Fraction, int, bool]`: Value, number of decimals, and whether `%` follows.
-    """
+def read_numbers(text: str) -> Iterator[Token]:
+    """Numbers of a normalised text that are written in digits."""
     for match in _TOKEN.finditer(text):
         digits = match["digits"] or (match["ordinal"] or "")[:-2]
         if digits and len(digits) <= _MAX_DIGITS:
-            token = _number(digits, bool(match["percent"]))
-            yield token.value, token.decimals, token.percent
+            yield _number(digits, bool(match["percent"]))
 
 
 def read_word_numbers(text: str) -> Iterator[Fraction]:

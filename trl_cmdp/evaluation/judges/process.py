@@ -156,11 +156,12 @@ def _given(problem: str) -> Iterator[Fraction]:
     yield from read_word_numbers(text)
     cents = re.search(r"\bcents?\b|¢", problem) is not None
     percents, rounded = "percent" in text, "round" in text
-    for value, _, percent in read_numbers(text):
+    for number in read_numbers(text):
+        value = number.value
         yield value
         if rounded:  # "rounds all prices to the nearest dollar"
             yield Fraction(int(value + Fraction(1, 2)))
-        if percent or percents:
+        if number.percent or percents:
             for share in (value / 100, 1 - value / 100, 1 + value / 100):
                 yield from (share, 100 * share)
         if cents:
@@ -246,7 +247,7 @@ def _final_answer(completion: str) -> Fraction | None:
             completion = marked[-1]
             break
     numbers = list(read_numbers(normalise(completion)))
-    return numbers[-1][0] if numbers else None
+    return numbers[-1].value if numbers else None
 
 
 def _close(a: Fraction, b: Fraction) -> bool:
