@@ -85,73 +85,62 @@ def random_json(body, generator):
     return said + b" " * (len(said) == len(body))
 
 
-def well_sent(body):
-    return [head(b"200 OK", length(len(body))) + body]
+def mutations(body, generator):
+    """By name, the parts of an answer that is whole, or broken and at its end sooner or later."""
+    whole, whatever = head(b"200 OK", length(len(body))), head(b"200 OK")
+    chunks = head(b"200 OK", b"Transfer-Encoding: chunked")
+    trailers = chunks + chunked(body, generator, False)[:-2]
+    cut = generator.randrange(len(body))
+    status = generator.choice([b"204 x", b"301 x", b"401 x", b"404 x", b"418 x", b"500 x", b"999 x", b"-1 x"])
+    other_json = [b"null", b"[]", b"{}", b'{"choices": [[]]}', b'{"data": [{"data": [[1e400]]}]}', b"1" * 6000]
+
+    def well_sent(said):
+        return [head(b"200 OK", length(len(said))) + said]
+
+    return {
+        "whole": [whole + body],
+        "whole, in chunks": [chunks + chunked(body, generator, False)],
+        "whole, until the end": [whatever + body],
+        "whole, called gzip": [head(b"200 OK", length(len(body)), b"Content-Encoding: gzip") + body],
+        "cut": [whole + body[:cut]],
+        "cut in the headers": [whole[: generator.randrange(1, 40)]],
+        "too long": [head(b"200 OK", length(len(body) + 5)) + body + b"\0" * 5],
+        "length too small": [head(b"200 OK", length(cut)) + body],
+        "length of a terabyte": [head(b"200 OK", length(10**12)) + body],
+        "a terabyte": endless(head(b"200 OK", length(10**12)), b"\0" * 2**16),
+        "no end": endless(whatever, b"\0" * 2**16),
+        "no length": [head(b"200 OK", b"Content-Length: " + generator.choice([b"-5", b"x", b"1e3"])) + body],
+        "chunks that lie": [chunks + chunked(body, generator, True)],
+        "trailers without end": endless(trailers, b"X: y\r\n" * 500),
+        "another dtype": well_sent(generator.choice([2 * body, body[: len(body) // 2]])),
+        "noise": [generator.randbytes(generator.randrange(1, 300))],
+        "not UTF-8": well_sent(b'"\xff\xfe' + body),
+        "NaN": well_sent(nan_in(body, generator)),
+        "deep JSON": well_sent(generator.choice([b"[", b'{"a":']) * 10_000),
+        "random JSON": well_sent(random_json(body, generator)),
+        "other JSON": well_sent(generator.choice(other_json)),
+        "status": [head(status, b"Location: http://127.0.0.1:9/") + body],
+        "headers without end": endless(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n" * 500),
+        "a header without end": endless(b"HTTP/1.1 200 OK\r\nX: ", b"y" * 2**16),
+        "a gzip bomb": [head(b"200 OK", length(44), b"Content-Encoding: gzip") + b"\x1f\x8b" + b"\0" * 42],
+        "closed": [b""],
+    }
 
 
-MUTATIONS = {
-    "right": lambda body, generator: well_sent(body),
-    "right, in chunks": lambda body, generator: [
-        head(b"200 OK", b"Transfer-Encoding: chunked") + chunked(body, generator, False)
-    ],
-    "right, until the end": lambda body, generator: [head() + body],
-    "right, called gzip": lambda body, generator: [
-        head(b"200 OK", length(len(body)), b"Content-Encoding: gzip") + body
-    ],
-    "cut": lambda body, generator: [head(b"200 OK", length(len(body))) + body[: generator.randrange(len(body))]],
-    "cut in the headers": lambda body, generator: [head(b"200 OK", length(len(body)))[: generator.randrange(1, 40)]],
-    "too long": lambda body, generator: [head(b"200 OK", length(len(body) + 5)) + body + b"\0" * 5],
-    "length too small": lambda body, generator: [head(b"200 OK", length(generator.randrange(len(body)))) + body],
-    "length of a terabyte": lambda body, generator: [head(b"200 OK", length(10**12)) + body],
-    "a terabyte": lambda body, generator: endless(head(b"200 OK", length(10**12)), b"\0" * 2**16),
-    "no end": lambda body, generator: endless(head(), b"\0" * 2**16),
-    "no length": lambda body, generator: [
-        head(b"200 OK", b"Content-Length: " + generator.choice([b"-5", b"x", b"1e3"])) + body
-    ],
-    "chunks that lie": lambda body, generator: [
-        head(b"200 OK", b"Transfer-Encoding: chunked") + chunked(body, generator, True)
-    ],
-    "trailers without end": lambda body, generator: endless(
-        head(b"200 OK", b"Transfer-Encoding: chunked") + chunked(body, generator, False)[:-2], b"X: y\r\n" * 500
-    ),
-    "another dtype": lambda body, generator: well_sent(
-        body + body if generator.random() < 0.5 else body[: len(body) // 2]
-    ),
-    "noise": lambda body, generator: [generator.randbytes(generator.randrange(1, 300))],
-    "not UTF-8": lambda body, generator: well_sent(b'"\xff\xfe' + body),
-    "NaN": lambda body, generator: well_sent(nan_in(body, generator)),
-    "deep JSON": lambda body, generator: well_sent(generator.choice([b"[", b'{"a":']) * 10_000),
-    "random JSON": lambda body, generator: well_sent(random_json(body, generator)),
-    "other JSON": lambda body, generator: well_sent(
-        generator.choice(
-            [b"null", b"[]", b"{}", b'{"choices": [[]]}', b'{"data": [{"data": [[1e400]]}]}', b"1" * 6000]
-        )
-    ),
-    "status": lambda body, generator: [
-        head(
-            generator.choice([b"204 x", b"301 x", b"401 x", b"404 x", b"418 x", b"500 x", b"999 x", b"-1 x"]),
-            b"Location: http://127.0.0.1:9/",
-        )
-        + body
-    ],
-    "headers without end": lambda body, generator: endless(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n" * 500),
-    "a header without end": lambda body, generator: endless(b"HTTP/1.1 200 OK\r\nX: ", b"y" * 2**16),
-    "a gzip bomb": lambda body, generator: [
-        head(b"200 OK", length(44), b"Content-Encoding: gzip") + b"\x1f\x8b" + b"\0" * 42
-    ],
-    "closed": lambda body, generator: [b""],
-}
-SLOW = {  # each takes the timeout
-    "dripping body": lambda body, generator: endless(head(b"200 OK", length(2**20)), b"\0", 0.02),
-    "dripping headers": lambda body, generator: endless(b"HTTP/1.1 200 OK\r\nX: ", b"y", 0.02),
-    "dripping chunk size": lambda body, generator: endless(
-        head(b"200 OK", b"Transfer-Encoding: chunked") + b"1;", b"x", 0.02
-    ),
-    "dripping trailers": lambda body, generator: endless(
-        head(b"200 OK", b"Transfer-Encoding: chunked") + chunked(body, generator, False)[:-2], b"X: y\r\n", 0.02
-    ),
-    "dripping refusal": lambda body, generator: endless(head(b"400 x"), b"n", 0.02),
-}
+def drips(body, generator):
+    """By name, answers that come to no end, of which each takes the timeout."""
+    chunks = head(b"200 OK", b"Transfer-Encoding: chunked")
+    return {
+        "body": endless(head(b"200 OK", length(2**20)), b"\0", 0.02),
+        "headers": endless(b"HTTP/1.1 200 OK\r\nX: ", b"y", 0.02),
+        "chunk size": endless(chunks + b"1;", b"x", 0.02),
+        "trailers": endless(chunks + chunked(body, generator, False)[:-2], b"X: y\r\n", 0.02),
+        "refusal": endless(head(b"400 x"), b"n", 0.02),
+    }
+
+
+MUTATIONS = [*mutations(b"body", random.Random(0))]
+DRIPS = [*drips(b"body", random.Random(0))]
 
 
 def send(handler, parts, seconds=10 * TIMEOUT):
@@ -187,15 +176,15 @@ class Target:
         assert equal(value, self.truth), f"{value} is not {self.truth}"
         return "true"
 
-    def breaking(self, mutate, generator, ended=None, **limits):
-        """Send mutations from now on, and say in a queue whether the client has left."""
+    def breaking(self, name, generator, ended=None, **limits):
+        """Send a mutation from now on, and say in a queue whether the client has left."""
 
         def fault(handler, payload):
             said = self.server.answer(handler.path, payload)
             if handler.path == self.spared or said is None:
                 return False
             body = said if isinstance(said, bytes) else json.dumps(said).encode()
-            left = send(handler, mutate(body, generator), **limits)
+            left = send(handler, {**mutations(body, generator), **drips(body, generator)}[name], **limits)
             if ended is not None:
                 ended.put(left)
             return True
@@ -258,8 +247,8 @@ def test_every_call_ends_in_the_truth_or_in_one_error(call, folder):
         target = found[call]
         tracemalloc.start()
         try:
-            for name in [*MUTATIONS] * 2 + ["random JSON"] * 20:
-                target.breaking(MUTATIONS[name], generator)
+            for name in MUTATIONS * 2 + ["random JSON"] * 20:
+                target.breaking(name, generator)
                 outcome = target.outcome()
                 outcomes[outcome] += 1
                 if name in ("closed", "a terabyte", "headers without end", "deep JSON", "noise", "cut in the headers"):
@@ -272,13 +261,13 @@ def test_every_call_ends_in_the_truth_or_in_one_error(call, folder):
     assert peak < 2**27
 
 
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", DRIPS)
 def test_a_server_that_never_comes_to_an_end_is_left(name, folder):
     """The client ends the connection; the server would go on for fifty timeouts."""
     with targets(folder) as found:
         for target in (found["hidden states"], found["judge"]):
             ended = queue.Queue()
-            target.breaking(SLOW[name], random.Random(0), ended, seconds=50 * TIMEOUT)
+            target.breaking(name, random.Random(0), ended, seconds=50 * TIMEOUT)
             assert target.outcome() != "true"
             assert ended.get(timeout=60), "the server came to its end first"
 
@@ -287,13 +276,12 @@ def test_a_server_that_never_comes_to_an_end_is_left(name, folder):
 def test_two_minutes_of_broken_answers(folder, capsys):
     generator, outcomes, longest = random.Random(0), Counter(), 0.0
     start, seconds = time.monotonic(), 120
-    everything = {**MUTATIONS, **SLOW}
     with targets(folder) as found:
         while time.monotonic() - start < seconds:
             # Rounds, so that what is slow comes too and does not take all the time.
-            for name in generator.sample([*MUTATIONS] * 8 + [*SLOW], k=8 * len(MUTATIONS) + len(SLOW)):
+            for name in generator.sample(MUTATIONS * 8 + DRIPS, k=8 * len(MUTATIONS) + len(DRIPS)):
                 target = generator.choice([*found.values()])
-                target.breaking(everything[name], generator)
+                target.breaking(name, generator)
                 began = time.monotonic()
                 outcomes[target.outcome()] += 1
                 longest = max(longest, time.monotonic() - began)
