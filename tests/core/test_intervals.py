@@ -1,9 +1,10 @@
 """Wilson, Clopper-Pearson and the clustered interval: bounds and coverage; the bootstraps: coverage, clusters, levels and seed."""
 
-import importlib.util
 import itertools
 import json
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from trl_cmdp.core import (
 )
 
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 COUNTS = [(k, n) for n in (1, 2, 7, 30) for k in range(n + 1)]
 COUNTS += [(k, 512) for k in (0, 1, 13, 256, 511, 512)] + [(k, 100_000) for k in (0, 1, 50_000, 99_999, 100_000)]
 
@@ -191,21 +193,17 @@ def test_two_levels_draw_the_same_resamples_for_every_quantity():
     assert two_level_bootstrap_interval(groups, seed=4) != first
 
 
-def coverage_benchmark():
+@pytest.fixture(scope="module")
+def simulation():
     """`benchmarks/intervals.py`: the simulation, for all repetitions at once."""
-    path = Path(__file__).parents[2] / "benchmarks" / "intervals.py"
-    spec = importlib.util.spec_from_file_location("intervals_benchmark", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(BENCHMARKS / "intervals.py")))
 
 
-def test_clustered_interval_covers():
+def test_clustered_interval_covers(simulation):
     """
     At 95%, between 93% and 98% for rates of 0.5 to 0.95, and at least 94% from there to 1, over clustered rollouts.
     Of the whole grid this is a sample, each rate and each correlation twice or more; the committed simulation has all.
     """
-    simulation = coverage_benchmark()
     rng = np.random.default_rng(1)
     correlations = [(1, 0.0), (2, 0.3), (4, 0.0), (32, 0.6), (2, 0.9), (4, "mixture"), (32, 0.0), (32, 1.0)]
     rates = [0.5, 0.8, 0.95, 0.97, 0.99, 0.995, 1.0]
@@ -217,10 +215,9 @@ def test_clustered_interval_covers():
         assert coverage <= 0.98 or rate > 0.95, case
 
 
-def test_the_committed_simulation_covers():
+def test_the_committed_simulation_covers(simulation):
     """The whole grid, as it was run."""
-    record = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "intervals.json").read_text())
-    simulation = coverage_benchmark()
+    record = json.loads((BENCHMARKS / "results" / "intervals.json").read_text())
     assert [tuple(row[:-1]) for row in record["rows"]] == simulation.GRID
     assert record["repetitions"] >= 5000
     for rate, *_, coverage in record["rows"]:
@@ -228,9 +225,8 @@ def test_the_committed_simulation_covers():
         assert coverage <= 0.98 or rate > 0.95
 
 
-def test_what_ignoring_clusters_would_claim():
+def test_what_ignoring_clusters_would_claim(simulation):
     """The simulation tells: counting rollouts as independent covers far less than it says."""
-    simulation = coverage_benchmark()
     rng = np.random.default_rng(1)
     counts = simulation.draw(0.8, 0.6, 8, 200, 2000, rng)
     rate, _ = simulation.effective_trials(counts)

@@ -63,7 +63,7 @@ def expected_hidden(model, sequence, count):
     return hidden[len(sequence) - count - 1 : -1]
 
 
-def assert_right(teacher, model):
+def assert_exact(teacher, model):
     hidden = teacher.hidden_states(SEQUENCES, NUM_LAST)
     for values, sequence, count in zip(hidden, SEQUENCES, NUM_LAST, strict=True):
         assert values.shape == (count, model.config.hidden_size)
@@ -173,7 +173,7 @@ def test_what_a_server_cannot_do_is_said(completions, pooling):
         (None, "cannot be read"),
     ],
 )
-def test_log_probs_that_cannot_be_right(completions, position, match):
+def test_log_probs_that_cannot_be_correct(completions, position, match):
     teacher = connect(completions)
     completions.fault = answer(200, {"choices": [{"prompt_logprobs": [None, position]}]})
     with pytest.raises(TeacherServerError, match=match):
@@ -187,7 +187,7 @@ def test_log_probs_that_cannot_be_right(completions, position, match):
 def test_tries_again_while_the_server_has_trouble(pooling, model, status):
     teacher = connect(pooling, max_wait=20)
     pooling.fault = fail_first(5, status)
-    assert_right(teacher, model)
+    assert_exact(teacher, model)
 
 
 def cut_chunks(handler, payload):
@@ -211,13 +211,13 @@ CUT = {
 def test_tries_again_when_the_connection_is_cut(pooling, model, cut):
     teacher = connect(pooling, max_wait=20)
     pooling.fault = in_turn([CUT[cut]] * 3)
-    assert_right(teacher, model)
+    assert_exact(teacher, model)
 
 
 def test_goes_on_after_a_restart(model, folder, caplog):
     with serving(FakeServer(model, folder)) as server:
         teacher = connect(server, max_wait=20)
-        assert_right(teacher, model)
+        assert_exact(teacher, model)
         port = server.server_port
     results = []
     waiting = threading.Thread(target=lambda: results.append(teacher.hidden_states(SEQUENCES, NUM_LAST)))
@@ -228,7 +228,7 @@ def test_goes_on_after_a_restart(model, folder, caplog):
         assert not results
         with serving(FakeServer(model, folder, port=port)):
             waiting.join(timeout=20)
-            assert_right(teacher, model)
+            assert_exact(teacher, model)
     for values, sequence, count in zip(results[0], SEQUENCES, NUM_LAST, strict=True):
         torch.testing.assert_close(values, expected_hidden(model, sequence, count))
     assert random.getstate() == state  # training must not depend on an outage
@@ -274,7 +274,7 @@ def test_a_server_that_is_too_slow(pooling, fault):
         (answer(401, b""), "does not accept the API key"),
     ],
 )
-def test_what_no_retry_would_mend_is_an_error_at_once(pooling, fault, match):
+def test_what_trying_again_would_not_change_is_an_error_at_once(pooling, fault, match):
     teacher = connect(pooling, concurrency=1)
     pooling.fault, before = fault, len(pooling.requests)
     with pytest.raises(TeacherServerError, match=match):
@@ -300,7 +300,7 @@ def test_proxies_of_the_environment_never_see_a_request(pooling, model, monkeypa
     with serving(FakeServer(model, "")) as proxy:
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
             monkeypatch.setenv(name, proxy.url)
-        assert_right(connect(pooling), model)
+        assert_exact(connect(pooling), model)
         assert proxy.requests == []
 
 
@@ -400,12 +400,10 @@ def test_another_kind_of_server(pooling, models):
         connect(pooling)
 
 
-def test_a_web_server_is_no_teacher(pooling):
-    pooling.fault = answer(404, b"<html>not here</html>")
-    with pytest.raises(TeacherServerError, match="is not a vLLM server"):
-        connect(pooling)
-    pooling.fault = answer(200, b"<html>welcome</html>")
-    with pytest.raises(TeacherServerError, match="not JSON"):
+@pytest.mark.parametrize(("status", "match"), [(404, "is not a vLLM server: it has no /v1/models"), (200, "not JSON")])
+def test_a_web_server_is_no_teacher(pooling, status, match):
+    pooling.fault = answer(status, b"<html>welcome</html>")
+    with pytest.raises(TeacherServerError, match=match):
         connect(pooling)
 
 
