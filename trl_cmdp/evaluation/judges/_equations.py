@@ -241,7 +241,8 @@ class _Reader:
                 self.side.depth += 1
             case "operator":
                 # A minus without a left operand is a sign, or a bullet where nothing is before it.
-                if self.side.complete or (text == "-" and (self.side.tokens or self.chain)):
+                sign = text == "-" and bool(self.side.tokens or self.chain)
+                if (self.side.complete or sign) and len(self.side.tokens) <= _MAX_TOKENS:
                     self.add(Token("operator", "**" if text == "^" else text))
             case "close" if self.side.depth and self.side.complete:
                 self.add(Token("close", ")"))
@@ -262,12 +263,12 @@ class _Reader:
                 self.add(Token("operator", "*"))  # 2(3 + 4), 2x
             else:
                 self.end_chain()
+        if len(self.side.tokens) > _MAX_TOKENS:
+            self.end_chain()
         self.add(token)
         self.side.unit = ""
 
     def add(self, token: Token) -> None:
-        if len(self.side.tokens) > _MAX_TOKENS:
-            self.end_chain()
         self.side.tokens.append(token)
         self.side.interrupted = False
 

@@ -67,7 +67,7 @@ class LLMJudge:
         cache (`str` or `Path`, *optional*):
             JSONL file of replies. What is in it is not asked again.
         max_malformed (`int`, *optional*, defaults to `2`):
-            Times that a malformed reply is sent back with a request for the right form. After that there is no
+            Times that a malformed reply is sent back with a request for the correct form. After that there is no
             verdict: it is never guessed.
     """
 
