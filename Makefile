@@ -54,7 +54,6 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/vermin --target=3.10- --no-tips --violations --quiet --exclude long trl_cmdp examples  # a tensor's `.long()`
 
 format: venv
 	$(BIN)/ruff check --fix .

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from fake_vllm import KEY, FakeServer, serving
+from fake_server import KEY, serving
+from fake_vllm import FakeServer
 from transformers import AutoModelForCausalLM
 
 from trl_cmdp.cli import main

@@ -6,7 +6,8 @@ import sys
 from dataclasses import replace
 
 import pytest
-from fake_openai import KEY, FakeOpenAI, serving
+from fake_openai import FakeOpenAI
+from fake_server import KEY, serving
 
 from trl_cmdp.cli import main
 from trl_cmdp.evaluation import EvaluationSettings, RolloutRecord

@@ -4,12 +4,13 @@ import json
 import logging
 import time
 import traceback
+from contextlib import ExitStack
 from email.utils import formatdate
 from pathlib import Path
 
 import pytest
-from fake_openai import KEY, FakeOpenAI, answer, completion, serving, silence
-from helpers import make_model, make_tokenizer
+from fake_openai import FakeOpenAI, completion
+from fake_server import KEY, answer, serving, silence
 
 from trl_cmdp.evaluation.judges import ChatEndpoint, JudgeError, LLMJudge, Pair
 from trl_cmdp.evaluation.judges._cache import ReplyCache
@@ -22,7 +23,6 @@ from trl_cmdp.evaluation.judges.llm import (
     judge_messages,
     parse_verdict,
 )
-from trl_cmdp.evaluation.judges.local import LocalChat
 
 
 PAIR = Pair(3, False, 1, "What is 2 + 2?", "2 + 2 = 4, good", "2 + 2 = 5")
@@ -37,22 +37,18 @@ def prefers_good(messages):
 @pytest.fixture
 def serve():
     """Starts an endpoint with the given faults; `waits` collects what the client would have slept."""
-    running = []
+    waits = []
+    with ExitStack() as running:
 
-    def start(say=prefers_good, faults=(), key=None, *, client_key=None, timeout=20.0, **kwargs):
-        context = serving(FakeOpenAI(say, faults, key))
-        server = context.__enter__()
-        running.append(context)
-        chat = ChatEndpoint(
-            server.url, "judge", client_key or key, timeout=timeout, sleep=server_waits.append, **kwargs
-        )
-        server.waits, server.chat = server_waits, chat
-        return server
+        def start(say=prefers_good, faults=(), key=None, *, client_key=None, timeout=20.0, **kwargs):
+            server = running.enter_context(serving(FakeOpenAI(say, faults, key)))
+            server.waits = waits
+            server.chat = ChatEndpoint(
+                server.url, "judge", client_key or key, timeout=timeout, sleep=waits.append, **kwargs
+            )
+            return server
 
-    server_waits = []
-    yield start
-    for context in running:
-        context.__exit__(None, None, None)
+        yield start
 
 
 def judge_one(chat, pair=PAIR, **kwargs):
@@ -72,12 +68,7 @@ def test_both_orders_are_asked(serve):
     assert judge_one(server.chat, swapped(PAIR)).outcome == "loss"
     path, payload, _ = server.requests[0]
     assert path == "/v1/chat/completions"
-    assert (payload["model"], payload["temperature"], payload["max_tokens"], payload["stream"]) == (
-        "judge",
-        0,
-        1024,
-        False,
-    )
+    assert {"model": "judge", "temperature": 0, "max_tokens": 1024, "stream": False}.items() <= payload.items()
     shown = [request["messages"][1]["content"] for _, request, _ in server.requests[:2]]
     assert [text.index(PAIR.solution) < text.index(PAIR.other) for text in shown] == [True, False]
 
@@ -165,8 +156,8 @@ SHAPES = [
         (answer(200, JSON[:-40], length=len(JSON)), "bad_answer"),
         (answer(200, JSON[:-40]), "bad_answer"),
         (answer(200, completion("x" * MAX_BODY_BYTES)), "bad_answer"),
-        (lambda handler: handler.wfile.write(b"no HTTP at all\r\n\r\n"), "connection"),
-        (lambda handler: handler.connection.shutdown(2), "connection"),
+        (lambda handler, payload: handler.wfile.write(b"no HTTP at all\r\n\r\n"), "connection"),
+        (lambda handler, payload: handler.connection.shutdown(2), "connection"),
     ],
 )
 def test_a_failure_that_passes(serve, fault, kind):
@@ -177,21 +168,17 @@ def test_a_failure_that_passes(serve, fault, kind):
     assert len(server.requests) == 3
 
 
-def test_a_silent_endpoint(serve):
-    server = serve(faults=[silence(2)], timeout=0.3)
-    assert judge_one(server.chat).failures["timeout"] >= 1
+def drip(handler, payload):
+    """Never silent for as long as the timeout."""
+    handler.send(200, b"{", length=1000)
+    for _ in range(30):
+        handler.wfile.write(b" ")
+        time.sleep(0.1)
 
 
-def test_a_body_that_drips(serve):
-    def drip(handler):
-        handler.send(200, b"{", length=1000)
-        for _ in range(30):  # never silent for as long as the timeout
-            handler.wfile.write(b" ")
-            handler.wfile.flush()
-            time.sleep(0.1)
-
-    server = serve(faults=[drip], timeout=0.5)
-    assert judge_one(server.chat).failures["timeout"] >= 1
+@pytest.mark.parametrize("fault", [silence(2), drip])
+def test_an_endpoint_that_is_too_slow(serve, fault):
+    assert judge_one(serve(faults=[fault], timeout=0.5).chat).failures["timeout"] >= 1
 
 
 @pytest.mark.parametrize(
@@ -284,12 +271,9 @@ def test_a_url_without_path_is_that_of_v1(serve):
     assert judge_one(ChatEndpoint(server.url.removesuffix("/v1"), "judge")).outcome == "win"
 
 
-@pytest.mark.parametrize(
-    "url", ["", "localhost:8000", "ftp://host", "http://host:x/v1", "http://host/v1?a=1", "http://host/\n", "http://"]
-)
-def test_a_url_that_cannot_be(url):
-    with pytest.raises(ValueError, match="URL must look like"):
-        ChatEndpoint(url, "judge")
+def test_a_url_that_cannot_be():
+    with pytest.raises(ValueError, match="judge's URL must look like 'http://host:8000/v1', got 'localhost:8000'"):
+        ChatEndpoint("localhost:8000", "judge")
 
 
 def test_the_key_is_nowhere(serve, tmp_path, caplog, capfd):
@@ -300,7 +284,7 @@ def test_the_key_is_nowhere(serve, tmp_path, caplog, capfd):
     faults = [
         answer(500, {"error": {"message": KEY}}),
         answer(200, KEY.encode()),
-        lambda handler: handler.wfile.write(f"HTTP/1.1 {KEY}\r\n\r\n".encode()),
+        lambda handler, payload: handler.wfile.write(f"HTTP/1.1 {KEY}\r\n\r\n".encode()),
     ]
     server = serve(repeats_the_key, faults, KEY)
     judge = LLMJudge(server.chat, tmp_path / "cache.jsonl")
@@ -412,18 +396,3 @@ def test_the_documented_prompts_are_those_that_are_sent():
     page = (Path(__file__).parents[2] / "docs" / "judges.md").read_text()
     for prompt in (SYSTEM_PROMPT, USER_PROMPT, RETRY_PROMPT):
         assert f"```text\n{prompt}\n```" in page
-
-
-def test_a_local_model(tmp_path):
-    tokenizer = make_tokenizer()
-    make_model().save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no chat template"):
-        LocalChat(str(tmp_path))
-    tokenizer.chat_template = "{% for message in messages %}1+2={% endfor %}"
-    tokenizer.save_pretrained(tmp_path)
-    chat = LocalChat(str(tmp_path), max_new_tokens=8)
-    assert chat.model.startswith(f"{tmp_path}@")
-    judgement = judge_one(chat, max_malformed=1)
-    assert judgement.failures == {"malformed": 4, "no_verdict": 2}
-    assert judge_one(LocalChat(str(tmp_path), max_new_tokens=60)).failures == {"refused": 2, "no_reply": 2}

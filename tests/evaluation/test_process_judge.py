@@ -30,7 +30,7 @@ def counts(problem, completion):
     return verdict.num_equations, verdict.num_wrong, verdict.num_unsupported, verdict.final_derived
 
 
-def test_a_right_solution():
+def test_a_correct_solution():
     assert counts(PROBLEM, SOLUTION) == (5, 0, 0, True)
     assert process_verdict(PROBLEM, SOLUTION).valid
 
@@ -209,7 +209,7 @@ def test_the_better_verdict_wins():
     wrong, none = SOLUTION.replace("$4,540.", "$4,541."), "#### 4540"
     unsupported = SOLUTION.replace("$80 / 2", "$90 - 50")
     underived = SOLUTION.replace("#### 4540", "#### 4")
-    # Best to worst; the final answer of `none` is right, and its reasoning still loses.
+    # Best to worst; the final answer of `none` is correct, and its reasoning still loses.
     ranked = [SOLUTION, underived, unsupported, wrong, none]
     for i, better in enumerate(ranked):
         assert outcome(better, better + " ") == "tie"

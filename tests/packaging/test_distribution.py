@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 import zipfile
 from email import message_from_bytes
@@ -13,7 +14,6 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
-import tomllib
 
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +96,7 @@ def test_metadata(source, wheel):
     assert metadata["License-File"] == "LICENSE"
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata.get_payload(decode=True).decode().strip() == (source / "README.md").read_text().strip()
-    assert {"peft", "quantization", "vllm", "eval", "report", "docs", "dev"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"peft", "quantization", "vllm", "eval", "docs", "dev"} <= set(metadata.get_all("Provides-Extra"))
     needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert len(needed) == len(PROJECT["dependencies"])
 

@@ -3,11 +3,11 @@
 import ast
 import re
 import sys
+import tomllib
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import pytest
-import tomllib
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -131,7 +131,5 @@ def test_an_extra_brings(extra, module):
 
 
 def test_a_report_needs_no_extra():
-    """`report` is there to be asked for: what it brings, the demo has."""
-    assert WITH_EXTRA["report"] <= ALWAYS
     for path in sorted((ROOT / "trl_cmdp" / "reports").rglob("*.py")):
         assert all(comes_with(module, ALWAYS) for module in Imports(path).first)

@@ -8,10 +8,10 @@ which interprets its kernels where there is no GPU.
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-import tomllib
 from packaging.requirements import Requirement
 
 

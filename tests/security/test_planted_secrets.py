@@ -7,6 +7,7 @@ import zlib
 import fake_openai
 import fake_vllm
 import yaml
+from fake_server import serving
 from helpers import make_dataset, make_model, make_teacher, make_tokenizer
 
 from trl_cmdp.cli import main
@@ -78,7 +79,7 @@ def test_no_secret_is_written_or_printed(tmp_path, monkeypatch, capfd):
     config.write_text(yaml.safe_dump(settings))
     pooling = fake_vllm.FakeServer(make_teacher().eval(), str(teacher), key=TEACHER)
     judge = fake_openai.FakeOpenAI(says_it_again, key=JUDGE)
-    with fake_vllm.serving(pooling), fake_openai.serving(judge):
+    with serving(pooling), serving(judge):
 
         def train(*arguments, url=pooling.url):
             server = ["--teacher_model_server_url", url, "--hub_token", HUB, "--output_dir", str(out / "run")]

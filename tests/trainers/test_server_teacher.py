@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_vllm import KEY, FakeServer, fail_first, serving
+from fake_server import KEY, fail_first, serving
+from fake_vllm import FakeServer
 from helpers import (
     capture_rollouts,
     history,

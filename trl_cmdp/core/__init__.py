@@ -1,4 +1,4 @@
-"""The mathematics, on plain tensors: torch and the standard library only."""
+"""The mathematics, on plain tensors: torch, the standard library, and scipy for statistics."""
 
 from .advantages import constrained_advantages, group_advantages, minillm_advantages
 from .budget import (

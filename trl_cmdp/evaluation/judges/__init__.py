@@ -1,4 +1,4 @@
-"""Judges that compare the reasoning of two solutions. A judge's local model is `judges.local.LocalChat`."""
+"""Judges that compare the reasoning of two solutions."""
 
 from ._client import ChatEndpoint, JudgeError, NoReplyError
 from .llm import LLMJudge

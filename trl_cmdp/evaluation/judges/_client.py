@@ -1,24 +1,19 @@
 """Chat completions of an OpenAI-compatible endpoint: bounded waiting, bounded bodies, and a key that stays with it."""
 
-import contextlib
-import http.client
 import json
 import random
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from email.utils import parsedate_to_datetime
 from typing import Any
 
-from ..._http import HttpServer
+from ..._http import Answer, HttpFailure, HttpServer
 
 
 Message = dict[str, str]
 
 MAX_BODY_BYTES = 2**20
 _LONGEST_DELAY = 30.0  # seconds, between two attempts and for a Retry-After
-_FATAL = {301, 302, 303, 307, 308, 401, 403, 404, 405}  # what every request would be answered
 
 
 class JudgeError(RuntimeError):
@@ -41,17 +36,9 @@ class NoReplyError(Exception):
         self.failures = failures
 
 
-class _Failure(Exception):
-    """One failed attempt."""
-
-    def __init__(self, kind: str, message: str, *, again: bool = True, delay: float | None = None):
-        super().__init__(message)
-        self.kind, self.again, self.delay = kind, again, delay
-
-
 class ChatEndpoint(HttpServer):
     """
-    An OpenAI-compatible endpoint, by the standard library: a connection per request, no proxy, no redirect followed.
+    An OpenAI-compatible endpoint: a connection per request, no proxy, no redirect followed.
 
     Args:
         url (`str`):
@@ -89,7 +76,8 @@ class ChatEndpoint(HttpServer):
         sleep: Callable[[float], None] = time.sleep,
     ):
         super().__init__("judge", url, "http://host:8000/v1", api_key, timeout)
-        self._path = self._path or "/v1"
+        if self.url.count("/") == 2:  # those of "http://"
+            self.url += "/v1"
         self.model = model
         self.sampling_params = {"temperature": 0, "max_tokens": 1024} if sampling_params is None else sampling_params
         self.concurrency = concurrency
@@ -122,67 +110,33 @@ class ChatEndpoint(HttpServer):
         delay = 0.5
         while True:
             try:
-                return self._attempt(payload), failures
-            except _Failure as failure:
+                answer = self._request("/chat/completions", payload, MAX_BODY_BYTES, "application/json")
+                return self._reply(answer), failures
+            except HttpFailure as failure:
                 failures[failure.kind] += 1
-                if not failure.again or failures.total() > self._max_retries:
+                if failure.kind == "refused" or failures.total() > self._max_retries:
                     raise NoReplyError(str(failure), failures) from None
                 wait = self._jitter.uniform(0.5, 1.0) * delay if failure.delay is None else failure.delay
             self._sleep(min(wait, _LONGEST_DELAY))
             delay *= 2
 
-    def _attempt(self, payload: bytes) -> str:
-        try:
-            with self._respond("/chat/completions", payload, "application/json") as response:
-                return self._reply(response)
-        except TimeoutError:
-            raise _Failure("timeout", f"no answer within {self._timeout:g} s") from None
-        except (http.client.IncompleteRead, ValueError):  # ValueError: malformed status or chunks
-            raise _Failure("bad_answer", "an answer that is cut or not HTTP") from None
-        except (OSError, http.client.HTTPException) as error:  # not `from error`, which may quote the server
-            raise _Failure("connection", f"no connection ({type(error).__name__})") from None
-
-    def _reply(self, response: http.client.HTTPResponse) -> str:
-        status = response.status
-        if status in _FATAL:
-            raise JudgeError(f"The judge at {self.url} answers HTTP {status}: {self._advice(status)}.")
-        if status == 429:
-            raise _Failure("http_429", "HTTP 429", delay=_retry_after(response.getheader("Retry-After")))
-        if status >= 500:
-            raise _Failure("http_5xx", f"HTTP {status}", delay=_retry_after(response.getheader("Retry-After")))
+    def _reply(self, answer: Answer) -> str:
+        status = answer.status
+        problem = self._problem(status)
+        if status in (404, 405):
+            problem = f"has no such address or model: check the URL (as in 'http://host:8000/v1') and {self.model!r}"
+        if problem is not None:
+            raise JudgeError(f"The judge at {self.url} {problem} (HTTP {status}).")
         if status != 200:
-            raise _Failure("refused", f"HTTP {status}", again=False)
-        if response.headers.get_content_type() != "application/json":
-            raise _Failure("bad_answer", "an answer that is not JSON")
-        body = bytearray()
-        while len(body) <= MAX_BODY_BYTES and (chunk := response.read1(2**16)):
-            body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise _Failure("bad_answer", f"an answer of more than {MAX_BODY_BYTES} bytes")
-        if response.length:  # less than the header announced
-            raise _Failure("bad_answer", "an answer that is cut")
+            raise HttpFailure("refused", self._describe(answer))
+        if answer.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+            raise HttpFailure("bad_answer", "an answer that is not JSON")
+        if len(answer.body) > MAX_BODY_BYTES:
+            raise HttpFailure("bad_answer", f"an answer of more than {MAX_BODY_BYTES} bytes")
         try:
-            content = json.loads(body)["choices"][0]["message"]["content"]
+            content = json.loads(answer.body)["choices"][0]["message"]["content"]
         except (ValueError, RecursionError, LookupError, TypeError):
             content = None
         if not isinstance(content, str):
-            raise _Failure("bad_answer", "an answer that is not a chat completion")
+            raise HttpFailure("bad_answer", "an answer that is not a chat completion")
         return self._hide_key(content)
-
-    def _advice(self, status: int) -> str:
-        if status in (401, 403):
-            return "it needs an API key" if self._api_key is None else "it does not accept the API key"
-        if status in (404, 405):
-            return f"check the URL (such as 'http://host:8000/v1') and the model's name, {self.model!r}"
-        return "a redirect, which is never followed, as the key must not reach another host; give the final address"
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for, `None` without one that can be read."""
-    if value is None:
-        return None
-    with contextlib.suppress(ValueError, OverflowError):
-        if re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
-            return float(value)
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    return None

@@ -1,49 +1,27 @@
 """Reads the equations and numbers that prose about arithmetic writes. Exact, bounded, and without `eval`."""
 
+import ast
+import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from typing import NamedTuple
 
 
 _MAX_DIGITS = 24  # of one number; longer ones are read as words
 _MAX_BITS = 512  # of a value's numerator or denominator
-_MAX_DEPTH = 20  # of parentheses
 _MAX_EXPONENT = 16
-_MAX_TOKENS = 200  # of one expression
+_MAX_TOKENS = 200  # of one expression, which bounds how deep it is nested as well
 
-NUMBER_WORDS = {
-    word: value
-    for value, word in enumerate(
-        [
-            "zero",
-            "one",
-            "two",
-            "three",
-            "four",
-            "five",
-            "six",
-            "seven",
-            "eight",
-            "nine",
-            "ten",
-            "eleven",
-            "twelve",
-            "thirteen",
-            "fourteen",
-            "fifteen",
-            "sixteen",
-            "seventeen",
-            "eighteen",
-            "nineteen",
-            "twenty",
-        ]
-    )
-} | {
-    word: 10 * value
-    for value, word in enumerate(["thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], start=3)
-}
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+)
+_TENS = "thirty forty fifty sixty seventy eighty ninety"
+NUMBER_WORDS = {word: value for value, word in enumerate(_ONES.split())}
+NUMBER_WORDS |= {word: 10 * value for value, word in enumerate(_TENS.split(), start=3)}
 _FRACTION_WORDS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
 _OTHER_WORDS = {"twice": 2, "double": 2, "couple": 2, "pair": 2, "thrice": 3, "triple": 3, "dozen": 12}
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
@@ -80,7 +58,9 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
 _TOKEN = re.compile(
     r"""
     (?P<ordinal>[0-9]+(?:st|nd|rd|th)\b)
-    | (?P<number>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?P<percent>\s?%)?
+    | (?P<number>
+        (?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?P<percent>\s?%)?
+    )
     # A hyphen or slash right before a word makes a compound or a unit, as in "5-minute" and "12 km/hour".
     | (?P<word>(?:-|/\s?)?[A-Za-z]{2,}(?:['-][A-Za-z]+)*(?:\^[0-9])?)
     | (?P<times>[xX](?=\s*[(0-9.]))
@@ -98,10 +78,6 @@ _TOKEN = re.compile(
 _PLAIN_LETTERS = frozenset("aAIsmghlL")  # articles and units; any other letter is a variable
 
 
-class Unreadable(Exception):
-    """Something that has no bounded numeric value."""
-
-
 class Token(NamedTuple):
     """A piece of an expression: `kind` is number, variable, operator, open or close."""
 
@@ -114,47 +90,70 @@ class Token(NamedTuple):
 
 @dataclass
 class Side:
-    """
-    One side of an equality.
+    """One side of an equality."""
 
-    Args:
-        tokens (`list[Token]`):
-            Its expression; empty where the text has only words.
-        unit (`str`):
-            Last word after it, without a plural s, `""` if there is none.
-        readable (`bool`):
-            Whether the expression is complete and without variables.
-        approximate (`bool`):
-            Whether `≈` comes before it.
-    """
+    tokens: list[Token] = field(default_factory=list)  # its expression; none where the text has only words
+    unit: str = ""  # the last word after it, without a plural s
+    approximate: bool = False  # whether ≈ comes before it
+    depth: int = 0  # parentheses that are open, while it is read
+    interrupted: bool = False  # whether words follow the last token, while it is read
 
-    tokens: list[Token] = field(default_factory=list)
-    unit: str = ""
-    readable: bool = True
-    approximate: bool = False
+    @property
+    def complete(self) -> bool:
+        """Whether it ends with an operand."""
+        return bool(self.tokens) and self.tokens[-1].kind in ("number", "variable", "close")
+
+    @property
+    def readable(self) -> bool:
+        """Whether its expression is complete and without variables."""
+        return self.complete and all(token.kind != "variable" for token in self.tokens)
 
     @property
     def bare(self) -> bool:
         """Whether it is a number and nothing else."""
-        return not any(token.kind == "operator" and i for i, token in enumerate(self.tokens))
+        return not any(token.kind == "operator" for token in self.tokens[1:])
 
-    @property
-    def numbers(self) -> list[Token]:
-        """Its numbers."""
-        return [token for token in self.tokens if token.kind == "number"]
+    def value(self, percent: Fraction) -> Fraction | None:
+        """Value with `%` as a factor; `None` if the expression has none, or none of a bounded size."""
+        try:
+            return self._evaluate(self._tree, percent)
+        except (ArithmeticError, SyntaxError):
+            return None
 
-    def value(self, percent: Fraction) -> Fraction:
-        """
-        Value of the expression.
+    @cached_property
+    def _tree(self) -> ast.expr:
+        """The expression as Python reads it, each number as its index in `tokens`."""
+        parts = (str(i) if token.kind == "number" else token.text for i, token in enumerate(self.tokens))
+        return ast.parse("".join(parts), mode="eval").body
 
-        Args:
-            percent (`Fraction`):
-                What `%` multiplies by: 1/100, or 1 where it is read as a unit.
+    def _evaluate(self, node: ast.expr, percent: Fraction) -> Fraction:
+        match node:
+            case ast.Constant(value=int(index)):
+                number = self.tokens[index]
+                return number.value * percent if number.percent else number.value
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return -self._evaluate(operand, percent)
+            case ast.BinOp(left=left, op=operation, right=right):
+                value = _OPERATIONS[type(operation)](self._evaluate(left, percent), self._evaluate(right, percent))
+                if max(value.numerator.bit_length(), value.denominator.bit_length()) > _MAX_BITS:
+                    raise OverflowError
+                return value
+        raise SyntaxError
 
-        Raises:
-            Unreadable: If it has no value, or none of a bounded size.
-        """
-        return _Parser(self.tokens, percent).parse()
+
+def _power(base: Fraction, exponent: Fraction) -> Fraction:
+    if exponent.denominator != 1 or not 0 <= exponent <= _MAX_EXPONENT:
+        raise OverflowError
+    return base ** int(exponent)
+
+
+_OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: _power,
+}
 
 
 def normalise(text: str) -> str:
@@ -168,31 +167,19 @@ def normalise(text: str) -> str:
 
 def read_chains(text: str) -> Iterator[list[Side]]:
     """
-    Chained equalities of a normalised text, in its order: the sides of each, at least two.
-
-    Args:
-        text (`str`):
-            What [`normalise`] returned.
-
-    Yields:
-        `list[Side]`: Sides. An expression begins after the last number that no operator connects to it.
+    Chained equalities of a normalised text, in its order: the sides of each, at least two. An expression begins after
+    the last number that no operator connects to it.
     """
     for line in text.splitlines():
         yield from _Reader().read(line)
 
 
-def read_numbers(text: str) -> Iterator[tuple[Fraction, int, bool]]:
-    """
-    Numbers of a normalised text that are written in digits.
-
-    Yields:
-        `tuple[Fraction, int, bool]`: Value, number of decimals, and whether `%` follows.
-    """
+def read_numbers(text: str) -> Iterator[Token]:
+    """Numbers of a normalised text that are written in digits."""
     for match in _TOKEN.finditer(text):
-        number = match["number"] or (match["ordinal"] or "")[:-2]
-        if number and len(number) <= _MAX_DIGITS:
-            token = _number(number, bool(match["percent"]))
-            yield token.value, token.decimals, token.percent
+        digits = match["digits"] or (match["ordinal"] or "")[:-2]
+        if digits and len(digits) <= _MAX_DIGITS:
+            yield _number(digits, bool(match["percent"]))
 
 
 def read_word_numbers(text: str) -> Iterator[Fraction]:
@@ -226,175 +213,75 @@ class _Reader:
     """The chains of one line."""
 
     def __init__(self) -> None:
+        self.found: list[list[Side]] = []
         self.chain: list[Side] = []
         self.side = Side()
-        self.depth = 0  # of the side's parentheses
-        self.words = False  # since the last token of the side
-        self.found: list[list[Side]] = []
 
     def read(self, line: str) -> list[list[Side]]:
-        previous_end, previous_kind = 0, "space"
+        end, before = 0, "space"
         for match in _TOKEN.finditer(line):
-            kind = str(match.lastgroup if match.lastgroup != "percent" else "number")
-            if kind == "space":
-                continue
-            self.take(kind, match, tight=match.start() == previous_end, before=previous_kind)
-            previous_end, previous_kind = match.end(), kind
+            kind = str(match.lastgroup)
+            if kind != "space":
+                self.take(kind, match, tight=match.start() == end, before=before)
+                end, before = match.end(), kind
         self.end_chain()
         return self.found
 
     def take(self, kind: str, match: re.Match[str], tight: bool, before: str) -> None:
         text = match[0]
         if kind == "times":
-            kind, text = ("operator", "*") if self.complete else ("letter", text)
-        if kind == "letter" and not (text in _PLAIN_LETTERS and before != "operator"):
-            self.operand(Token("variable", text), tight)
-        elif kind == "number" and len(text) <= _MAX_DIGITS:
-            self.operand(_number(match["number"], bool(match["percent"])), tight)
-        elif kind == "open":
-            self.operand(Token("open", text), tight)
-        elif kind == "operator":
-            self.operator("^" if text == "**" else text)
-        elif kind == "close":
-            self.close()
-        elif kind == "equal":
-            self.equal(text == "≈")
-        elif kind in ("arrow", "other"):
-            self.end_chain()
-        else:
-            self.word(text)
-
-    @property
-    def complete(self) -> bool:
-        """Whether the side ends with an operand."""
-        return bool(self.side.tokens) and self.side.tokens[-1].kind in ("number", "variable", "close")
+            kind, text = ("operator", "*") if self.side.complete else ("letter", text)
+        match kind:
+            case "letter" if text not in _PLAIN_LETTERS or before == "operator":
+                self.operand(Token("variable", text), tight)
+            case "number" if len(text) <= _MAX_DIGITS:
+                self.operand(_number(match["digits"], bool(match["percent"])), tight)
+            case "open":
+                self.operand(Token("open", "("), tight)
+                self.side.depth += 1
+            case "operator":
+                # A minus without a left operand is a sign, or a bullet where nothing is before it.
+                sign = text == "-" and bool(self.side.tokens or self.chain)
+                if (self.side.complete or sign) and len(self.side.tokens) <= _MAX_TOKENS:
+                    self.add(Token("operator", "**" if text == "^" else text))
+            case "close" if self.side.depth and self.side.complete:
+                self.add(Token("close", ")"))
+                self.side.depth -= 1
+            case "equal":
+                self.end_side()
+                self.side.approximate = text == "≈"
+            case "close" | "arrow" | "other":
+                self.end_chain()
+            case _:
+                self.side.interrupted = True
+                if self.side.complete:
+                    self.side.unit = text.lower().lstrip("-/ ").removesuffix("s")
 
     def operand(self, token: Token, tight: bool) -> None:
-        if self.complete:
-            if tight and not self.words and token.kind != "number":
-                self.side.tokens.append(Token("operator", "*"))  # 2(3 + 4), 2x
+        if self.side.complete:
+            if tight and not self.side.interrupted and token.kind != "number":
+                self.add(Token("operator", "*"))  # 2(3 + 4), 2x
             else:
                 self.end_chain()
         if len(self.side.tokens) > _MAX_TOKENS:
             self.end_chain()
+        self.add(token)
+        self.side.unit = ""
+
+    def add(self, token: Token) -> None:
         self.side.tokens.append(token)
-        self.depth += token.kind == "open"
-        self.words, self.side.unit = False, ""
+        self.side.interrupted = False
 
-    def operator(self, text: str) -> None:
-        # A minus without a left operand is a sign, or a bullet where nothing is before it.
-        if self.complete or (text == "-" and (self.side.tokens or self.chain)):
-            self.side.tokens.append(Token("operator", text))
-            self.words = False
-
-    def close(self) -> None:
-        if self.depth and self.complete:
-            self.side.tokens.append(Token("close", ")"))
-            self.depth -= 1
-            self.words = False
-        else:
-            self.end_chain()
-
-    def word(self, text: str) -> None:
-        self.words = True
-        if self.complete:
-            self.side.unit = text.lower().lstrip("-/ ").removesuffix("s")
-
-    def equal(self, approximate: bool) -> None:
-        self.end_side(last=False)
-        self.side.approximate = approximate
-
-    def end_side(self, last: bool) -> None:
-        side = self.side
-        while last and side.tokens and side.tokens[-1].kind in ("operator", "open"):
-            self.depth -= side.tokens.pop().kind == "open"
-        for _ in range(self.depth):  # "(5 * 3 = 15)"
-            side.tokens.pop(next(i for i, token in enumerate(side.tokens) if token.kind == "open"))
-        side.readable = bool(side.tokens) and self.complete and all(token.kind != "variable" for token in side.tokens)
-        self.chain.append(side)
-        self.side, self.depth, self.words = Side(), 0, False
+    def end_side(self) -> None:
+        for _ in range(self.side.depth):  # "(5 * 3 = 15)"
+            self.side.tokens.remove(Token("open", "("))
+        self.chain.append(self.side)
+        self.side = Side()
 
     def end_chain(self) -> None:
         if self.chain:
-            self.end_side(last=True)
+            while self.side.tokens and self.side.tokens[-1].kind in ("operator", "open"):
+                self.side.depth -= self.side.tokens.pop().kind == "open"
+            self.end_side()
             self.found.append(self.chain)
-        self.chain, self.side, self.depth, self.words = [], Side(), 0, False
-
-
-class _Parser:
-    """Value of an expression by recursive descent."""
-
-    def __init__(self, tokens: Sequence[Token], percent: Fraction):
-        self.tokens = [*tokens, Token("end", "")]
-        self.place = 0
-        self.depth = 0
-        self.percent = percent
-
-    def parse(self) -> Fraction:
-        value = self.sum()
-        if self.tokens[self.place].kind != "end":
-            raise Unreadable
-        return value
-
-    def accept(self, operators: str) -> str:
-        token = self.tokens[self.place]
-        if token.kind != "operator" or token.text not in operators:
-            return ""
-        self.place += 1
-        return token.text
-
-    def sum(self) -> Fraction:
-        value = self.product()
-        while operator := self.accept("+-"):
-            term = self.product()
-            value = _bounded(value + term if operator == "+" else value - term)
-        return value
-
-    def product(self) -> Fraction:
-        value = self.power()
-        while operator := self.accept("*/"):
-            factor = self.power()
-            if operator == "/" and factor == 0:
-                raise Unreadable
-            value = _bounded(value * factor if operator == "*" else value / factor)
-        return value
-
-    def power(self) -> Fraction:
-        if self.accept("-"):
-            self.deeper()
-            value = -self.power()
-            self.depth -= 1
-            return value
-        base = self.atom()
-        if self.accept("^"):
-            exponent = self.atom()
-            if exponent.denominator != 1 or not 0 <= exponent <= _MAX_EXPONENT:
-                raise Unreadable
-            return _bounded(base ** int(exponent))
-        return base
-
-    def atom(self) -> Fraction:
-        token = self.tokens[self.place]
-        self.place += 1
-        if token.kind == "number":
-            return token.value * self.percent if token.percent else token.value
-        if token.kind != "open":
-            raise Unreadable
-        self.deeper()
-        value = self.sum()
-        self.depth -= 1
-        if self.tokens[self.place].kind != "close":
-            raise Unreadable
-        self.place += 1
-        return value
-
-    def deeper(self) -> None:
-        self.depth += 1
-        if self.depth > _MAX_DEPTH:
-            raise Unreadable
-
-
-def _bounded(value: Fraction) -> Fraction:
-    if max(value.numerator.bit_length(), value.denominator.bit_length()) > _MAX_BITS:
-        raise Unreadable
-    return value
+        self.chain, self.side = [], Side()

@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
 
 from ._cache import ReplyCache
-from ._client import JudgeError, Message, NoReplyError
+from ._client import ChatEndpoint, JudgeError, Message, NoReplyError
 from .records import Judgement, Outcome, Pair, flipped, judgement
 
 
@@ -55,17 +54,6 @@ _VERDICT = re.compile(r"Verdict: (A|B|tie)")
 _OUTCOMES: dict[str, Outcome] = {"A": "win", "B": "loss", "tie": "tie"}
 
 
-class Chat(Protocol):
-    """A language model that answers conversations: `ChatEndpoint`, or `local.LocalChat`."""
-
-    model: str
-    sampling_params: dict[str, Any]
-    concurrency: int
-
-    def complete(self, messages: Sequence[Message]) -> tuple[str, Counter[str]]:
-        """The reply, and how often each kind of failure came before it. Raises `NoReplyError` if there is none."""
-
-
 class LLMJudge:
     """
     Compares the reasoning of two solutions with a language model.
@@ -74,16 +62,16 @@ class LLMJudge:
     disagree are a tie. Solutions of the same text are a tie without a question.
 
     Args:
-        chat ([`Chat`]):
-            The model.
+        chat ([`ChatEndpoint`]):
+            Endpoint of the model.
         cache (`str` or `Path`, *optional*):
             JSONL file of replies. What is in it is not asked again.
         max_malformed (`int`, *optional*, defaults to `2`):
-            Times that a malformed reply is sent back with a request for the right form. After that there is no
+            Times that a malformed reply is sent back with a request for the correct form. After that there is no
             verdict: it is never guessed.
     """
 
-    def __init__(self, chat: Chat, cache: str | Path | None = None, *, max_malformed: int = 2):
+    def __init__(self, chat: ChatEndpoint, cache: str | Path | None = None, *, max_malformed: int = 2):
         self.name = chat.model
         self._chat = chat
         self._cache = None if cache is None else ReplyCache(cache)
@@ -154,18 +142,15 @@ class LLMJudge:
         return None
 
     def _reply(self, messages: list[Message], order: str, failures: Counter[str]) -> str:
-        if self._cache is None:
-            reply, before = self._chat.complete(messages)
-            failures.update(before)
-            return reply
         key = ReplyCache.key(
             {"model": self._chat.model, "sampling": self._chat.sampling_params, "messages": messages, "order": order}
         )
-        if (cached := self._cache.get(key)) is not None:
-            return cached
-        reply, before = self._chat.complete(messages)
-        failures.update(before)
-        self._cache.add(key, reply)
+        reply = None if self._cache is None else self._cache.get(key)
+        if reply is None:
+            reply, before = self._chat.complete(messages)
+            failures.update(before)
+            if self._cache is not None:
+                self._cache.add(key, reply)
         return reply
 
 

@@ -1,7 +1,7 @@
 """The programmatic process judge: the equations that a solution writes must hold, and follow.
 
 It judges the written reasoning, not the final answer: a wrong answer can be reached by equations that all hold (of the
-wrong quantities), and a right one without any.
+wrong quantities), and a correct one without any.
 """
 
 import itertools
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from ._equations import Side, Unreadable, normalise, read_chains, read_numbers, read_word_numbers
+from ._equations import Side, normalise, read_chains, read_numbers, read_word_numbers
 from .records import Judgement, Pair, judgement
 
 
@@ -156,11 +156,12 @@ def _given(problem: str) -> Iterator[Fraction]:
     yield from read_word_numbers(text)
     cents = re.search(r"\bcents?\b|¢", problem) is not None
     percents, rounded = "percent" in text, "round" in text
-    for value, _, percent in read_numbers(text):
+    for number in read_numbers(text):
+        value = number.value
         yield value
         if rounded:  # "rounds all prices to the nearest dollar"
             yield Fraction(int(value + Fraction(1, 2)))
-        if percent or percents:
+        if number.percent or percents:
             for share in (value / 100, 1 - value / 100, 1 + value / 100):
                 yield from (share, 100 * share)
         if cents:
@@ -186,16 +187,15 @@ def _links(sides: list[Side]) -> Iterator[tuple[Side, Side]]:
 def _holds(left: Side, right: Side) -> bool:
     """Whether a link holds, with `%` read as 1/100 throughout or as a unit throughout."""
     for percent in _PERCENT_READINGS:
-        try:
-            a, b = left.value(percent), right.value(percent)
-        except Unreadable:  # such as a division by zero
+        a, b = left.value(percent), right.value(percent)
+        if a is None or b is None:  # such as a division by zero
             continue
         if not right.bare and right.tokens[0].kind == "number" and _close(a, right.tokens[0].value):
             return True  # "2 + 3 = 5 * 2 = 10", written on: the next equation starts with the result
         tolerance = _ROUNDING * max(abs(a), abs(b))
         for side in (left, right):
             if side.bare:
-                number = side.numbers[0]
+                number = next(token for token in side.tokens if token.kind == "number")
                 # "2 / 3 = 0.67" is rounded to what is written; an integer is only after ≈.
                 if number.decimals or right.approximate:
                     step = Fraction(1, 10**number.decimals) * (percent if number.percent else 1)
@@ -211,37 +211,33 @@ def _learn(known: list[Fraction], values: set[Fraction]) -> None:
 
 
 def _supported(side: Side, known: list[Fraction]) -> bool:
-    numbers = side.numbers
-    fractions = {
-        place + i
-        for place, (a, operator, b) in enumerate(zip(side.tokens, side.tokens[1:], side.tokens[2:], strict=False))
+    """Whether each number has a source. Numerator and denominator have one where their quotient has."""
+    tokens = side.tokens
+    parts_of_fractions = {
+        i + offset
+        for i, (a, operator, b) in enumerate(zip(tokens, tokens[1:], tokens[2:], strict=False))
         if a.kind == b.kind == "number" and operator.text == "/" and b.value and _is_known(a.value / b.value, 0, known)
-        for i in (0, 2)
+        for offset in (0, 2)
     }
-    places = [place for place, token in enumerate(side.tokens) if token.kind == "number"]
     return all(
-        place in fractions
-        or _is_known(number.value, number.decimals, known)
-        or (number.percent and _is_known(number.value / 100, number.decimals + 2, known))
-        for place, number in zip(places, numbers, strict=True)
+        i in parts_of_fractions
+        or _is_known(token.value, token.decimals, known)
+        or (token.percent and _is_known(token.value / 100, token.decimals + 2, known))
+        for i, token in enumerate(tokens)
+        if token.kind == "number"
     )
 
 
 def _is_known(value: Fraction, decimals: int, known: list[Fraction]) -> bool:
     tolerance = Fraction(1, 2 * 10**decimals) if decimals else Fraction(0)
-    place = bisect(known, value)
-    nearest = known[max(0, place - 1) : place + 1]
+    index = bisect(known, value)
+    nearest = known[max(0, index - 1) : index + 1]
     return any(abs(value - other) <= max(tolerance, _ROUNDING * abs(other)) for other in nearest)
 
 
 def _values(side: Side) -> set[Fraction]:
-    values = set()
-    for percent in _PERCENT_READINGS:
-        try:
-            values.add(abs(side.value(percent)))
-        except Unreadable:
-            continue
-    return values
+    values = (side.value(percent) for percent in _PERCENT_READINGS)
+    return {abs(value) for value in values if value is not None}
 
 
 def _final_answer(completion: str) -> Fraction | None:
@@ -251,7 +247,7 @@ def _final_answer(completion: str) -> Fraction | None:
             completion = marked[-1]
             break
     numbers = list(read_numbers(normalise(completion)))
-    return numbers[-1][0] if numbers else None
+    return numbers[-1].value if numbers else None
 
 
 def _close(a: Fraction, b: Fraction) -> bool:

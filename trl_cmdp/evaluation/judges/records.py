@@ -18,7 +18,7 @@ class Pair:
 
     Args:
         problem (`int`):
-            Place of the problem in its split.
+            Index of the problem in its split.
         greedy (`bool`):
             Whether they are the greedy rollouts.
         sample (`int`):
@@ -49,7 +49,7 @@ class Judgement:
 
     Args:
         problem (`int`):
-            Place of the problem in its split.
+            Index of the problem in its split.
         greedy (`bool`):
             Whether the greedy rollouts were compared.
         sample (`int`):
@@ -146,7 +146,7 @@ def read_judgements(text: str) -> list[Judgement]:
 def _check(record: dict[str, Any]) -> None:
     outcomes = (*OUTCOMES, None)
     orders, failures, students = record["orders"], record["failures"], record["students"]
-    right = {
+    valid = {
         "problem": type(record["problem"]) is int,
         "greedy": type(record["greedy"]) is bool,
         "sample": type(record["sample"]) is int,
@@ -156,7 +156,7 @@ def _check(record: dict[str, Any]) -> None:
         "failures": isinstance(failures, dict) and all(type(count) is int for count in failures.values()),
         "students": isinstance(students, list) and [type(name) for name in students] == [str, str],
     }
-    for name, value in right.items():
+    for name, value in valid.items():
         if not value:
             raise ValueError(f"`{name}` of a judgement cannot be {record[name]!r}.")
 

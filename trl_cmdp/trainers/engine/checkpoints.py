@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils._pytree import tree_map, tree_map_only
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -97,35 +98,30 @@ def file_sizes(folder: Path) -> dict[str, int]:
 def save_tree(path: Path, tree: Any) -> None:
     """Dictionaries and lists of tensors and of what JSON has, as one safetensors file."""
     tensors: dict[str, torch.Tensor] = {}
-    structure = json.dumps(_take_tensors(tree, tensors))
-    save_file(tensors, path, metadata={"structure": structure})
 
-
-def _take_tensors(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """The tree with each tensor put aside, replaced by its name there and whether it was in host memory."""
-    if isinstance(tree, torch.Tensor):
+    def stored(tensor: torch.Tensor) -> dict[str, Any]:
         name = str(len(tensors))
-        tensors[name] = (
-            tree.detach().cpu().clone(memory_format=torch.contiguous_format)
-        )  # safetensors shares no memory
-        return {"tensor": name, "on_host": tree.device.type == "cpu"}
-    if isinstance(tree, dict):
-        return {name: _take_tensors(value, tensors) for name, value in tree.items()}
-    if isinstance(tree, str | int | float | None):
-        return tree
-    return [_take_tensors(value, tensors) for value in tree]
+        # A copy, as safetensors refuses tensors that share memory.
+        tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": name, "on_host": tensor.device.type == "cpu"}
+
+    structure = tree_map_only(torch.Tensor, stored, tree)
+    save_file(tensors, path, metadata={"structure": json.dumps(structure)})
 
 
 def load_tree(path: Path, device: torch.device) -> Any:
-    """The tree of a file, its tensors where they were."""
-
-    def restored(tree: Any) -> Any:
-        if isinstance(tree, dict):
-            if tree.keys() == {"tensor", "on_host"}:
-                tensor = file.get_tensor(tree["tensor"])
-                return tensor if tree["on_host"] else tensor.to(device)
-            return {name: restored(value) for name, value in tree.items()}
-        return [restored(value) for value in tree] if isinstance(tree, list) else tree
-
+    """What [`save_tree`] wrote, its tensors in host memory or on `device` as they were; tuples are lists."""
     with safe_open(path, "pt") as file:
-        return restored(json.loads(file.metadata()["structure"]))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
+        structure = json.loads(file.metadata()["structure"])
+
+    def is_tensor(node: Any) -> bool:
+        return isinstance(node, dict) and node.keys() == {"tensor", "on_host"}
+
+    def restored(leaf: Any) -> Any:
+        if not is_tensor(leaf):
+            return leaf
+        tensor = tensors[leaf["tensor"]]
+        return tensor if leaf["on_host"] else tensor.to(device)
+
+    return tree_map(restored, structure, is_leaf=is_tensor)
