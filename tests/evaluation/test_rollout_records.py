@@ -107,8 +107,8 @@ def test_settings_that_are_none_are_an_error(values):
         read_rollout_records(changed(SETTINGS, **values) + "\n")
 
 
-def test_a_rollout_that_is_there_twice_is_an_error():
-    with pytest.raises(ValueError, match="Line 3: the sample 1 of problem 1 is there twice"):
+def test_a_rollout_that_is_recorded_twice_is_an_error():
+    with pytest.raises(ValueError, match="Line 3: the sample 1 of problem 1 is recorded twice"):
         read_rollout_records(text(RECORD, RECORD))
 
 

@@ -10,7 +10,7 @@ from helpers import make_settings
 
 from trl_cmdp.core import bootstrap_interval, clopper_pearson_interval, clustered_rate_interval
 from trl_cmdp.evaluation import RolloutRecord, compare_evaluations, summarize
-from trl_cmdp.reports.evaluation_table import difference_table, evaluation_table, strata_table
+from trl_cmdp.reports import difference_table, evaluation_table, strata_table
 
 
 SETTINGS = make_settings(num_problems=3)
@@ -175,7 +175,7 @@ def test_a_summary_is_plain_data():
 
 def test_nothing_here_waits_for_transformers():
     script = (
-        "import sys, trl_cmdp.evaluation, trl_cmdp.evaluation.summary, trl_cmdp.reports.evaluation_table;"
+        "import sys, trl_cmdp.evaluation, trl_cmdp.evaluation.summary, trl_cmdp.reports.tables;"
         "print(*{name.split('.')[0] for name in sys.modules})"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
