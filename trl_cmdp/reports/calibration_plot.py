@@ -34,17 +34,6 @@ def plot_calibration(calibration: Calibration, evaluations: Sequence[Evaluation]
     """
     Draw the distribution of the costs, and the share of rollouts within each limit: now, and after imitation where
     that was measured. The suggested range is shaded; where there is none, a line shows the student's median.
-
-    Args:
-        calibration ([`~evaluation.Calibration`]):
-            The calibration.
-        evaluations (`Sequence[tuple[EvaluationSettings, Sequence[RolloutRecord]]]`):
-            What it was computed from: the student, and the student after imitation.
-        path (`str` or `Path`):
-            PNG file to write.
-
-    Returns:
-        `Figure`: The figure.
     """
     scope, settings = calibration.cost_scope, calibration.start.settings
     costs = [

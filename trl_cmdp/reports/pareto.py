@@ -28,30 +28,14 @@ _LABEL_OFFSETS = [
 
 @dataclass(frozen=True)
 class ParetoPoint:
-    """
-    One student.
-
-    Args:
-        name (`str`):
-            Its name.
-        cost (`ValueWithInterval`):
-            Mean cost of a rollout.
-        correct (`ValueWithInterval`):
-            Share of correct final answers.
-        feasible (`bool`):
-            Whether it satisfies the limit: its mark is filled, else hollow.
-        trained (`bool`, *optional*, defaults to `True`):
-            Whether it is a method, with a colour, or a reference.
-        seeds (`list[tuple[float, float]]`, *optional*):
-            Cost and correct answers of each seed.
-    """
+    """Mean cost of one student's rollouts, and its share of correct final answers."""
 
     name: str
     cost: ValueWithInterval
     correct: ValueWithInterval
-    feasible: bool
-    trained: bool = True
-    seeds: list[tuple[float, float]] = field(default_factory=list)
+    feasible: bool  # its mark is filled, else hollow
+    trained: bool = True  # a method, with a colour, or a reference
+    seeds: list[tuple[float, float]] = field(default_factory=list)  # cost and correct answers of each
 
 
 def draw_pareto(

@@ -19,20 +19,8 @@ def markdown_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,), padded: bool = False
 ) -> str:
     """
-    Write a table as GitHub Markdown.
-
-    Args:
-        columns (`Sequence[str]`):
-            Headings.
-        rows (`Sequence[Sequence[str]]`):
-            Cells of each row.
-        left (`Collection[int]`, *optional*, defaults to `(0,)`):
-            Indices of the columns that are aligned left; the others are aligned right.
-        padded (`bool`, *optional*, defaults to `False`):
-            Whether to pad the cells, so that the columns are aligned in a terminal too.
-
-    Returns:
-        `str`: The table, each line with its end.
+    A table of GitHub Markdown. The columns with the indices `left` are aligned left, the others right; `padded` cells
+    align in a terminal too.
     """
     # A name is the user's own, and may hold what ends a cell.
     lines = [[cell.replace("|", "/") for cell in line] for line in (columns, *rows)]
@@ -147,16 +135,7 @@ def difference_table(differences: Sequence[EvaluationDifference]) -> str:
 
 
 def win_rate_table(rows: Sequence[dict[str, Any]]) -> str:
-    """
-    Write win rates as GitHub Markdown.
-
-    Args:
-        rows (`Sequence[dict[str, Any]]`):
-            The win rates, as `trl-cmdp evaluate` writes them into summary.json.
-
-    Returns:
-        `str`: A table and how to read it, empty if there is no row.
-    """
+    """Write win rates, as `trl-cmdp evaluate` writes them into summary.json, as GitHub Markdown; empty without any."""
     if not rows:
         return ""
     columns = (
