@@ -1,5 +1,6 @@
 """Records of an evaluation: back as they were written, and strict about everything else."""
 
+import argparse
 import json
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -7,6 +8,7 @@ from importlib.metadata import version
 import pytest
 from helpers import make_rollout, make_settings
 
+from trl_cmdp.cli._evaluation import add_evaluation_arguments
 from trl_cmdp.evaluation import EvaluationSettings, read_rollout_records
 from trl_cmdp.evaluation.provenance import git_state
 
@@ -24,8 +26,14 @@ def changed(record=RECORD, **values):
     return json.dumps({**asdict(record), **values})
 
 
-def test_settings_are_those_of_the_running_libraries_and_checkout():
+def test_what_is_not_given_is_as_on_the_command_line():
     settings = EvaluationSettings(name="out", student="out", task="gsm8k", num_problems=200, max_new_tokens=8)
+    parser = argparse.ArgumentParser()
+    add_evaluation_arguments(parser, "")
+    defaults = vars(parser.parse_args(["--student", "out"]))
+    shared = {name for name in defaults.keys() & asdict(settings).keys() if defaults[name] is not None}
+    assert len(shared) == 9
+    assert {name: getattr(settings, name) for name in shared} == {name: defaults[name] for name in shared}
     assert settings.versions["torch"] == version("torch")
     assert settings.git_commit == git_state()[0]
 
