@@ -150,7 +150,6 @@ def test_a_record_that_was_cut_is_dropped_and_its_cell_missing(copied):
     [
         ("learning_rate: 3e-4", "learning_rate: 1e-4", "learning_rate"),
         ("steps: 2", "steps: 3", "steps 2, and now it is 3"),
-        ("cost_limit: 0.25", "cost_limit: 0.5", "cost_limit"),
         ("held_out: 8", "held_out: 9", "held_out"),
         ("{trainer: constrained, learning", "{trainer: grpo, learning", "trainer constrained, and now it is grpo"),
     ],
@@ -182,7 +181,6 @@ def test_a_damaged_records_file_is_an_error(copied, capsys):
 KILLED = """
 import sys
 from pathlib import Path
-from trl_cmdp.cli._cell import _history
 from trl_cmdp.cli._cells import run_cells
 from trl_cmdp.cli._experiment import Cell
 cells = [Cell(name, "none", 0, {"task": "arithmetic", "cost_limit": 0.25, "held_out": 8}) for name in "abc"]
@@ -224,16 +222,12 @@ def _processes_in(folder):
         ("steps: 2", "step: 2", "unknown key 'step'"),
         ("steps: 2\n", "", "`steps` is missing"),
         ("steps: 2", "steps: 0", "`steps` must be an integer of at least 1"),
-        ("steps: 2", "steps: 2.5", "`steps` must be an integer of at least 1"),
         ("task: arithmetic", "task: algebra", "unknown task 'algebra': take one of arithmetic, nested, chains"),
         ("cost_limit: 0.25", "cost_limit: 0", "`cost_limit` must be a positive number"),
-        ("cost_limit: 0.25", "cost_limit: true", "`cost_limit` must be a positive number"),
         ("seeds: [7]", "seeds: []", "`seeds` must list at least one integer"),
-        ("seeds: [7]", "seeds: 7", "`seeds` must list at least one integer"),
         ("seeds: [7]", "seeds: [7, 7]", "`seeds` must be different integers"),
         ("trainer: constrained, loss", "trainer: ppo, loss", "unknown trainer 'ppo': take one of constrained, grpo"),
         ("{trainer: constrained, loss_type: nonsense}", "{}", "'broken' must name its trainer"),
-        ("{trainer: constrained, loss_type: nonsense}", "grpo", "'broken' must name its trainer"),
         ("learning_rate: 3e-4", "learnin_rate: 3e-4", "unknown config field `learnin_rate`"),
         ("learning_rate: 3e-4", "multiplier: dual", "unknown config field `multiplier`"),
         ("learning_rate: 3e-4", "credit_assignment: word", "method 'constrained': `credit_assignment` must be one of"),

@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .._defaults import COST_UNITS, FEASIBLE_SATISFACTION, CostScope
-from ..evaluation.summary import Figure as SummaryFigure
 from ..evaluation.summary import RolloutSummary
 from ._figures import LIMIT_LINE, SMALLEST_COST, bars, cumulative, plain, style_axes
 from .pareto import ParetoPoint, draw_pareto
@@ -75,13 +74,17 @@ def draw_position_profile(axes: Axes, profile: tuple[list[float], list[float], l
 
 
 def draw_strata(axes: Axes, summaries: dict[str, RolloutSummary], colours: dict[str, str], figure: str) -> None:
-    """Draw a rate, `"right"` or `"satisfaction"`, by difficulty: a mark for each student with its 95% interval."""
+    """
+    Draw a rate by difficulty, `"right"` or, of students with costs, `"satisfaction"`: a mark for each student with its
+    95% interval.
+    """
     strata = ordered_strata(summaries)
     for index, (name, summary) in enumerate(summaries.items()):
         shift = 0.6 * ((index + 0.5) / len(summaries) - 0.5)
         for column, stratum in enumerate(strata):
-            rate = stratum_rate(summary, stratum, figure)
-            if rate is not None:
+            if stratum in summary.strata:
+                part = summary.strata[stratum]
+                rate = part.right if figure == "right" else part.costs.satisfaction
                 style = {"fmt": "o", "markersize": 5, "elinewidth": 1.2, "color": colours[name]}
                 label = plain(name) if column == 0 else None
                 axes.errorbar(column + shift, rate.value, yerr=bars(rate), label=label, **style)
@@ -97,16 +100,6 @@ def draw_strata(axes: Axes, summaries: dict[str, RolloutSummary], colours: dict[
 def ordered_strata(summaries: dict[str, RolloutSummary]) -> list[str]:
     """Every student's strata, in the order of the summaries."""
     return list(dict.fromkeys(stratum for summary in summaries.values() for stratum in summary.strata))
-
-
-def stratum_rate(summary: RolloutSummary, stratum: str, figure: str) -> SummaryFigure | None:
-    """A rate of one stratum, `None` where there is none."""
-    if stratum not in summary.strata:
-        return None
-    part = summary.strata[stratum]
-    if figure == "right":
-        return part.right
-    return None if part.costs is None else part.costs.satisfaction
 
 
 def draw_evaluation_pareto(

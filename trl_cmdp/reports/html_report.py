@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from .. import __version__
 from .._defaults import COST_UNITS
 from ..evaluation import compare_methods
-from ..evaluation.summary import EvaluationDifference, RolloutSummary, compare_evaluations, summarize
+from ..evaluation.summary import EvaluationDifference, compare_evaluations, summarize
 from ._curves import logged
 from ._figures import COLOURS, colours_by_name, legend_below, new_figure
 from ._inline_svg import inline_svg
@@ -31,7 +31,6 @@ from .evaluation_plots import (
     draw_strata,
     ordered_strata,
     position_profile,
-    stratum_rate,
 )
 from .rollout_browser import MAX_ROLLOUTS, SHADES, browser_data, choose_problems
 from .runs import ComparisonRun, EvaluationRun, Run, TrainingRun
@@ -156,7 +155,12 @@ def _evaluation_part(runs: Sequence[EvaluationRun], colours: dict[str, str], gal
         "plots": plots,
         "cost_plots": _cost_plots(of_kind, colours, greedy, gallery) if costs else [],
         "strata_plots": strata,
-        "strata_rows": _strata_rows(drawn),
+        "strata_rows": [
+            (stratum, name, summary.strata[stratum])
+            for stratum in ordered_strata(drawn)
+            for name, summary in drawn.items()
+            if stratum in summary.strata
+        ],
     }
 
 
@@ -202,21 +206,6 @@ def _settings_rows(runs: Sequence[EvaluationRun]) -> list[tuple[str, list[str]]]
         values = ["–" if settings.get(name) is None else str(settings[name]) for settings in flat]
         rows.append((name.replace("_", " "), values[:1] if len(set(values)) == 1 else values))
     return rows
-
-
-def _strata_rows(summaries: dict[str, RolloutSummary]) -> list[dict[str, Any]]:
-    return [
-        {
-            "stratum": stratum,
-            "name": name,
-            "problems": summary.strata[stratum].right.num_problems,
-            "right": summary.strata[stratum].right,
-            "satisfaction": stratum_rate(summary, stratum, "satisfaction"),
-        }
-        for stratum in ordered_strata(summaries)
-        for name, summary in summaries.items()
-        if stratum in summary.strata
-    ]
 
 
 def _training_part(runs: Sequence[TrainingRun], colours: dict[str, str], gallery: _Gallery) -> dict[str, Any]:
