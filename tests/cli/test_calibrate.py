@@ -126,7 +126,10 @@ def test_an_adapter_is_trained_on_and_its_base_stays_the_teacher(tmp_path):
 def test_problems_to_imitate_on_are_never_measured_on(tmp_path, capsys, monkeypatch):
     """Of ten problems, two of which are given twice, four are measured on; what differs from them is left."""
     trained_on = []
-    monkeypatch.setattr(GKDDistillTrainer, "train", lambda self: trained_on.extend(self.train_dataset["prompt"]))
+    train = GKDDistillTrainer.train
+    monkeypatch.setattr(
+        GKDDistillTrainer, "train", lambda self: trained_on.extend(self.train_dataset["prompt"]) or train(self)
+    )
     rows = [{"prompt": f"{digit}+1=", "answer": "1"} for digit in "1234567812"]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--dataset", tmp_path / "mine.jsonl", "--split", "train", "--num_problems", "4", *IMITATION]

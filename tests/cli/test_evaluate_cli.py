@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_cmdp.cli import main
 from trl_cmdp.evaluation import read_rollout_records
+from trl_cmdp.tasks import arithmetic
 from trl_cmdp.tasks.arithmetic import demo_model_path, load_problems
 
 
@@ -139,6 +140,13 @@ def test_a_mistake_is_one_line(options, message, tmp_path, capsys, monkeypatch):
     (tmp_path / "damaged.jsonl").write_text("{}\n")
     assert run(*options) == 2
     assert message in error_line(capsys)
+
+
+def test_an_error_inside_a_task_is_not_a_mistake_of_the_command(monkeypatch):
+    """Only an option that the task does not have is one."""
+    monkeypatch.setattr(arithmetic, "load_problems", lambda n, split, seed: len(n))
+    with pytest.raises(TypeError, match=r"has no len\(\)"):
+        run("--student", STUDENT, "--task", "arithmetic")
 
 
 @pytest.mark.parametrize("start", ["def mine(**kwargs):\n    ", ""], ids=["when called", "when imported"])

@@ -11,7 +11,7 @@ from ._tasks import EMBEDDED_TASKS, load_task
 
 
 if TYPE_CHECKING:
-    from ..evaluation import Agreement, Rate, WinRate
+    from ..evaluation import Agreement, WinRate
     from ..evaluation.judges import Judge, Judgement, Pair
     from ..evaluation.summary import Evaluation
 
@@ -80,9 +80,10 @@ def judge_evaluations(
             judgements += judged
             of_process = of_process or judged  # the process judge is the first
             row = {"student": student, "reference": reference, "greedy": pairs[0].greedy}
-            row |= _win_rate_json(win_rate(judged))
+            row |= _as_json(win_rate(judged))
             if judge.name != PROCESS:
-                row["agreement_with_process"] = _agreement_json(agreement(judged, of_process))
+                agreed = agreement(judged, of_process)
+                row["agreement_with_process"] = agreed and _as_json(agreed)
             rows.append(row)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,17 +122,12 @@ def _comparisons(evaluations: "Sequence[Evaluation]") -> "Iterator[list[Pair]]":
                 yield pair_rollouts(mine, theirs, (settings.name, first.name))
 
 
-def _win_rate_json(rates: "WinRate") -> dict[str, Any]:
-    names = ("win", "tie", "loss", "position_consistency")
-    return asdict(rates) | {name: _rate_json(getattr(rates, name)) for name in names}
+def _as_json(figures: "WinRate | Agreement") -> dict[str, Any]:
+    """The figures, with each rate as its counts, value and interval."""
+    from ..evaluation import Rate
 
-
-def _agreement_json(agreed: "Agreement | None") -> dict[str, Any] | None:
-    return None if agreed is None else asdict(agreed) | {"rate": _rate_json(agreed.rate)}
-
-
-def _rate_json(rate: "Rate | None") -> dict[str, Any] | None:
-    if rate is None:
-        return None
-    low, high = rate.interval
-    return {"k": rate.k, "n": rate.n, "value": rate.value, "low": low, "high": high}
+    rates = {name: rate for name, rate in vars(figures).items() if isinstance(rate, Rate)}
+    return asdict(figures) | {
+        name: {"k": rate.k, "n": rate.n, "value": rate.value, "low": rate.interval[0], "high": rate.interval[1]}
+        for name, rate in rates.items()
+    }

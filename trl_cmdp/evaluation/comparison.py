@@ -147,19 +147,16 @@ def compare_methods(records: Sequence[CellRecord]) -> Comparison:
 
 
 def _summary(cells: dict[int, CellRecord], reference: dict[int, CellRecord] | None, limit: float) -> MethodSummary:
-    def satisfied(outcome: Outcome) -> bool:
-        return outcome.cost <= limit
-
-    def correct(outcome: Outcome) -> int:
-        return outcome.right
-
-    def valid(outcome: Outcome) -> int:
-        return outcome.valid
-
+    values: dict[str, Callable[[Outcome], float]] = {
+        "right": lambda outcome: outcome.right,
+        "valid": lambda outcome: outcome.valid,
+        "satisfaction": lambda outcome: outcome.cost <= limit,
+        "cost": lambda outcome: outcome.cost,
+    }
     first = next(iter(cells.values()))
-    # Not against itself, and an untrained model is no method.
+    # Not against itself, and an untrained model is not a method.
     paired = {} if reference is None or reference is cells or first.trainer == "none" else reference
-    satisfaction = _estimate(cells, satisfied)
+    estimates = {name: _estimate(cells, value) for name, value in values.items()}
     reached = [steps_to_satisfaction(cell.history) for cell in cells.values()]
     steps = [step for step in reached if step is not None]
     violations = [_violations(cell.history) for cell in cells.values()]
@@ -168,14 +165,7 @@ def _summary(cells: dict[int, CellRecord], reference: dict[int, CellRecord] | No
         method=first.method,
         trainer=first.trainer,
         rank=None,
-        feasible=satisfaction.value >= FEASIBLE_SATISFACTION,
-        right=_estimate(cells, correct),
-        valid=_estimate(cells, valid),
-        satisfaction=satisfaction,
-        cost=_estimate(cells, lambda outcome: outcome.cost),
-        right_difference=_difference(cells, paired, correct),
-        valid_difference=_difference(cells, paired, valid),
-        satisfaction_difference=_difference(cells, paired, satisfied),
+        feasible=estimates["satisfaction"].value >= FEASIBLE_SATISFACTION,
         steps_to_satisfaction=mean(steps) if steps else None,
         seeds_satisfied=len(steps),
         violations=mean(whole) if whole else None,
@@ -183,6 +173,10 @@ def _summary(cells: dict[int, CellRecord], reference: dict[int, CellRecord] | No
         wall_s=mean(cell.wall_s for cell in cells.values()),
         cpu_s=mean(cell.cpu_s for cell in cells.values()),
         peak_memory_mb=mean(cell.peak_memory_mb for cell in cells.values()),
+        right_difference=_difference(cells, paired, values["right"]),
+        valid_difference=_difference(cells, paired, values["valid"]),
+        satisfaction_difference=_difference(cells, paired, values["satisfaction"]),
+        **estimates,
     )
 
 

@@ -117,7 +117,19 @@ def evaluate(
             correct = _correct(reward, batch_rows, rollouts)
             end_ids = eos_ids(student, tokenizer)
             new = [
-                _record(key, row, rollout, cost, is_correct, tokenizer, end_ids, settings.max_new_tokens)
+                RolloutRecord(
+                    *key,
+                    prompt=rollout.prompt,
+                    answer=str(row["answer"]),
+                    difficulty=None if row.get("difficulty") is None else str(row["difficulty"]),
+                    completion=rollout.completion,
+                    completion_ids=rollout.completion_ids,
+                    tokens=[str(tokenizer.decode([token])) for token in rollout.completion_ids],
+                    truncated=_is_truncated(rollout.completion_ids, settings.max_new_tokens, end_ids),
+                    right=is_correct,
+                    # A cost of 0 comes as a number around it: no "-0.0".
+                    costs=None if cost is None else [round(value, 6) + 0.0 for value in cost.tolist()],
+                )
                 for key, row, rollout, cost, is_correct in zip(
                     batch, batch_rows, rollouts, costs, correct, strict=True
                 )
@@ -187,34 +199,8 @@ def _correct(
     return [value == 1.0 for value in rewards]
 
 
-def _record(
-    key: _Key,
-    row: dict[str, Any],
-    rollout: Rollout,
-    costs: torch.Tensor | None,
-    is_correct: bool,
-    tokenizer: PreTrainedTokenizerBase,
-    end_ids: Sequence[int],
-    max_new_tokens: int,
-) -> RolloutRecord:
-    problem, greedy, sample = key
-    ids = rollout.completion_ids
-    difficulty = row.get("difficulty")
-    return RolloutRecord(
-        problem=problem,
-        greedy=greedy,
-        sample=sample,
-        prompt=rollout.prompt,
-        answer=str(row["answer"]),
-        difficulty=None if difficulty is None else str(difficulty),
-        completion=rollout.completion,
-        completion_ids=ids,
-        tokens=[str(tokenizer.decode([token])) for token in ids],
-        truncated=len(ids) >= max_new_tokens and ids[-1] not in end_ids,
-        right=is_correct,
-        # A cost of 0 comes as a number around it: no "-0.0".
-        costs=None if costs is None else [round(cost, 6) + 0.0 for cost in costs.tolist()],
-    )
+def _is_truncated(ids: Sequence[int], max_new_tokens: int, end_ids: Sequence[int]) -> bool:
+    return len(ids) >= max_new_tokens and ids[-1] not in end_ids
 
 
 @contextmanager

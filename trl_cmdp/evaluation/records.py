@@ -92,12 +92,7 @@ class CellRecord:
 
     @classmethod
     def from_json(cls, line: str) -> "CellRecord":
-        """
-        Read [`~CellRecord.to_json`]'s line.
-
-        Raises:
-            ValueError: If it is not a record: no JSON, a key missing or unknown, a value of another type.
-        """
+        """Read [`~CellRecord.to_json`]'s line. One of other keys, or values of other types, is a `ValueError`."""
         record = from_line(cls, line)
         if not record["outcomes"]:
             raise ValueError("its `outcomes` are empty.")

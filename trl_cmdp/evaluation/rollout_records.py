@@ -86,12 +86,7 @@ class EvaluationSettings:
 
     @classmethod
     def from_json(cls, line: str) -> "EvaluationSettings":
-        """
-        Read [`~EvaluationSettings.to_json`]'s line.
-
-        Raises:
-            ValueError: If it holds no settings: no JSON, a key missing or unknown, a value of another type.
-        """
+        """Read [`~EvaluationSettings.to_json`]'s line. One of other keys, or values of other types, is a `ValueError`."""
         return cls(**from_line(cls, line))
 
 
@@ -153,11 +148,8 @@ class RolloutRecord:
     @classmethod
     def from_json(cls, line: str) -> "RolloutRecord":
         """
-        Read [`~RolloutRecord.to_json`]'s line.
-
-        Raises:
-            ValueError: If it is not a record: no JSON, a key missing or unknown, a value of another type, or lists of
-                different lengths.
+        Read [`~RolloutRecord.to_json`]'s line. One of other keys, values of other types, or lists of different lengths
+        is a `ValueError`.
         """
         record = cls(**from_line(cls, line))
         lengths = {len(record.tokens), len(record.completion_ids)}
