@@ -268,7 +268,7 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     out = capsys.readouterr().out
     for command in (*COMMANDS, "demo", "calibrate", "compare", "evaluate", "report", "env"):
-        assert f"\n    {command} " in out
+        assert re.search(rf"\n    {command}\s", out)
 
 
 def test_bar_on_a_terminal(folder, tmp_path):

@@ -77,7 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
     print("Evaluating the trained student on the same problems ...", flush=True)
     after = evaluate(student, *measured)
 
-    _print_table({"student before": before, "student after": after, "teacher": teacher_metrics}, arguments)
+    print(f"\n{arguments.method}, held-out problems, temperature 1, limit {arguments.cost_limit:g}\n")
+    print(_table({"student before": before, "student after": after, "teacher": teacher_metrics}))
     config = {
         "method": arguments.method,
         **shared,
@@ -138,21 +139,19 @@ def _metrics(answers: "list[Answer]", cost_limit: float) -> dict[str, Any]:
     }
 
 
-def _print_table(rows: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _table(rows: dict[str, dict[str, Any]]) -> str:
+    from ..evaluation.rates import ValueWithInterval
+    from ..reports.tables import markdown_table
 
-    table = Table(title=f"{arguments.method}, held-out problems, temperature 1, limit {arguments.cost_limit:g}")
-    table.add_column("")
-    for name in ("correct answer", "all steps valid", "satisfaction [95%]", "mean cost (nats/token)"):
-        table.add_column(name, justify="right")
-    for name, metrics in rows.items():
-        low, high = metrics["satisfaction_interval"]
-        table.add_row(
+    columns = ("", "correct answer", "all steps valid", "satisfaction [95%]", "mean cost (nats/token)")
+    lines = [
+        (
             name,
             f"{metrics['final_answer_correctness']:.3f}",
             f"{metrics['valid_steps_rate']:.3f}",
-            f"{metrics['satisfaction_rate']:.3f} [{low:.3f}, {high:.3f}]",
+            ValueWithInterval(metrics["satisfaction_rate"], *metrics["satisfaction_interval"]).text(),
             f"{metrics['mean_cost']:.3f}",
         )
-    Console().print(table)
+        for name, metrics in rows.items()
+    ]
+    return markdown_table(columns, lines, padded=True)

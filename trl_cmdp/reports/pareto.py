@@ -26,6 +26,9 @@ _LABEL_OFFSETS = [
 ]
 
 
+_MARK = {"markersize": 9, "markeredgewidth": 1.8, "elinewidth": 1, "alpha": 0.95, "zorder": 3}
+
+
 @dataclass(frozen=True)
 class ParetoPoint:
     """Mean cost of one student's rollouts, and its share of correct final answers."""
@@ -72,42 +75,22 @@ def draw_pareto(
             xerr=bars(point.cost),
             yerr=bars(point.correct),
             fmt="o" if point.trained else "X",
-            markersize=9,
-            markeredgewidth=1.8,
             color=colour,
             markerfacecolor=colour if point.feasible else "white",
-            elinewidth=1,
-            alpha=0.95,
-            zorder=3,
             label=plain(point.name),
+            **_MARK,
         )
     logarithmic_if_wide(axes, "x", [cost for one in points for cost in (one.cost.low, cost_limit, one.cost.high)])
     axes.set(xlabel=cost_label, ylabel="share of correct final answers")
     style_axes(axes)
     axes.set_title(title, pad=20)
     axes.margins(0.12, 0.1)
-    limit_label = axes.annotate(
-        f"limit {cost_limit:g}",
-        (cost_limit, 1),
-        (0, 3),
-        xycoords=axes.get_xaxis_transform(),
-        textcoords="offset points",
-        ha="center",
-        va="bottom",
-        fontsize=9,
-    )
+    above: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "fontsize": 9}
+    at_limit = {"xycoords": axes.get_xaxis_transform(), "ha": "center", **above}
+    limit_label = axes.annotate(f"limit {cost_limit:g}", (cost_limit, 1), (0, 3), **at_limit)
     if teacher_correct is not None:
-        axes.annotate(
-            "teacher, cost 0",
-            (1, teacher_correct),
-            (-4, 3),
-            xycoords=axes.get_yaxis_transform(),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            fontsize=9,
-            color="0.35",
-        )
+        at_right = {"xycoords": axes.get_yaxis_transform(), "ha": "right", "color": "0.35", **above}
+        axes.annotate("teacher, cost 0", (1, teacher_correct), (-4, 3), **at_right)
     mark: dict[str, Any] = {"color": "0.25", "marker": "o", "linestyle": "", "markersize": 8}
     handles = [
         Line2D([], [], label=f"satisfaction at least {FEASIBLE_SATISFACTION:g}", **mark),

@@ -25,9 +25,11 @@ def markdown_table(
     # A name is the user's own, and may hold what ends a cell.
     lines = [[cell.replace("|", "/") for cell in line] for line in (columns, *rows)]
     widths = [max(map(len, column)) if padded else 0 for column in zip(*lines, strict=True)]
-    rule = [":---" if index in left else "-" * max(3, width - 1) + ":" for index, width in enumerate(widths)]
+    dashes = ["-" * max(3, width - 1) for width in widths]
+    rule = [f":{dash}" if index in left else f"{dash}:" for index, dash in enumerate(dashes)]
+    justify = [str.ljust if index in left else str.rjust for index in range(len(columns))]
     return "".join(
-        f"| {' | '.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))} |\n"
+        f"| {' | '.join(put(cell, width) for put, cell, width in zip(justify, line, widths, strict=True))} |\n"
         for line in (lines[0], rule, *lines[1:])
     )
 
