@@ -1,6 +1,8 @@
 """Builders shared by the tests: minute models, a character tokenizer, datasets, trainers, and rollouts made by hand."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_cmdp import ConstrainedDistillConfig, ConstrainedDistillTrainer
 from trl_cmdp.core import token_divergence
-from trl_cmdp.evaluation import EvaluationSettings
+from trl_cmdp.evaluation import CellRecord, EvaluationSettings, Outcome, RolloutRecord
 
 
 CHARACTERS = "0123456789+=,#"
@@ -238,3 +240,66 @@ def dense_costs(student, teacher, batch: dict, temperature: float = 1.0, beta: f
     ]
     shared = min(logits[0].size(-1), logits[1].size(-1))
     return token_divergence(logits[0][..., :shared], logits[1][..., :shared], beta=beta, temperature=temperature)
+
+
+def make_rollout(problem: int = 0, sample: int = 0, costs: Sequence[float] | None = None, **changes) -> RolloutRecord:
+    """A rollout made by hand, with a token for each of its costs."""
+    tokens = changes.pop("tokens", [f"t{index} " for index in range(3 if costs is None else len(costs))])
+    values = {
+        "greedy": False,
+        "prompt": f"{problem} + 1 =",
+        "answer": str(problem + 1),
+        "difficulty": None,
+        "completion": "".join(tokens),
+        "completion_ids": list(range(len(tokens))),
+        "truncated": False,
+        "right": True,
+    }
+    return RolloutRecord(problem=problem, sample=sample, costs=costs, tokens=tokens, **{**values, **changes})
+
+
+def make_cell(
+    method: str = "constrained", seed: int = 0, outcomes: Sequence[tuple] = ((1, 1, 0.1, 3),), **changes
+) -> CellRecord:
+    """The record of a cell of a comparison, made by hand; its limit is 0.25."""
+    values = {
+        "trainer": "constrained",
+        "task": "arithmetic",
+        "settings": {"cost_limit": 0.25},
+        "config": {},
+        "versions": {"python": "3"},
+        "git_commit": None,
+        "git_dirty": False,
+        "wall_s": 10.0,
+        "cpu_s": 8.0,
+        "peak_memory_mb": 500.0,
+        "history": [],
+    }
+    rows = [Outcome(*outcome) for outcome in outcomes]
+    return CellRecord(method=method, seed=seed, outcomes=rows, **{**values, **changes})
+
+
+def write_records(path: Path, settings: EvaluationSettings, rollouts: Sequence[RolloutRecord]) -> Path:
+    """A records file, as `trl-cmdp evaluate` leaves it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line.to_json()}\n" for line in (settings, *rollouts)))
+    return path
+
+
+def run_without_models(*arguments: object) -> str:
+    """Output of a command in a process of its own, which fails if it loads a library of models."""
+    script = (
+        "import sys; from trl_cmdp.cli import main; code = main(sys.argv[1:]);"
+        "assert not {'transformers', 'datasets', 'trl'} & {name.split('.')[0] for name in sys.modules}; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def error_line(capsys) -> str:
+    """The one line that a command wrote about a mistake."""
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("trl-cmdp ")
+    assert ": error: " in line
+    return line

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from helpers import make_rollout, make_settings, write_records
+
 from trl_cmdp.evaluation import EvaluationSettings, RolloutRecord
 
 
@@ -12,41 +14,13 @@ HOSTILE = "</script><script>window.ran = 1; alert(1)</script><img src=x onerror=
 
 def settings(name: str = "constrained", **changed) -> EvaluationSettings:
     """Settings of 6 problems, 2 samples each."""
-    values = {
-        "name": name,
-        "student": f"outputs/{name}",
-        "teacher": "teacher",
-        "task": "sums",
-        "num_problems": 6,
-        "num_samples": 2,
-        "max_new_tokens": 8,
-        "batch_size": 4,
-        "cost_limit": LIMIT,
-        "versions": {"python": "3.11"},
-        "git_commit": None,
-    }
-    return EvaluationSettings(**{**values, **changed})
+    values = {"name": name, "student": f"outputs/{name}", "num_problems": 6, "greedy": False, "cost_limit": LIMIT}
+    return make_settings(**{**values, "versions": {"python": "3.11"}, **changed})
 
 
-def rollout(problem: int, sample: int, costs: list[float] | None, right: bool = True, **changed) -> RolloutRecord:
-    """A rollout with a token for each cost."""
-    count = 3 if costs is None else len(costs)
-    tokens = changed.pop("tokens", [f"t{place} " for place in range(count)])
-    values = {
-        "problem": problem,
-        "greedy": False,
-        "sample": sample,
-        "prompt": f"{problem} + 1 =",
-        "answer": str(problem + 1),
-        "difficulty": f"{1 + problem % 2} steps",
-        "completion": "".join(tokens),
-        "completion_ids": list(range(len(tokens))),
-        "tokens": tokens,
-        "truncated": False,
-        "right": right,
-        "costs": costs,
-    }
-    return RolloutRecord(**{**values, **changed})
+def rollout(problem: int, sample: int, costs: list[float] | None, **changed) -> RolloutRecord:
+    """A rollout of one of two difficulties, with a token for each cost."""
+    return make_rollout(problem, sample, costs, **{"difficulty": f"{1 + problem % 2} steps", **changed})
 
 
 def rollouts(scale: float) -> list[RolloutRecord]:
@@ -60,9 +34,7 @@ def rollouts(scale: float) -> list[RolloutRecord]:
 
 def write_evaluation(folder: Path, records: list[RolloutRecord], name: str = "constrained", **changed) -> Path:
     """A folder as `trl-cmdp evaluate` leaves it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [settings(name, **changed).to_json(), *(record.to_json() for record in records)]
-    (folder / "records.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    write_records(folder / "records.jsonl", settings(name, **changed), records)
     return folder
 
 

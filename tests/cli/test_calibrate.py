@@ -1,14 +1,13 @@
 """`trl-cmdp calibrate`: before and after imitation, a second run, records without a model, mistakes in one line."""
 
-import argparse
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
+from helpers import error_line, run_without_models
 from transformers import AutoModelForCausalLM
 
+from trl_cmdp import GKDDistillTrainer
 from trl_cmdp.cli import main
 from trl_cmdp.evaluation import read_rollout_records
 from trl_cmdp.tasks.arithmetic import demo_model_path, load_problems
@@ -57,7 +56,7 @@ def test_everything_is_written(folder):
     assert (folder / "calibration.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_same_command_goes_on_and_another_one_is_refused(folder, tmp_path, capsys):
+def test_the_same_command_resumes_and_another_one_is_refused(folder, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(folder, out)
     before = (folder / "start.jsonl").read_bytes()
@@ -71,27 +70,19 @@ def test_the_same_command_goes_on_and_another_one_is_refused(folder, tmp_path, c
     assert (out / "start.jsonl").read_bytes() == before
     mine, theirs = (read_rollout_records(at / "imitation.jsonl")[1] for at in (out, folder))
     assert mine == theirs
-    capsys.readouterr()
     assert run(*options, "--imitation_learning_rate", "1e-4") == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("trl-cmdp calibrate: error: ")
-    assert "another `learning_rate`: 0.001, now 0.0001" in error
+    assert "another `learning_rate`: 0.001, now 0.0001" in error_line(capsys)
 
 
 def test_everything_comes_from_records_without_a_model(folder, tmp_path):
-    script = (
-        "import sys; from trl_cmdp.cli import main; code = main(sys.argv[1:]);"
-        "assert not {'transformers', 'datasets', 'trl'} & {name.split('.')[0] for name in sys.modules}; sys.exit(code)"
-    )
-    records = [str(folder / name) for name in ("start.jsonl", "imitation.jsonl")]
-    options = ["--records", *records, "--limits", "0.5", "5", "--output_dir", str(tmp_path / "again")]
-    done = subprocess.run([sys.executable, "-c", script, "calibrate", *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    records = [folder / name for name in ("start.jsonl", "imitation.jsonl")]
+    options = ["--limits", "0.5", "5", "--output_dir", tmp_path / "again"]
+    out = run_without_models("calibrate", "--records", *records, *options)
     again, first = content(tmp_path / "again"), content(folder)
     for name in ("start", "imitation", "suggestion", "suggestion_text", "limits"):
         assert again[name] == first[name]
-    assert "| cost_limit |" in done.stdout.replace("  ", "")
-    assert first["suggestion_text"] in done.stdout
+    assert "| cost_limit |" in out.replace("  ", "")
+    assert first["suggestion_text"] in out
 
 
 def test_without_imitation_no_lower_end_is_invented(folder, capsys):
@@ -132,31 +123,23 @@ def test_an_adapter_is_trained_on_and_its_base_stays_the_teacher(tmp_path):
     assert written["imitation_run"]["settings"]["teacher"] == "base"
 
 
-def test_problems_to_imitate_on_are_never_measured_on(tmp_path):
-    from transformers import AutoTokenizer
-
-    from trl_cmdp.cli import _imitation
-    from trl_cmdp.cli._evaluation import load_problems as load
-    from trl_cmdp.tasks import table
-
-    rows = [{"prompt": prompt, "answer": "1"} for prompt in [*"abcdefgh", "a", "b"]]  # two are there twice
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = argparse.Namespace(
-        dataset=str(tmp_path / "mine.jsonl"),
-        prompt_column=None,
-        answer_column=None,
-        difficulty_column=None,
-        split="train",
-        imitation_split="train",
-        num_problems=4,
-        seed=0,
+def test_problems_to_imitate_on_are_never_measured_on(tmp_path, capsys, monkeypatch):
+    """Of ten problems, two of which are given twice, four are measured on; what differs from them is left."""
+    trained_on = []
+    train = GKDDistillTrainer.train
+    monkeypatch.setattr(
+        GKDDistillTrainer, "train", lambda self: trained_on.extend(self.train_dataset["prompt"]) or train(self)
     )
-    tokenizer = AutoTokenizer.from_pretrained(STUDENT)
-    measured = set(load(table, tokenizer, arguments)["prompt"])
-    problems = _imitation._train_problems(table, tokenizer, 6, arguments)["prompt"]
-    assert set(problems) == set("abcdefgh") - measured
-    with pytest.raises(ValueError, match="7 of the split 'train' after the 4 measured on"):
-        _imitation._train_problems(table, tokenizer, 7, arguments)
+    rows = [{"prompt": f"{digit}+1=", "answer": "1"} for digit in "1234567812"]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--dataset", tmp_path / "mine.jsonl", "--split", "train", "--num_problems", "4", *IMITATION]
+    options += ["--max_new_tokens", "4", "--imitation_split", "train"]
+    options += ["--reward", "trl_cmdp.tasks.arithmetic.final_answer_reward"]
+    assert run(*MODELS, *options, "--imitation_problems", "6", "--output_dir", tmp_path / "out") == 0
+    measured = {record.prompt for record in read_rollout_records(tmp_path / "out" / "start.jsonl")[1]}
+    assert set(trained_on) == {row["prompt"] for row in rows} - measured
+    assert run(*MODELS, *options, "--imitation_problems", "7", "--output_dir", tmp_path / "more") == 2
+    assert "7 of the split 'train' after the 4 measured on" in error_line(capsys)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +159,4 @@ def test_problems_to_imitate_on_are_never_measured_on(tmp_path):
 def test_a_mistake_is_one_line(options, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(*options) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("trl-cmdp calibrate: error: ")
-    assert message in error
+    assert message in error_line(capsys)

@@ -150,7 +150,6 @@ def test_a_record_that_was_cut_is_dropped_and_its_cell_missing(copied):
     [
         ("learning_rate: 3e-4", "learning_rate: 1e-4", "learning_rate"),
         ("steps: 2", "steps: 3", "steps 2, and now it is 3"),
-        ("cost_limit: 0.25", "cost_limit: 0.5", "cost_limit"),
         ("held_out: 8", "held_out: 9", "held_out"),
         ("{trainer: constrained, learning", "{trainer: grpo, learning", "trainer constrained, and now it is grpo"),
     ],
@@ -169,7 +168,7 @@ def test_an_interrupted_run_keeps_its_records(copied, capsys, monkeypatch):
 
     monkeypatch.setattr("trl_cmdp.cli._cells.run_cells", interrupt)
     assert compare(copied) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command again to resume" in capsys.readouterr().err
 
 
 def test_a_damaged_records_file_is_an_error(copied, capsys):
@@ -182,7 +181,6 @@ def test_a_damaged_records_file_is_an_error(copied, capsys):
 KILLED = """
 import sys
 from pathlib import Path
-from trl_cmdp.cli._cell import _history
 from trl_cmdp.cli._cells import run_cells
 from trl_cmdp.cli._experiment import Cell
 cells = [Cell(name, "none", 0, {"task": "arithmetic", "cost_limit": 0.25, "held_out": 8}) for name in "abc"]
@@ -224,23 +222,19 @@ def _processes_in(folder):
         ("steps: 2", "step: 2", "unknown key 'step'"),
         ("steps: 2\n", "", "`steps` is missing"),
         ("steps: 2", "steps: 0", "`steps` must be an integer of at least 1"),
-        ("steps: 2", "steps: 2.5", "`steps` must be an integer of at least 1"),
         ("task: arithmetic", "task: algebra", "unknown task 'algebra': take one of arithmetic, nested, chains"),
         ("cost_limit: 0.25", "cost_limit: 0", "`cost_limit` must be a positive number"),
-        ("cost_limit: 0.25", "cost_limit: true", "`cost_limit` must be a positive number"),
         ("seeds: [7]", "seeds: []", "`seeds` must list at least one integer"),
-        ("seeds: [7]", "seeds: 7", "`seeds` must list at least one integer"),
         ("seeds: [7]", "seeds: [7, 7]", "`seeds` must be different integers"),
         ("trainer: constrained, loss", "trainer: ppo, loss", "unknown trainer 'ppo': take one of constrained, grpo"),
         ("{trainer: constrained, loss_type: nonsense}", "{}", "'broken' must name its trainer"),
-        ("{trainer: constrained, loss_type: nonsense}", "grpo", "'broken' must name its trainer"),
         ("learning_rate: 3e-4", "learnin_rate: 3e-4", "unknown config field `learnin_rate`"),
         ("learning_rate: 3e-4", "multiplier: dual", "unknown config field `multiplier`"),
         ("learning_rate: 3e-4", "credit_assignment: word", "method 'constrained': `credit_assignment` must be one of"),
         ("learning_rate: 3e-4", "run_name: 2020-01-01", "not JSON serializable"),
         ("learning_rate: 3e-4", "seed: 3", "list it under `seeds`"),
         ("learning_rate: 3e-4", "max_steps: 3", "set `steps`"),
-        ("  broken:", "  constrained:", "'constrained' is there twice"),
+        ("  broken:", "  constrained:", "'constrained' is given twice"),
         ("  broken:", "  ../broken:", "the method name '../broken'"),
         ("  broken:", "  0.1:", "the method name 0.1"),
         ("  broken:", "  teacher:", "'teacher' is taken"),
@@ -281,18 +275,3 @@ def test_the_presets_are_valid_and_packaged():
     experiment = load_experiment("arithmetic")
     assert {method.trainer for method in experiment.methods} == {"constrained", "grpo", "lagrangian", "gkd", "minillm"}
     assert [cell.seed for cell in experiment.select(["dual"], [4, 5]).cells() if cell.method == "dual"] == [4, 5]
-
-
-def test_the_command_line_waits_for_no_library():
-    script = "import sys, trl_cmdp.cli; print(*{'torch', 'trl', 'transformers', 'matplotlib'} & sys.modules.keys())"
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert not run.stdout.split()
-
-
-def test_help_names_every_option(capsys):
-    with pytest.raises(SystemExit) as error:
-        main(["compare", "--help"])
-    assert error.value.code == 0
-    out = capsys.readouterr().out
-    for option in ("experiment", "--output-dir", "--workers", "--methods", "--seeds", "--quick"):
-        assert option in out

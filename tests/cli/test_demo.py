@@ -47,12 +47,3 @@ def test_a_mistake_exits_with_2_and_names_the_argument(arguments, capsys):
         main(["demo", *arguments])
     assert error.value.code == 2
     assert arguments[0] in capsys.readouterr().err
-
-
-def test_help_names_every_option(capsys):
-    with pytest.raises(SystemExit) as error:
-        main(["demo", "--help"])
-    assert error.value.code == 0
-    out = capsys.readouterr().out
-    for option in ("--seed", "--steps", "--output-dir", "--cost-limit", "--quick", "--method"):
-        assert option in out

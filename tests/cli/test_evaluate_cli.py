@@ -2,32 +2,23 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
 from fake_server import KEY, serving
 from fake_vllm import FakeServer
+from helpers import error_line, run_without_models
 from transformers import AutoModelForCausalLM
 
 from trl_cmdp.cli import main
 from trl_cmdp.evaluation import read_rollout_records
+from trl_cmdp.tasks import arithmetic
 from trl_cmdp.tasks.arithmetic import demo_model_path, load_problems
 
 
 STUDENT, TEACHER = demo_model_path("student"), demo_model_path("teacher")
-SIZES = [
-    "--task",
-    "arithmetic",
-    "--num_problems",
-    "6",
-    "--num_samples",
-    "2",
-    "--batch_size",
-    "6",
-    "--cost_limit",
-    "0.25",
-]
+SIZES = ["--task", "arithmetic", "--num_problems", "6", "--num_samples", "2", "--batch_size", "6"]
+SIZES += ["--cost_limit", "0.25"]
 
 
 def run(*options):
@@ -64,12 +55,8 @@ def test_a_teacher_on_a_server_with_a_key(folders, tmp_path, monkeypatch):
 
 def test_records_summary_and_table_are_written(folders):
     settings, records = read_rollout_records(folders / "student" / "records.jsonl")
-    assert (settings.name, settings.task, settings.split, settings.max_new_tokens) == (
-        "student",
-        "arithmetic",
-        "test",
-        40,
-    )
+    asked = (settings.name, settings.task, settings.split, settings.max_new_tokens)
+    assert asked == ("student", "arithmetic", "test", 40)
     assert settings.student_fingerprint is not None
     assert len(records) == 18
     assert [record.prompt for record in records if record.greedy] == load_problems(6, "test", 0)["prompt"]
@@ -87,23 +74,14 @@ def test_the_same_command_does_nothing_twice_and_another_one_is_refused(folders,
     assert (tmp_path / "student" / "records.jsonl").read_bytes() == before
     capsys.readouterr()
     assert run(*options, "--temperature", "0.7") == 2
-    error = capsys.readouterr().err
-    assert "another `temperature`" in error
-    assert error.count("\n") == 1
+    assert "another `temperature`" in error_line(capsys)
 
 
 def test_tables_come_from_records_without_a_model(folders, tmp_path):
-    """In a process of its own, which never loads transformers."""
     files = [folders / name / "records.jsonl" for name in ("student", "teacher")]
-    script = (
-        "import sys; from trl_cmdp.cli import main; code = main(sys.argv[1:]);"
-        "assert not {'transformers', 'datasets', 'trl'} & {name.split('.')[0] for name in sys.modules}; sys.exit(code)"
-    )
-    arguments = ["evaluate", "--records", *map(str, files), "--output_dir", str(tmp_path / "both")]
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "| teacher − student | 6 |" in done.stdout
-    assert "| teacher − student, greedy | 6 |" in done.stdout
+    out = run_without_models("evaluate", "--records", *files, "--output_dir", tmp_path / "both")
+    assert "| teacher − student | 6 |" in out
+    assert "| teacher − student, greedy | 6 |" in out
     both = json.loads((tmp_path / "both" / "summary.json").read_text())
     alone = json.loads((folders / "student" / "summary.json").read_text())
     assert both["evaluations"][0] == alone["evaluations"][0]
@@ -132,24 +110,11 @@ def test_a_dataset_of_ones_own(tmp_path):
 
 def test_an_adapter_is_a_student_and_its_base_its_teacher(tmp_path):
     peft = pytest.importorskip("peft")
-    from transformers import AutoModelForCausalLM
-
     base = AutoModelForCausalLM.from_pretrained(STUDENT)
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     model.save_pretrained(tmp_path / "adapter")
-    sizes = ["--task", "arithmetic", "--num_problems", "3", "--max_new_tokens", "8"]
-    code = run(
-        *(
-            "--student",
-            tmp_path / "adapter",
-            "--teacher_adapter_name",
-            "base",
-            "--output_dir",
-            tmp_path / "out",
-            *sizes,
-        )
-    )
-    assert code == 0
+    options = ["--student", tmp_path / "adapter", "--teacher_adapter_name", "base", "--output_dir", tmp_path / "out"]
+    assert run(*options, "--task", "arithmetic", "--num_problems", "3", "--max_new_tokens", "8") == 0
     settings, records = read_rollout_records(tmp_path / "out" / "records.jsonl")
     assert settings.name == "adapter"
     assert settings.student_fingerprint is not None
@@ -167,18 +132,32 @@ def test_an_adapter_is_a_student_and_its_base_its_teacher(tmp_path):
         (["--student", STUDENT, "--task", "arithmetic", "--teacher_adapter_name", "base"], "adapter"),
         (["--student", STUDENT, "--task", "arithmetic", "--reward", "nonsense"], "Unknown reward"),
         (["--records", "missing.jsonl"], "missing.jsonl"),
+        (["--records", "damaged.jsonl"], "damaged.jsonl: Line 1"),
     ],
 )
 def test_a_mistake_is_one_line(options, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "damaged.jsonl").write_text("{}\n")
     assert run(*options) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("trl-cmdp evaluate: error: ")
-    assert message in error.splitlines()[-1]
+    assert message in error_line(capsys)
 
 
-def test_records_that_are_none_name_the_file(tmp_path, capsys):
-    (tmp_path / "records.jsonl").write_text("{}\n")
-    assert run("--records", tmp_path / "records.jsonl") == 2
-    assert f"{tmp_path / 'records.jsonl'}: Line 1" in capsys.readouterr().err
+def test_an_error_inside_a_task_is_not_a_mistake_of_the_command(monkeypatch):
+    """Only an option that the task does not have is one."""
+    monkeypatch.setattr(arithmetic, "load_problems", lambda n, split, seed: len(n))
+    with pytest.raises(TypeError, match=r"has no len\(\)"):
+        run("--student", STUDENT, "--task", "arithmetic")
+
+
+@pytest.mark.parametrize("start", ["def mine(**kwargs):\n    ", ""], ids=["when called", "when imported"])
+def test_an_error_of_the_reward_is_not_a_mistake_of_the_command(start, tmp_path, monkeypatch):
+    """It is raised with its traceback, and names the reward."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "rewards_that_break", raising=False)
+    (tmp_path / "rewards_that_break.py").write_text(f"{start}raise ValueError('of my own')\n")
+    options = ["--student", STUDENT, "--task", "arithmetic", "--num_problems", "1", "--max_new_tokens", "2"]
+    with pytest.raises(RuntimeError, match=r"reward.*of my own") as error:
+        run(*options, "--reward", "rewards_that_break.mine", "--output_dir", tmp_path / "out")
+    assert isinstance(error.value.__cause__, ValueError)

@@ -1,42 +1,28 @@
 """`trl-cmdp evaluate --judge`: win rates from records, by the process judge and by an endpoint."""
 
 import json
-import subprocess
-import sys
-from dataclasses import replace
 
 import pytest
 from fake_openai import FakeOpenAI
 from fake_server import KEY, serving
+from helpers import error_line, make_rollout, make_settings, run_without_models, write_records
 
 from trl_cmdp.cli import main
-from trl_cmdp.evaluation import EvaluationSettings, RolloutRecord
 from trl_cmdp.evaluation.judges import read_judgements
 
 
 GOOD, WRONG = "3 + 4 = 7, good\n#### 7", "3 + 4 = 8\n#### 8"
-SETTINGS = EvaluationSettings(
-    name="first",
-    student="s",
-    task="gsm8k",
-    num_problems=4,
-    greedy=True,
-    max_new_tokens=8,
-)
+SETTINGS = {"teacher": None, "task": "gsm8k", "num_problems": 4, "num_samples": 1}
 
 
 def write(path, name, completions):
     """Records of one sampled and one greedy rollout of each problem; sampled ones have a word more."""
-    records = [
-        RolloutRecord(
-            i, greedy, 0, f"{i}: 3 and 4?", "7", None, text + " so" * (not greedy), [5], ["5"], False, True, None
-        )
+    rollouts = [
+        make_rollout(i, greedy=greedy, prompt=f"{i}: 3 and 4?", completion=text + " so" * (not greedy))
         for i, text in enumerate(completions)
         for greedy in (False, True)
     ]
-    settings = replace(SETTINGS, name=name)
-    path.write_text("".join(line.to_json() + "\n" for line in (settings, *records)))
-    return str(path)
+    return write_records(path, make_settings(name=name, **SETTINGS), rollouts)
 
 
 @pytest.fixture
@@ -48,7 +34,7 @@ def files(tmp_path):
 
 
 def judge(files, *options):
-    return main(["evaluate", "--records", *files, *map(str, options)])
+    return main(["evaluate", "--records", *map(str, (*files, *options))])
 
 
 def counts(row):
@@ -97,10 +83,7 @@ def test_an_endpoint_and_its_agreement_with_the_process_judge(files, tmp_path, c
     assert (tmp_path / "out" / "summary.json").read_bytes() == summary
     rows = json.loads(summary)["win_rates"]
     assert [(row["judge"], row["greedy"]) for row in rows] == [
-        ("process", False),
-        ("m", False),
-        ("process", True),
-        ("m", True),
+        (judge, greedy) for greedy in (False, True) for judge in ("process", "m")
     ]
     sampled, greedy = rows[1], rows[3]
     assert (counts(sampled), counts(greedy)) == ([0, 4, 0], [2, 1, 1])
@@ -123,13 +106,13 @@ def test_malformed_replies_are_failures_and_no_ties(files, tmp_path, capsys):
     assert (tmp_path / "out" / "judge_replies.jsonl").exists()
 
 
-def test_the_tasks_own_steps_judge_an_embedded_task(tmp_path, capsys):
+@pytest.mark.parametrize("task", ["arithmetic", "chains"])
+def test_the_tasks_own_steps_judge_an_embedded_task(task, tmp_path, capsys):
     def records(name, completion):
-        record = RolloutRecord(0, False, 0, "7+5=", "12", None, completion, [5], ["5"], False, True, None)
-        settings = replace(SETTINGS, name=name, task="arithmetic", num_problems=1, greedy=False)
-        path = tmp_path / f"{name}.jsonl"
-        path.write_text(settings.to_json() + "\n" + record.to_json() + "\n")
-        return str(path)
+        settings = make_settings(name=name, **{**SETTINGS, "task": task, "num_problems": 1, "greedy": False})
+        return write_records(
+            tmp_path / f"{name}.jsonl", settings, [make_rollout(prompt="7+5=", completion=completion)]
+        )
 
     # Without every step in its order, equations that hold are not enough there.
     assert judge([records("a", "5+7=12#12"), records("b", "7+5=12#12")], "--judge", "process") == 0
@@ -137,13 +120,7 @@ def test_the_tasks_own_steps_judge_an_embedded_task(tmp_path, capsys):
 
 
 def test_the_process_judge_needs_no_transformers(files):
-    script = (
-        "import sys; from trl_cmdp.cli import main; code = main(sys.argv[1:]);"
-        "assert not {'transformers', 'datasets', 'trl'} & {name.split('.')[0] for name in sys.modules}; sys.exit(code)"
-    )
-    command = [sys.executable, "-c", script, "evaluate", "--records", *files, "--judge", "process"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert "second against first" in run_without_models("evaluate", "--records", *files, "--judge", "process")
 
 
 @pytest.mark.parametrize(
@@ -157,9 +134,7 @@ def test_the_process_judge_needs_no_transformers(files):
 )
 def test_a_mistake_is_one_line(files, options, message, capsys):
     assert judge(files, *options) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in error_line(capsys)
 
 
 def test_one_evaluation_alone_or_another_task_cannot_be_judged(files, tmp_path, capsys):
@@ -177,7 +152,6 @@ def test_a_refused_key_is_one_line_without_it(files, capsys, monkeypatch):
     with serving(FakeOpenAI(prefers_good, key=KEY)) as server:
         assert judge(files[:2], "--judge", server.url, "--judge_model", "m") == 2
         assert "not-for-this-host" not in str(server.requests)
-    error = capsys.readouterr().err
+    error = error_line(capsys)
     assert "does not accept the API key" in error
     assert "another-key-1234" not in error
-    assert error.count("\n") == 1

@@ -2,45 +2,28 @@
 
 import pytest
 import torch
-from helpers import make_settings
+from helpers import make_rollout, make_settings
 from matplotlib.patches import Rectangle
 
 from trl_cmdp.core import LimitRange, clustered_rate_interval
-from trl_cmdp.evaluation import RolloutRecord, calibrate_limit
+from trl_cmdp.evaluation import calibrate_limit
 from trl_cmdp.reports.calibration_plot import plot_calibration
-
-
-def record(problem, sample, costs, greedy=False):
-    return RolloutRecord(
-        problem=problem,
-        greedy=greedy,
-        sample=sample,
-        prompt="1+2=",
-        answer="3",
-        difficulty=None,
-        completion="3",
-        completion_ids=[5] * len(costs),
-        tokens=["3"] * len(costs),
-        truncated=False,
-        right=True,
-        costs=costs,
-    )
 
 
 # Means 1, 2, 3 and 6; sums 2, 2, 6 and 6; worst prefixes 1.5, 2, 5 and 6. The greedy rollout does not count.
 START = (
     make_settings(greedy=True),
     [
-        record(1, 1, [6.0]),
-        record(0, 0, [1.5, 0.5]),
-        record(0, 1, [2.0]),
-        record(1, 0, [5.0, 1.0]),
-        record(0, 0, [99.0], greedy=True),
+        make_rollout(1, 1, [6.0]),
+        make_rollout(0, 0, [1.5, 0.5]),
+        make_rollout(0, 1, [2.0]),
+        make_rollout(1, 0, [5.0, 1.0]),
+        make_rollout(0, 0, [99.0], greedy=True),
     ],
 )
 IMITATION = (
     make_settings(name="after", student="after", greedy=False),
-    [record(problem, sample, [0.1 + 0.1 * sample]) for problem in (0, 1) for sample in (0, 1)],
+    [make_rollout(problem, sample, [0.1 + 0.1 * sample]) for problem in (0, 1) for sample in (0, 1)],
 )
 
 
@@ -107,7 +90,7 @@ def test_the_plot_shades_the_range_and_marks_each_limit(tmp_path):
 
 
 def test_the_plot_of_a_student_that_is_its_teacher(tmp_path):
-    same = START[0], [record(problem, sample, [0.0]) for problem in (0, 1) for sample in (0, 1)]
+    same = START[0], [make_rollout(problem, sample, [0.0]) for problem in (0, 1) for sample in (0, 1)]
     calibration = calibrate_limit(same)
     assert (calibration.suggestion.verdict, calibration.limits) == ("inert", [])
     plot_calibration(calibration, [same], tmp_path / "calibration.png")

@@ -4,32 +4,14 @@ import json
 from dataclasses import replace
 
 import pytest
+from helpers import make_cell
 
-from trl_cmdp.evaluation import CellRecord, Outcome, compare_methods, read_records
+from trl_cmdp.evaluation import CellRecord, compare_methods, read_records
 from trl_cmdp.evaluation.comparison import steps_to_satisfaction
 
 
-def record(method, seed, outcomes, history=(), trainer="constrained", limit=0.25, wall_s=10.0):
-    return CellRecord(
-        method=method,
-        trainer=trainer,
-        seed=seed,
-        task="arithmetic",
-        settings={"cost_limit": limit},
-        config={},
-        versions={"python": "3"},
-        git_commit=None,
-        git_dirty=False,
-        wall_s=wall_s,
-        cpu_s=8.0,
-        peak_memory_mb=500.0,
-        outcomes=[Outcome(*outcome) for outcome in outcomes],
-        history=list(history),
-    )
-
-
 def outcomes(right, satisfied, n=20):
-    """`right` of n answers right, the first ones; `satisfied` of n costs exactly at the limit, the others above."""
+    """The first `right` of n answers correct; `satisfied` of n costs exactly at the limit, the others above."""
     return [(int(i < right), int(i < right), 0.25 if i < satisfied else 0.75, 10) for i in range(n)]
 
 
@@ -43,25 +25,25 @@ def satisfactions(*values):
 
 def test_means_over_seeds_with_their_intervals():
     summary = row(
-        compare_methods([record("a", 0, outcomes(20, 20)), record("a", 1, outcomes(10, 19), wall_s=20)]), "a"
+        compare_methods([make_cell("a", 0, outcomes(20, 20)), make_cell("a", 1, outcomes(10, 19), wall_s=20)]), "a"
     )
     assert (summary.right.value, summary.right.by_seed) == (0.75, {0: 1.0, 1: 0.5})
     assert summary.satisfaction.value == pytest.approx(0.975)  # a cost at the limit satisfies it
     assert summary.cost.value == pytest.approx((0.25 + (19 * 0.25 + 0.75) / 20) / 2)
     assert summary.wall_s == 15
     assert summary.right.low < 0.5 < 0.75 < summary.right.high == 1.0  # seed 1 alone, and seed 0 alone
-    certain = row(compare_methods([record("a", 0, outcomes(20, 20))]), "a")
+    certain = row(compare_methods([make_cell("a", 0, outcomes(20, 20))]), "a")
     assert (certain.right.low, certain.right.value, certain.right.high) == (1.0, 1.0, 1.0)
 
 
 def test_feasibility_ranks_before_right_answers():
     comparison = compare_methods(
         [
-            record("student", 0, outcomes(20, 20), trainer="none"),
-            record("best-but-outside", 0, outcomes(20, 18)),
-            record("second", 0, outcomes(15, 20)),
-            record("first", 0, outcomes(16, 19)),
-            record("worst", 0, outcomes(3, 18)),
+            make_cell("student", 0, outcomes(20, 20), trainer="none"),
+            make_cell("best-but-outside", 0, outcomes(20, 18)),
+            make_cell("second", 0, outcomes(15, 20)),
+            make_cell("first", 0, outcomes(16, 19)),
+            make_cell("worst", 0, outcomes(3, 18)),
         ]
     )
     assert [(summary.method, summary.rank, summary.feasible) for summary in comparison.methods] == [
@@ -76,8 +58,8 @@ def test_feasibility_ranks_before_right_answers():
 def test_differences_are_paired_by_problem_and_by_seed():
     """A method that is right on one problem more in each seed differs by exactly that, however the seeds differ."""
     ours, theirs = [outcomes(20, 20), outcomes(5, 20)], [outcomes(19, 20), outcomes(4, 20)]
-    records = [record("other", seed, cell) for seed, cell in enumerate(ours)]
-    records += [record("constrained", seed, cell) for seed, cell in enumerate(theirs)]
+    records = [make_cell("other", seed, cell) for seed, cell in enumerate(ours)]
+    records += [make_cell("constrained", seed, cell) for seed, cell in enumerate(theirs)]
     comparison = compare_methods(records)
     assert comparison.reference == "constrained"
     difference = row(comparison, "other").right_difference
@@ -92,9 +74,9 @@ def test_differences_are_paired_by_problem_and_by_seed():
 
 def test_the_reference_is_the_first_trained_method_without_constrained():
     records = [
-        record("student", 0, outcomes(9, 9), trainer="none"),
-        record("b", 0, outcomes(9, 9)),
-        record("a", 0, outcomes(9, 9)),
+        make_cell("student", 0, outcomes(9, 9), trainer="none"),
+        make_cell("b", 0, outcomes(9, 9)),
+        make_cell("a", 0, outcomes(9, 9)),
     ]
     comparison = compare_methods(records)
     assert comparison.reference == "b"
@@ -106,10 +88,10 @@ def test_the_reference_is_the_first_trained_method_without_constrained():
 def test_only_common_seeds_are_paired():
     comparison = compare_methods(
         [
-            record("constrained", 0, outcomes(10, 20)),
-            record("a", 0, outcomes(12, 20)),
-            record("a", 1, outcomes(20, 20)),
-            record("b", 2, outcomes(20, 20)),
+            make_cell("constrained", 0, outcomes(10, 20)),
+            make_cell("a", 0, outcomes(12, 20)),
+            make_cell("a", 1, outcomes(20, 20)),
+            make_cell("b", 2, outcomes(20, 20)),
         ]
     )
     assert row(comparison, "a").right_difference.by_seed == pytest.approx({0: 0.1})
@@ -124,30 +106,37 @@ def test_steps_until_training_satisfaction():
 
     reached, never = satisfactions(0, 1, 1, 1, 1, 1), satisfactions(*[0.5] * 6)
     summary = row(
-        compare_methods([record("a", 0, outcomes(9, 9), reached), record("a", 1, outcomes(9, 9), never)]), "a"
+        compare_methods(
+            [make_cell("a", 0, outcomes(9, 9), history=reached), make_cell("a", 1, outcomes(9, 9), history=never)]
+        ),
+        "a",
     )
     assert (summary.steps_to_satisfaction, summary.seeds_satisfied) == (6, 1)
 
 
 def test_violations_in_training():
     summary = row(
-        compare_methods([record("a", 0, outcomes(9, 9), satisfactions(0, 0, 0.5, 0.5, 1, 1, 0.75, 0.25))]), "a"
+        compare_methods([make_cell("a", 0, outcomes(9, 9), history=satisfactions(0, 0, 0.5, 0.5, 1, 1, 0.75, 0.25))]),
+        "a",
     )
     assert summary.violations == pytest.approx(0.5)
     assert summary.late_violations == pytest.approx(0.5)  # of the last 2 of 8 steps
-    assert row(compare_methods([record("a", 0, outcomes(9, 9))]), "a").violations is None
+    assert row(compare_methods([make_cell("a", 0, outcomes(9, 9))]), "a").violations is None
 
 
 def test_records_that_do_not_belong_together_are_errors():
     with pytest.raises(ValueError, match="no records"):
         compare_methods([])
-    for other in (record("b", 0, outcomes(9, 9), limit=0.5), record("b", 0, outcomes(9, 9, n=10))):
+    for other in (
+        make_cell("b", 0, outcomes(9, 9), settings={"cost_limit": 0.5}),
+        make_cell("b", 0, outcomes(9, 9, n=10)),
+    ):
         with pytest.raises(ValueError, match="more than one"):
-            compare_methods([record("a", 0, outcomes(9, 9)), other])
+            compare_methods([make_cell("a", 0, outcomes(9, 9)), other])
 
 
 def test_a_record_survives_json():
-    original = record("a", 3, [(1, 0, 0.12345, 7), (0, 0, 0.0, 3)], satisfactions(0.5))
+    original = make_cell("a", 3, [(1, 0, 0.12345, 7), (0, 0, 0.0, 3)], history=satisfactions(0.5))
     line = original.to_json()
     assert "\n" not in line
     assert CellRecord.from_json(line) == original
@@ -156,7 +145,7 @@ def test_a_record_survives_json():
 
 def test_a_record_with_nan_is_not_written():
     with pytest.raises(ValueError, match="JSON compliant"):
-        record("a", 3, [(1, 0, float("nan"), 7)]).to_json()
+        make_cell("a", 3, [(1, 0, float("nan"), 7)]).to_json()
 
 
 @pytest.mark.parametrize(
@@ -175,7 +164,7 @@ def test_a_record_with_nan_is_not_written():
     ],
 )
 def test_reading_is_strict(change, message):
-    content = json.loads(record("a", 3, outcomes(1, 1)).to_json()) | change
+    content = json.loads(make_cell("a", 3, outcomes(1, 1)).to_json()) | change
     if change == {"seed": None}:
         del content["seed"]
     with pytest.raises(ValueError, match=message):
@@ -183,7 +172,7 @@ def test_reading_is_strict(change, message):
 
 
 def test_a_records_file_is_read_line_by_line():
-    line = record("a", 3, outcomes(1, 1)).to_json()
+    line = make_cell("a", 3, outcomes(1, 1)).to_json()
     assert len(read_records(line + "\n" + line[:50])) == 1  # cut while it was written
     assert read_records("") == []
     with pytest.raises(ValueError, match="Line 1"):

@@ -1,4 +1,4 @@
-"""Evaluation: what is recorded, and that one that was stopped ends as if it had not been."""
+"""Evaluation: what is recorded, and that a stopped evaluation ends as if it had not been stopped."""
 
 from dataclasses import replace
 
@@ -83,8 +83,8 @@ def test_every_batch_has_a_seed_of_its_own(run):
     assert len(set(batches)) > 2
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.01, 0.3, 0.5, 0.77, 0.999])
-def test_an_evaluation_that_was_stopped_goes_on_to_the_same_bytes(finished, run, tmp_path, kept):
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.999])
+def test_a_stopped_evaluation_is_resumed_to_the_same_bytes(finished, run, tmp_path, kept):
     """Wherever the file was cut: in the settings, in a line, in a batch."""
     records, content = finished
     path = tmp_path / "records.jsonl"
@@ -175,7 +175,7 @@ def test_the_reward_is_called_as_trl_calls_it(run, models):
 
     def reward(prompts, completions, completion_ids, answer, **kwargs):
         calls.append((prompts, completions, completion_ids, answer, kwargs))
-        return [1.0 if place else None for place in range(len(completions))]
+        return [1.0 if index else None for index in range(len(completions))]
 
     settings = replace(SETTINGS, num_samples=0, teacher=None, batch_size=5)
     records = evaluate(models[0], tokenizer, problems, reward, settings=settings)
@@ -206,17 +206,15 @@ def test_the_students_own_base_is_a_teacher(models, tokenizer):
         assert record.costs == pytest.approx(other.costs, abs=2e-6)
 
 
-def test_a_repetition_penalty_of_the_model_is_not_part_of_its_distribution(models, tokenizer, run):
+def test_a_repetition_penalty_of_the_model_is_not_part_of_its_distribution(models, run, monkeypatch):
     """transformers fills what a generation config leaves open from the model's own."""
     settings = replace(SETTINGS, num_samples=1, greedy=True)
     expected = [record.completion_ids for record in run(settings=settings)]
     kept = models[0].generation_config
-    try:
-        models[0].generation_config = kept.__class__(**{**kept.to_dict(), "repetition_penalty": 5.0, "min_p": 0.5})
-        assert [record.completion_ids for record in run(settings=settings)] == expected
-        assert models[0].generation_config.repetition_penalty == 5.0
-    finally:
-        models[0].generation_config = kept
+    changed = kept.__class__(**{**kept.to_dict(), "repetition_penalty": 5.0, "min_p": 0.5})
+    monkeypatch.setattr(models[0], "generation_config", changed)
+    assert [record.completion_ids for record in run(settings=settings)] == expected
+    assert models[0].generation_config.repetition_penalty == 5.0
 
 
 def test_progress_without_a_terminal_is_plain_lines(capsys):

@@ -6,28 +6,16 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 
 import pytest
-from helpers import make_settings
+from helpers import make_rollout, make_settings
 
-from trl_cmdp.cli._evaluation import COST_LIMIT, COST_SCOPE, add_rollout_arguments
-from trl_cmdp.evaluation import EvaluationSettings, RolloutRecord, read_rollout_records
+from trl_cmdp.cli._evaluation import add_evaluation_arguments
+from trl_cmdp.evaluation import EvaluationSettings, read_rollout_records
 from trl_cmdp.evaluation.provenance import git_state
 
 
 SETTINGS = make_settings(student="models/student", teacher="models/teacher", versions={"torch": "2"})
-RECORD = RolloutRecord(
-    problem=1,
-    greedy=False,
-    sample=1,
-    prompt=[{"role": "user", "content": "1+2 = ?\n\u2028"}],
-    answer="3",
-    difficulty="2 steps",
-    completion="é3",
-    completion_ids=[4, 1],
-    tokens=["é3", "<eos>"],
-    truncated=False,
-    right=True,
-    costs=[0.5, 0.0],
-)
+PROMPT = [{"role": "user", "content": "1+2 = ?\n\u2028"}]
+RECORD = make_rollout(1, 1, [0.5, 0.0], prompt=PROMPT, difficulty="2 steps", tokens=["é3", "<eos>"])
 
 
 def text(*records, settings=SETTINGS):
@@ -41,10 +29,10 @@ def changed(record=RECORD, **values):
 def test_what_is_not_given_is_as_on_the_command_line():
     settings = EvaluationSettings(name="out", student="out", task="gsm8k", num_problems=200, max_new_tokens=8)
     parser = argparse.ArgumentParser()
-    add_rollout_arguments(parser)
-    defaults = vars(parser.parse_args([])) | {"cost_limit": COST_LIMIT, "cost_scope": COST_SCOPE}
-    shared = defaults.keys() & asdict(settings).keys() - {"name", "task", "max_new_tokens"}
-    assert len(shared) == 11
+    add_evaluation_arguments(parser, "")
+    defaults = vars(parser.parse_args(["--student", "out"]))
+    shared = {name for name in defaults.keys() & asdict(settings).keys() if defaults[name] is not None}
+    assert len(shared) == 9
     assert {name: getattr(settings, name) for name in shared} == {name: defaults[name] for name in shared}
     assert settings.versions["torch"] == version("torch")
     assert settings.git_commit == git_state()[0]
@@ -107,8 +95,8 @@ def test_settings_that_are_none_are_an_error(values):
         read_rollout_records(changed(SETTINGS, **values) + "\n")
 
 
-def test_a_rollout_that_is_there_twice_is_an_error():
-    with pytest.raises(ValueError, match="Line 3: the sample 1 of problem 1 is there twice"):
+def test_a_rollout_that_is_recorded_twice_is_an_error():
+    with pytest.raises(ValueError, match="Line 3: the sample 1 of problem 1 is recorded twice"):
         read_rollout_records(text(RECORD, RECORD))
 
 

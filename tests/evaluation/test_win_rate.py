@@ -1,9 +1,9 @@
 """Win rates and agreement, from judgements made by hand."""
 
 import pytest
+from helpers import make_rollout
 
 from trl_cmdp.evaluation.judges import Judgement, read_judgements, write_judgements
-from trl_cmdp.evaluation.rollout_records import RolloutRecord
 from trl_cmdp.evaluation.win_rates import agreement, pair_rollouts, win_rate
 
 
@@ -15,8 +15,8 @@ def made(outcomes, judge="j", orders=None, failures=None):
     ]
 
 
-def rollout(problem, completion, prompt="P?", sample=0):
-    return RolloutRecord(problem, False, sample, prompt, "1", None, completion, [], [], False, True, None)
+def rollout(problem, completion, prompt="P?"):
+    return make_rollout(problem, prompt=prompt, completion=completion)
 
 
 def test_rates_and_failures():

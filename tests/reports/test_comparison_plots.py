@@ -3,18 +3,16 @@
 import itertools
 
 import pytest
+from helpers import make_cell
 from matplotlib.text import Text
 
-from trl_cmdp.evaluation import CellRecord, Outcome, compare_methods
+from trl_cmdp.evaluation import compare_methods
 from trl_cmdp.reports import comparison_table, plot_comparison_curves, plot_pareto
 
 
 def record(method, seed, right, cost, history=(), trainer="constrained"):
-    outcomes = [Outcome(int(i < right), int(i < right), cost * (0.8 + 0.02 * i), 10) for i in range(20)]
-    settings = {"cost_limit": 0.25}
-    return CellRecord(
-        method, trainer, seed, "arithmetic", settings, {}, {}, None, False, 10.0, 8.0, 500.0, outcomes, list(history)
-    )
+    outcomes = [(int(i < right), int(i < right), cost * (0.8 + 0.02 * i), 10) for i in range(20)]
+    return make_cell(method, seed, outcomes, history=list(history), trainer=trainer)
 
 
 def history(scale, **keys):

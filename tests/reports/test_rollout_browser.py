@@ -21,7 +21,7 @@ def test_costs_of_prefixes_are_costs_of_rollouts_cut_there(scope):
 
 
 @pytest.mark.parametrize(
-    ("costs", "scope", "place"),
+    ("costs", "scope", "index"),
     [
         ([0.1, 0.2, 0.9], "mean", 2),  # 0.1, 0.15, 0.4
         ([0.9, 0.0, 0.0], "mean", 0),  # and back within the limit
@@ -31,8 +31,8 @@ def test_costs_of_prefixes_are_costs_of_rollouts_cut_there(scope):
         ([0.1, 0.1], "mean", None),
     ],
 )
-def test_the_mark_is_on_the_first_token_with_which_the_prefix_exceeds_the_limit(costs, scope, place):
-    assert first_exceeding(costs, LIMIT, scope) == place
+def test_the_mark_is_on_the_first_token_with_which_the_prefix_exceeds_the_limit(costs, scope, index):
+    assert first_exceeding(costs, LIMIT, scope) == index
 
 
 def test_what_is_within_the_limit_is_what_the_summary_counts():

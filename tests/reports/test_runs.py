@@ -44,7 +44,7 @@ def test_runs_of_one_name_have_their_paths_beside_it(tmp_path):
     ("content", "name", "message"),
     [
         (None, "nothing", "does not exist"),
-        ("{}", "trainer_state.json", "no state that a trainer saved"),
+        ("{}", "trainer_state.json", "not a state that a trainer saved"),
         ("{", "trainer_state.json", "damaged"),
         ('{"log_history": [1], "train_batch_size": 1, "global_step": 1}', "trainer_state.json", "damaged"),
         ('{"prompt": "1"}\n', "train.jsonl", "neither"),

@@ -76,32 +76,16 @@ def test_conversational():
     assert message == {"role": "user", "content": f"{question}\n{INSTRUCTION}"}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((0, "train", 0), "`n` must be"),
-        ((10, "dev", 0), "`split` must be"),
-    ],
-)
-def test_bad_requests_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        load_problems(*arguments)
-
-
-@pytest.mark.parametrize("limit", ["max_steps", "max_number"])
-def test_limits_that_leave_no_problem_are_refused(limit):
-    with pytest.raises(ValueError, match=f"`{limit}` must be"):
-        load_problems(1, "train", 0, **{limit: 1})
+@pytest.mark.parametrize("asked", [{"n": 0}, {"split": "dev"}, {"max_steps": 1}, {"max_number": 1}])
+def test_bad_requests_are_refused(asked):
+    (name,) = asked
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
+        load_problems(**{"n": 10, "split": "train", "seed": 0, **asked})
 
 
 def test_problems_of_the_hub_are_read(tmp_path):
-    row = {
-        "id": 3,
-        "instance": 0,
-        "question": "A dog has 4 legs. How many have 3 dogs?",
-        "answer": "3 dogs have 3*4=12 legs.\n#### 12",
-        "original_id": 7,
-    }
+    row = {"id": 3, "question": "A dog has 4 legs. How many have 3 dogs?", "instance": 0, "original_id": 7}
+    row["answer"] = "3 dogs have 3*4=12 legs.\n#### 12"
     (tmp_path / "main").mkdir()
     (tmp_path / "main" / "test.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "README.md").write_text(

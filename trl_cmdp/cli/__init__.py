@@ -1,23 +1,37 @@
 """The command line, one file per command."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 
-from . import calibrate, compare, constrained, demo, env, evaluate, gkd, lagrangian, minillm, report
+from . import calibrate, compare, demo, env, evaluate, report, training
+from ._arguments import Mistake
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `trl-cmdp`. Returns the exit code: 0, 1 if a part failed, or 2 for a mistake in the arguments."""
+    """
+    Run `trl-cmdp`. Returns the exit code: 0, 1 if a part failed, 2 for a mistake in what was asked for, or 130 if a
+    command that can be resumed was stopped.
+    """
     parser = argparse.ArgumentParser(
         prog="trl-cmdp", description="Reward-aware distillation under a teacher budget that holds."
     )
-    parser.set_defaults(trains=False)
+    parser.set_defaults(trains=False, resumes=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (constrained, lagrangian, gkd, minillm, demo, calibrate, compare, evaluate, report, env):
+    training.add_parsers(commands)
+    for command in (demo, calibrate, compare, evaluate, report, env):
         command.add_parser(commands)
     arguments, rest = parser.parse_known_args(argv)
-    if arguments.trains:  # reads its hundreds of arguments itself, with TRL's parser
-        return arguments.run(rest)
-    if rest:
+    if rest and not arguments.trains:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return arguments.run(arguments)
+    try:
+        # A training command reads its hundreds of arguments itself, with TRL's parser.
+        return arguments.run(rest if arguments.trains else arguments)
+    except Mistake as error:
+        print(f"trl-cmdp {arguments.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if not arguments.resumes:
+            raise
+        print("\nStopped. What is recorded stays: run the same command again to resume.", file=sys.stderr)
+        return 130

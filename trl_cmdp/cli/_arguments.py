@@ -1,6 +1,21 @@
-"""Argument types that the commands share."""
+"""Argument types that the commands share, and the errors that they show as one line."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Mistake(Exception):
+    """A mistake in what was asked for, which is shown as one line. Every other error keeps its traceback."""
+
+
+@contextmanager
+def mistakes(*others: type[Exception]) -> Iterator[None]:
+    """Turn the errors by which the library says what is wrong with its input, and `others`, into a [`Mistake`]."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, *others) as error:
+        raise Mistake(str(error)) from error
 
 
 def positive_int(text: str) -> int:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._experiment import Cell
-from ._run import evaluate_student, load_models, set_up_process, task_module, train_student, training_args
+from ._run import evaluate_student, load_models, set_up_process, train_student, training_args
+from ._tasks import load_task
 
 
 if TYPE_CHECKING:
@@ -28,24 +29,10 @@ _LOGGED = {
 
 
 def run_cell(cell: Cell, folder: Path, start: float) -> "CellRecord":
-    """
-    Train and evaluate one student, or evaluate a reference.
-
-    Args:
-        cell (`Cell`):
-            The cell.
-        folder (`Path`):
-            Folder for whatever the trainer writes.
-        start (`float`):
-            `time.monotonic()` at which the cell began.
-
-    Returns:
-        `CellRecord`: Its record.
-    """
+    """Train and evaluate one student, or evaluate a reference. The cell began at `start`, by `time.monotonic()`."""
     # Imported here, so that the time it takes is part of the cell's.
     from ..evaluation import CellRecord, Outcome
     from ..evaluation.provenance import git_state, library_versions
-    from ._progress import TrainingProgress
 
     set_up_process()
     settings = cell.settings
@@ -55,20 +42,13 @@ def run_cell(cell: Cell, folder: Path, start: float) -> "CellRecord":
     config: dict[str, Any] = {}
     history: list[dict[str, float]] = []
     if cell.trainer != "none":
-        args = training_args(
-            cell.trainer,
-            task,
-            settings["fields"],
-            steps=settings["steps"],
-            seed=cell.seed,
-            cost_limit=settings["cost_limit"],
-            output_dir=folder / "trainer",
-        )
+        shared = {"steps": settings["steps"], "seed": cell.seed, "cost_limit": settings["cost_limit"]}
+        args = training_args(cell.trainer, task, settings["fields"], output_dir=folder / "trainer", **shared)
         config = args.to_dict()  # tokens are masked
         del config["output_dir"]
-        trainer = train_student(student, tokenizer, teacher, args, cell.trainer, task, TrainingProgress())
+        trainer = train_student(student, tokenizer, teacher, args, cell.trainer, task)
         history = _history(trainer.state.log_history)
-    problems = task_module(task).load_problems(settings["held_out"], "test", cell.seed)
+    problems = load_task(task).load_problems(settings["held_out"], "test", cell.seed)
     model = teacher if cell.method == "teacher" else student
     answers = evaluate_student(model, tokenizer, teacher, problems, task, cell.seed)
     usage = os.times()
@@ -86,7 +66,7 @@ def run_cell(cell: Cell, folder: Path, start: float) -> "CellRecord":
         cpu_s=round(usage.user + usage.system, 2),
         peak_memory_mb=round(_peak_memory_mb(), 1),
         outcomes=[
-            Outcome(int(answer.right), int(answer.valid), round(answer.costs.mean().item(), 5), len(answer.costs))
+            Outcome(int(answer.correct), int(answer.valid), round(answer.cost, 5), len(answer.costs))
             for answer in answers
         ],
         history=history,

@@ -26,13 +26,8 @@ _LOG_TAIL = 8
 
 def load_records(output_dir: Path) -> "tuple[list[CellRecord], bool]":
     """
-    Records of the cells that are done. A last line that was cut while it was written is cut off the file.
-
-    Returns:
-        `tuple[list[CellRecord], bool]`: The records, and whether there was such a line.
-
-    Raises:
-        ValueError: If the file is damaged in another way.
+    Records of the cells that are done, and whether the last line was cut while it was written. Such a line is cut off
+    the file; other damage is a `ValueError`.
     """
     from ..evaluation import read_records
 
@@ -49,13 +44,7 @@ def load_records(output_dir: Path) -> "tuple[list[CellRecord], bool]":
 
 
 def missing_cells(cells: Sequence[Cell], records: "Sequence[CellRecord]", output_dir: Path) -> list[Cell]:
-    """
-    Cells that have no record yet.
-
-    Raises:
-        ValueError: If a record has another task, limit or number of steps or problems than the cells, or is one of the
-            cells with other settings.
-    """
+    """Cells that have no record yet. A record with other settings than the cells is a `ValueError`."""
     planned = {(cell.method, cell.seed): cell for cell in cells}
     shared = {key: value for cell in cells for key, value in cell.settings.items() if key != "fields"}
     for record in records:
@@ -93,56 +82,46 @@ def run_cells(
     running_changed: Callable[[int, list[str]], None],
 ) -> "tuple[list[CellRecord], int]":
     """
-    Run cells, and append the record of each to the records file as it ends. A cell that fails does not stop the others.
+    Run cells, `workers` at a time, and append the record of each to the records file as it ends. A cell that fails
+    does not stop the others.
 
-    Args:
-        cells (`Sequence[Cell]`):
-            Cells to run.
-        output_dir (`Path`):
-            Folder of the records and of the logs.
-        workers (`int`):
-            Cells at a time.
-        num_done (`int`):
-            Cells that were done before, for the count.
-        report (`Callable[[str], None]`):
-            Called with a line for each cell that ended.
-        running_changed (`Callable[[int, list[str]], None]`):
-            Called with the number of cells that have ended and the names of those that run.
-
-    Returns:
-        `tuple[list[CellRecord], int]`: New records, and the number of cells that failed.
+    `report` is called with a line for each cell that ended, `running_changed` with the number of cells that have ended
+    and the names of those that run. Returned are the new records, and the number of cells that failed.
     """
     logs, folders = output_dir / "logs", output_dir / "running"
     logs.mkdir(parents=True, exist_ok=True)
     waiting = list(cells)
     running: list[_Running] = []
     records: list[CellRecord] = []
-    num_failed, total = 0, num_done + len(cells)
+    num_ended, total = num_done, num_done + len(cells)
+
+    def tell_running() -> None:
+        running_changed(num_ended, [_name(run.cell) for run in running])
+
     with (output_dir / RECORDS_FILE).open("ab", buffering=0) as file, _stop_on_signals():
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
                     running.append(_start(waiting.pop(0), logs, folders))
-                    running_changed(num_done + len(records) + num_failed, [_name(run.cell) for run in running])
+                    tell_running()
                 time.sleep(0.1)
                 for run in [run for run in running if run.process.poll() is not None]:
                     running.remove(run)
-                    place = f"cell {num_done + len(records) + num_failed + 1}/{total} {_name(run.cell)}"
-                    seconds = time.monotonic() - run.start
+                    num_ended += 1
+                    name, seconds = f"cell {num_ended}/{total} {_name(run.cell)}", time.monotonic() - run.start
                     record = _finish(run, file)
                     if record is not None:
                         records.append(record)
-                        report(f"{place} done in {seconds:.0f} s: {_result(record)}")
+                        report(f"{name} done in {seconds:.0f} s: {_result(record)}")
                     else:
-                        num_failed += 1
-                        report(f"{place} FAILED after {seconds:.0f} s, see {run.log}:\n{_tail(run.log)}")
-                    running_changed(num_done + len(records) + num_failed, [_name(run.cell) for run in running])
+                        report(f"{name} FAILED after {seconds:.0f} s, see {run.log}:\n{_tail(run.log)}")
+                    tell_running()
         finally:
             for run in running:
                 run.process.kill()
                 run.process.wait()
             shutil.rmtree(folders, ignore_errors=True)
-    return records, num_failed
+    return records, len(cells) - len(records)
 
 
 def _start(cell: Cell, logs: Path, folders: Path) -> _Running:
@@ -189,9 +168,9 @@ def _name(cell: Cell) -> str:
 
 
 def _result(record: "CellRecord") -> str:
-    right = mean(outcome.right for outcome in record.outcomes)
+    correct = mean(outcome.right for outcome in record.outcomes)
     satisfaction = mean(outcome.cost <= record.cost_limit for outcome in record.outcomes)
-    return f"right {right:.2f}, satisfaction {satisfaction:.2f}"
+    return f"correct {correct:.2f}, satisfaction {satisfaction:.2f}"
 
 
 def _tail(log: Path) -> str:

@@ -2,24 +2,38 @@
 
 import argparse
 import os
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from ._arguments import positive_float, positive_int
+from .._defaults import COST_SCOPE, CostScope
+from ._arguments import mistakes, positive_float, positive_int
+from ._tasks import load_problems, load_reward, load_task, task_name
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..evaluation import EvaluationSettings, RolloutRecord
 
-COST_LIMIT, COST_SCOPE = 0.35, "mean"
 TEACHER_KEY_VARIABLE = "TRL_CMDP_TEACHER_API_KEY"  # an argument would be in the shell's history
 
 
-def add_rollout_arguments(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
-    """Add models, problems and rollouts to a command. Returns the group of the rollouts."""
+def add_evaluation_arguments(parser: argparse.ArgumentParser, records_help: str) -> "argparse._ArgumentGroup":
+    """Add student or records, models, problems and rollouts to a command. Returns the group of the rollouts."""
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--student", metavar="PATH_OR_ID", help="model, or folder of a LoRA adapter")
+    what.add_argument("--records", nargs="+", type=Path, metavar="FILE", help=records_help)
+    parser.add_argument("--output_dir", type=Path, help="where files are written (default: outputs/COMMAND-TASK-NAME)")
+    parser.add_argument(
+        "--cost_scope",
+        choices=get_args(CostScope),
+        help=f"cost of a rollout (default: {COST_SCOPE}, or the records')",
+    )
+
     models = parser.add_argument_group("models")
     models.add_argument("--name", help="the student's name in tables (default: its folder's)")
     models.add_argument(
@@ -38,9 +52,9 @@ def add_rollout_arguments(parser: argparse.ArgumentParser) -> "argparse._Argumen
     problems.add_argument("--task", metavar="NAME", help="task, a module of trl_cmdp.tasks (default: table)")
     problems.add_argument("--dataset", metavar="FILE_OR_ID", help="where the task reads its problems from")
     problems.add_argument("--prompt_column", help="column of prompts (table)")
-    problems.add_argument("--answer_column", help="column of right final answers (table)")
+    problems.add_argument("--answer_column", help="column of correct final answers (table)")
     problems.add_argument("--difficulty_column", help="column by which results are split (table)")
-    problems.add_argument("--reward", metavar="DOTTED_PATH", help="reward that is 1 where right (default: the task's)")
+    problems.add_argument("--reward", metavar="DOTTED_PATH", help="reward: 1 where correct (default: the task's)")
     problems.add_argument("--split", default="test", help="split (default: test)")
     problems.add_argument("--num_problems", type=positive_int, default=200, help="problems (default: 200)")
 
@@ -72,18 +86,20 @@ def read_evaluation(path: Path) -> "tuple[EvaluationSettings, list[RolloutRecord
     """Records of an evaluation, or an error that names their file."""
     from ..evaluation import read_rollout_records
 
-    try:
-        return read_rollout_records(path)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    with mistakes():
+        try:
+            return read_rollout_records(path)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def roll_out(arguments: argparse.Namespace, records_path: Path) -> "tuple[EvaluationSettings, list[RolloutRecord]]":
     """
-    Roll the student out as the arguments say, or go on with its records.
+    Roll the student out as the arguments say, or resume from its records.
 
     Raises:
-        ValueError, OSError, ImportError: For a mistake in what was asked for.
+        Mistake: For a mistake in what was asked for.
+        RuntimeError: If the reward function raises an error.
     """
     # Imported here: neither `trl-cmdp --help` nor --records should wait for transformers.
     from datasets.exceptions import DatasetsError
@@ -93,48 +109,40 @@ def roll_out(arguments: argparse.Namespace, records_path: Path) -> "tuple[Evalua
     from ..evaluation.progress import show_progress
     from ..teachers import TeacherServerError
 
-    try:
-        task = load_task(arguments)
-        reward = _reward(task, arguments)
+    with mistakes(DatasetsError, TeacherServerError):
+        task = task_of(arguments)
+        reward = task.final_answer_reward if arguments.reward is None else load_reward(arguments.reward)
         student, tokenizer = load_student(arguments)
-        problems = load_problems(task, tokenizer, arguments)
+        problems = problems_of(task, tokenizer, arguments)
         settings = _settings(task, len(problems), arguments)
         teacher = _load_teacher(student, tokenizer, arguments)
         with show_progress(settings.name) as progress:
-            records = evaluate(
-                student,
-                tokenizer,
-                problems,
-                reward,
-                settings=settings,
-                records_path=records_path,
-                teacher=teacher,
-                engine=_engine(student, arguments) if arguments.backend == "vllm" else None,
-                scoring_batch_size=arguments.scoring_batch_size,
-                progress=progress,
-            )
-    except Timeout:
-        raise ValueError(
-            f"Another evaluation is writing to {records_path.parent}: wait for it, or take another --output_dir."
-        ) from None
-    except (DatasetsError, TeacherServerError) as error:
-        raise ValueError(str(error)) from error
+            try:
+                records = evaluate(
+                    student,
+                    tokenizer,
+                    problems,
+                    _with_own_errors(reward),
+                    settings=settings,
+                    records_path=records_path,
+                    teacher=teacher,
+                    engine=_engine(student, arguments) if arguments.backend == "vllm" else None,
+                    scoring_batch_size=arguments.scoring_batch_size,
+                    progress=progress,
+                )
+            except Timeout as error:
+                raise ValueError(
+                    f"Another evaluation is writing to {records_path.parent}: wait for it, or take another "
+                    "--output_dir."
+                ) from error
     return settings, records
 
 
-def load_task(arguments: argparse.Namespace) -> Any:
-    """Module of the task, or an error that lists those there are."""
-    from importlib import import_module
-    from pkgutil import iter_modules
-
+def task_of(arguments: argparse.Namespace) -> Any:
+    """Module of the task that the arguments name."""
     if arguments.task is None and arguments.dataset is None:
         raise ValueError("--task or --dataset is needed: the problems.")
-    name = arguments.task or "table"
-    names = [module.name for module in iter_modules(import_module("trl_cmdp.tasks").__path__)]
-    names = [module for module in names if not module.startswith("_")]
-    if name not in names:
-        raise ValueError(f"There is no task {name!r}; there are {', '.join(names)}.")
-    return import_module(f"trl_cmdp.tasks.{name}")
+    return load_task(arguments.task or "table")
 
 
 def load_student(
@@ -168,44 +176,36 @@ def load_student(
     return student.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-def load_problems(task: Any, tokenizer: "PreTrainedTokenizerBase", arguments: argparse.Namespace) -> "Dataset":
+def problems_of(task: Any, tokenizer: "PreTrainedTokenizerBase", arguments: argparse.Namespace) -> "Dataset":
     """Problems of the task, as many and of the split that the arguments say."""
-    options: dict[str, Any] = {"path": arguments.dataset}
-    for name in ("prompt_column", "answer_column", "difficulty_column"):
-        options[name] = getattr(arguments, name)
-    options["conversational"] = True if tokenizer.chat_template is not None else None
-    options = {name: value for name, value in options.items() if value is not None}
-    try:
-        return task.load_problems(arguments.num_problems, arguments.split, arguments.seed, **options)
-    except TypeError as error:  # an option that this task does not have, or one that it needs
-        raise ValueError(f"The task {_short_name(task)}: {error}") from error
+    asked = {
+        "path": arguments.dataset,
+        "prompt_column": arguments.prompt_column,
+        "answer_column": arguments.answer_column,
+        "difficulty_column": arguments.difficulty_column,
+        "conversational": True if tokenizer.chat_template is not None else None,
+    }
+    options = {name: value for name, value in asked.items() if value is not None}
+    return load_problems(task, arguments.num_problems, arguments.split, arguments.seed, **options)
 
 
 def _settings(task: Any, num_problems: int, arguments: argparse.Namespace) -> "EvaluationSettings":
     from ..evaluation import EvaluationSettings
     from ..evaluation.provenance import weights_fingerprint
 
-    adapter = f"{arguments.student}, adapter {arguments.teacher_adapter_name}"
+    asked = {field.name: vars(arguments).get(field.name) for field in fields(EvaluationSettings)}
     teacher = arguments.teacher or arguments.teacher_model_server_url
-    return EvaluationSettings(
-        name=_student_name(arguments),
-        student=arguments.student,
-        student_fingerprint=weights_fingerprint(arguments.student),
-        teacher=adapter if arguments.teacher_adapter_name else teacher,
-        task=arguments.dataset or _short_name(task),
-        split=arguments.split,
-        num_problems=num_problems,
-        num_samples=arguments.num_samples,
-        greedy=arguments.greedy,
-        seed=arguments.seed,
-        temperature=arguments.temperature,
-        max_new_tokens=arguments.max_new_tokens or task.MAX_COMPLETION_LENGTH,
-        batch_size=arguments.batch_size,
-        backend=arguments.backend,
-        teacher_beta=arguments.teacher_beta,
-        cost_limit=COST_LIMIT if arguments.cost_limit is None else arguments.cost_limit,
-        cost_scope=COST_SCOPE if arguments.cost_scope is None else arguments.cost_scope,
-    )
+    if arguments.teacher_adapter_name:
+        teacher = f"{arguments.student}, adapter {arguments.teacher_adapter_name}"
+    found = {
+        "name": _student_name(arguments),
+        "student_fingerprint": weights_fingerprint(arguments.student),
+        "teacher": teacher,
+        "task": arguments.dataset or task_name(task),
+        "num_problems": num_problems,
+        "max_new_tokens": arguments.max_new_tokens or task.MAX_COMPLETION_LENGTH,
+    }
+    return EvaluationSettings(**{name: value for name, value in (asked | found).items() if value is not None})
 
 
 def _load_teacher(
@@ -230,12 +230,16 @@ def _load_teacher(
     return teacher
 
 
-def _reward(task: Any, arguments: argparse.Namespace) -> Any:
-    if arguments.reward is None:
-        return task.final_answer_reward
-    from ._train import load_reward
+def _with_own_errors(reward: "Callable[..., Any]") -> "Callable[..., Any]":
+    """The reward function, whose errors are its own and no mistakes in what was asked for."""
 
-    return load_reward(arguments.reward)
+    def checked(**kwargs: Any) -> Any:
+        try:
+            return reward(**kwargs)
+        except Exception as error:
+            raise RuntimeError(f"The reward function raised an error: {error!r}.") from error
+
+    return checked
 
 
 def _engine(student: "PreTrainedModel", arguments: argparse.Namespace) -> Any:
@@ -246,10 +250,6 @@ def _engine(student: "PreTrainedModel", arguments: argparse.Namespace) -> Any:
         dtype=str(student.dtype).removeprefix("torch."),
         gpu_memory_utilization=arguments.vllm_gpu_memory_utilization,
     )
-
-
-def _short_name(task: Any) -> str:
-    return task.__name__.rpartition(".")[2]
 
 
 def _student_name(arguments: argparse.Namespace) -> str:

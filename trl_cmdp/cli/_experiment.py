@@ -8,13 +8,13 @@ from typing import Any
 
 import yaml
 
-from ._run import TASKS, TRAINERS, config_class, training_args
+from ._run import TRAINERS, distill_class, training_args
+from ._tasks import EMBEDDED_TASKS
 
 
 PRESETS = Path(__file__).parent / "experiments"
 # Evaluated beside the methods, with each seed's problems.
 REFERENCES = ("student", "teacher")
-_KEYS = ("task", "cost_limit", "steps", "seeds", "held_out", "methods")
 _FIXED_FIELDS = {
     "output_dir": "it is the command's --output-dir",
     "seed": "list it under `seeds`",
@@ -25,73 +25,33 @@ _FIXED_FIELDS = {
 
 @dataclass(frozen=True)
 class Method:
-    """
-    One method of an experiment.
-
-    Args:
-        name (`str`):
-            Name in the table.
-        trainer (`str`):
-            Its trainer, a name in `TRAINERS`.
-        fields (`dict[str, Any]`):
-            Its config fields, beside those that all methods share.
-    """
+    """One method of an experiment, by its name in the table."""
 
     name: str
-    trainer: str
-    fields: dict[str, Any]
+    trainer: str  # a name in `TRAINERS`
+    fields: dict[str, Any]  # of its config, beside those that all methods share
 
 
 @dataclass(frozen=True)
 class Cell:
-    """
-    One method and one seed.
-
-    Args:
-        method (`str`):
-            Name in the table.
-        trainer (`str`):
-            Its trainer, `"none"` for a reference that is evaluated as it is.
-        seed (`int`):
-            Seed.
-        settings (`dict[str, Any]`):
-            All that decides the result: the task, the limit, the problems, and for a method its steps and fields.
-    """
+    """One method, by its name in the table, and one seed."""
 
     method: str
-    trainer: str
+    trainer: str  # "none" for a reference that is evaluated as it is
     seed: int
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # that decide the result: task, limit, problems, and for a method its steps and fields
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """
-    Methods × seeds on one task.
+    """Methods × seeds on one task."""
 
-    Args:
-        name (`str`):
-            Name of the preset, or of the file without its suffix.
-        task (`str`):
-            Task, a module of `trl_cmdp.tasks`.
-        cost_limit (`float`):
-            What satisfaction is measured against, and the methods' own limit, in nats per token.
-        steps (`int`):
-            Optimizer steps.
-        seeds (`list[int]`):
-            Seeds of every method.
-        held_out (`int`):
-            Held-out problems of each seed.
-        methods (`list[Method]`):
-            The methods.
-    """
-
-    name: str
+    name: str  # of the preset, or of the file without its suffix
     task: str
-    cost_limit: float
+    cost_limit: float  # of the evaluation, and the methods' own, in nats per token
     steps: int
     seeds: list[int]
-    held_out: int
+    held_out: int  # problems of each seed
     methods: list[Method]
 
     def cells(self) -> list[Cell]:
@@ -117,6 +77,10 @@ class Experiment:
         return replace(self, methods=chosen, seeds=self.seeds if seeds is None else seeds)
 
 
+# Of the file: every field but the name.
+_KEYS = tuple(field.name for field in fields(Experiment))[1:]
+
+
 def preset_names() -> list[str]:
     """Names of the experiments that the package brings."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
@@ -124,17 +88,8 @@ def preset_names() -> list[str]:
 
 def load_experiment(name_or_path: str) -> Experiment:
     """
-    Load an experiment and check it whole, down to each config.
-
-    Args:
-        name_or_path (`str`):
-            Name of a preset, or path of a YAML file (ending in .yaml or .yml).
-
-    Returns:
-        `Experiment`: The experiment.
-
-    Raises:
-        ValueError: If it is not there, or anything in it is wrong. The message says what to change.
+    Load a preset by its name, or a YAML file by its path, and check it whole, down to each config. Any mistake in it
+    is a `ValueError` that says what to change.
     """
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
@@ -161,7 +116,7 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if not key.tag.endswith(":merge")]
         twice = [key for key in keys if keys.count(key) > 1]
         if twice:
-            raise ValueError(f"{twice[0]!r} is there twice: give each name once.")
+            raise ValueError(f"{twice[0]!r} is given twice: give each name once.")
         return super().construct_mapping(node, deep)
 
 
@@ -179,8 +134,8 @@ def _experiment(name: str, content: Any) -> Experiment:
     missing = [key for key in _KEYS if key not in content]
     if missing:
         raise ValueError(f"`{missing[0]}` is missing: the keys are {', '.join(_KEYS)}.")
-    if content["task"] not in TASKS:
-        raise ValueError(f"unknown task {content['task']!r}: take one of {', '.join(TASKS)}.")
+    if content["task"] not in EMBEDDED_TASKS:
+        raise ValueError(f"unknown task {content['task']!r}: take one of {', '.join(EMBEDDED_TASKS)}.")
     limit = content["cost_limit"]
     if not _is_number(limit) or not 0 < limit < float("inf"):
         raise ValueError(f"`cost_limit` must be a positive number of nats per token, got {limit!r}.")
@@ -217,24 +172,19 @@ def _method(name: Any, entry: Any) -> Method:
 
 
 def _check_config(method: Method, experiment: Experiment) -> None:
-    known = {field.name for field in fields(config_class(method.trainer)) if field.init}
+    config = distill_class(method.trainer, "Config")
+    known = {field.name for field in fields(config) if field.init}
     for key in method.fields:
         if key in _FIXED_FIELDS:
             raise ValueError(f"method {method.name!r} must not set `{key}`: {_FIXED_FIELDS[key]}.")
         if key not in known:
-            kind = config_class(method.trainer).__name__
-            raise ValueError(f"method {method.name!r} has the unknown config field `{key}`: see the fields of {kind}.")
+            raise ValueError(
+                f"method {method.name!r} has the unknown config field `{key}`: see the fields of {config.__name__}."
+            )
     try:
         json.dumps(method.fields, allow_nan=False)
-        training_args(
-            method.trainer,
-            experiment.task,
-            method.fields,
-            steps=experiment.steps,
-            seed=experiment.seeds[0],
-            cost_limit=experiment.cost_limit,
-            output_dir="unused",
-        )
+        shared = {"steps": experiment.steps, "seed": experiment.seeds[0], "cost_limit": experiment.cost_limit}
+        training_args(method.trainer, experiment.task, method.fields, output_dir="unused", **shared)
     except (TypeError, ValueError) as error:
         raise ValueError(f"method {method.name!r}: {error}") from error
 

@@ -7,10 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._tasks import EMBEDDED_TASKS, load_task
+
 
 if TYPE_CHECKING:
-    from ..evaluation import Agreement, EvaluationSettings, Rate, RolloutRecord, WinRate
+    from ..evaluation import Agreement, WinRate
     from ..evaluation.judges import Judge, Judgement, Pair
+    from ..evaluation.summary import Evaluation
 
 KEY_VARIABLE = "TRL_CMDP_JUDGE_API_KEY"
 PROCESS = "process"
@@ -31,12 +34,7 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_judge_arguments(arguments: argparse.Namespace) -> None:
-    """
-    Check the options before anything is read.
-
-    Raises:
-        ValueError: If they contradict each other.
-    """
+    """Check the options before anything is read. Those that contradict each other are a `ValueError`."""
     if arguments.judge is None:
         for name in ("judge_model", "judge_cache", "judgements"):
             if getattr(arguments, name) is not None:
@@ -51,27 +49,16 @@ def check_judge_arguments(arguments: argparse.Namespace) -> None:
 
 
 def judge_evaluations(
-    evaluations: "Sequence[tuple[EvaluationSettings, list[RolloutRecord]]]",
+    evaluations: "Sequence[Evaluation]",
     arguments: argparse.Namespace,
     output_dir: Path | None,
 ) -> list[dict[str, Any]]:
     """
-    Have the rollouts of each further evaluation judged against those of the first, and write the judgements.
+    Judge the rollouts of each further evaluation against those of the first, and write the judgements.
 
-    Args:
-        evaluations (`Sequence[tuple[EvaluationSettings, list[RolloutRecord]]]`):
-            The evaluations, at least two.
-        arguments (`argparse.Namespace`):
-            The options.
-        output_dir (`Path`, *optional*):
-            Folder of the files that the options do not name.
-
-    Returns:
-        `list[dict[str, Any]]`: For each further evaluation, kind of rollout (sampled, greedy) and judge, its win rate
-        and, for a model, its agreement with the process judge, as they go into summary.json.
-
-    Raises:
-        ValueError: If rollouts have no partner, or the judge cannot be used.
+    Returned are, for each further evaluation, kind of rollout (sampled, greedy) and judge, its win rate and, for a
+    model, its agreement with the process judge, as they are written into summary.json. Rollouts without a partner and
+    a judge that cannot be used are a `ValueError`.
     """
     from ..evaluation import agreement, judge_pairs, win_rate
     from ..evaluation.judges import JudgeError, write_judgements
@@ -81,7 +68,7 @@ def judge_evaluations(
     path = arguments.judgements or (output_dir / JUDGEMENTS_FILE if output_dir is not None else None)
     rows: list[dict[str, Any]] = []
     judgements: list[Judgement] = []
-    for pairs in list(_comparisons(evaluations)):  # a list: unpaired rollouts should be found before a model is asked
+    for pairs in list(_comparisons(evaluations)):  # a list, to find unpaired rollouts before a model is asked
         student, reference = pairs[0].students
         of_process: list[Judgement] = []
         for judge in judges:
@@ -93,53 +80,16 @@ def judge_evaluations(
             judgements += judged
             of_process = of_process or judged  # the process judge is the first
             row = {"student": student, "reference": reference, "greedy": pairs[0].greedy}
-            row |= _win_rate_json(win_rate(judged))
+            row |= _as_json(win_rate(judged))
             if judge.name != PROCESS:
-                row["agreement_with_process"] = _agreement_json(agreement(judged, of_process))
+                agreed = agreement(judged, of_process)
+                row["agreement_with_process"] = agreed and _as_json(agreed)
             rows.append(row)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(write_judgements(judgements))
         print(f"Judgements are in {path}.")
     return rows
-
-
-def win_rate_table(rows: Sequence[dict[str, Any]]) -> str:
-    """
-    Write win rates as GitHub Markdown.
-
-    Args:
-        rows (`Sequence[dict[str, Any]]`):
-            What [`judge_evaluations`] returned.
-
-    Returns:
-        `str`: A table and how to read it, empty if there is no row.
-    """
-    if not rows:
-        return ""
-    columns = (
-        *("reasoning", "judge", "judged / pairs", "win, %", "tie, %", "loss, %", "orders agree, %"),
-        *("agreement with process, %", "kappa", "failures"),
-    )
-    lines = [columns, (":---", ":---", *["---:"] * 7, ":---")]
-    for row in rows:
-        agreed = row.get("agreement_with_process")
-        lines.append(
-            (
-                f"{row['student']} against {row['reference']}{', greedy' * row['greedy']}",
-                row["judge"],
-                f"{row['num_judged']} / {row['num_pairs']}",
-                *(_percent(row[name]) for name in ("win", "tie", "loss", "position_consistency")),
-                "–" if agreed is None else _percent(agreed["rate"]),
-                "–" if agreed is None or agreed["kappa"] is None else f"{agreed['kappa']:.2f}",
-                ", ".join(f"{count} {kind}" for kind, count in row["failures"].items()) or "none",
-            )
-        )
-    table = "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
-    return (
-        f"{table}\nRates are over the pairs with a verdict; a tie is a verdict of a tie, verdicts that change with the "
-        "order, or one text from both. Intervals at 95%, clustered by problem.\n"
-    )
 
 
 def _judges(task: str, arguments: argparse.Namespace, output_dir: Path | None) -> "list[Judge]":
@@ -155,21 +105,11 @@ def _judges(task: str, arguments: argparse.Namespace, output_dir: Path | None) -
 
 
 def _valid_steps(task: str) -> Any:
-    """What judges the steps of an embedded task, `None` for problems in words."""
-    if task == "arithmetic":
-        from ..tasks import arithmetic
-
-        return arithmetic.valid_steps
-    if task == "nested":
-        from ..tasks import nested
-
-        return nested.valid_steps
-    return None
+    """The function that checks the steps of an embedded task, `None` for problems in words."""
+    return load_task(task).valid_steps if task in EMBEDDED_TASKS else None
 
 
-def _comparisons(
-    evaluations: "Sequence[tuple[EvaluationSettings, list[RolloutRecord]]]",
-) -> "Iterator[list[Pair]]":
+def _comparisons(evaluations: "Sequence[Evaluation]") -> "Iterator[list[Pair]]":
     """Pairs of each further evaluation with the first: sampled rollouts, then greedy ones, where both have them."""
     from ..evaluation import pair_rollouts
 
@@ -182,23 +122,12 @@ def _comparisons(
                 yield pair_rollouts(mine, theirs, (settings.name, first.name))
 
 
-def _win_rate_json(rates: "WinRate") -> dict[str, Any]:
-    names = ("win", "tie", "loss", "position_consistency")
-    return asdict(rates) | {name: _rate_json(getattr(rates, name)) for name in names}
+def _as_json(figures: "WinRate | Agreement") -> dict[str, Any]:
+    """The figures, with each rate as its counts, value and interval."""
+    from ..evaluation import Rate
 
-
-def _agreement_json(agreed: "Agreement | None") -> dict[str, Any] | None:
-    return None if agreed is None else asdict(agreed) | {"rate": _rate_json(agreed.rate)}
-
-
-def _rate_json(rate: "Rate | None") -> dict[str, Any] | None:
-    if rate is None:
-        return None
-    low, high = rate.interval
-    return {"k": rate.k, "n": rate.n, "value": rate.value, "low": low, "high": high}
-
-
-def _percent(rate: dict[str, Any] | None) -> str:
-    return (
-        "–" if rate is None else "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * rate[n] for n in ("value", "low", "high")))
-    )
+    rates = {name: rate for name, rate in vars(figures).items() if isinstance(rate, Rate)}
+    return asdict(figures) | {
+        name: {"k": rate.k, "n": rate.n, "value": rate.value, "low": rate.interval[0], "high": rate.interval[1]}
+        for name, rate in rates.items()
+    }

@@ -1,29 +1,30 @@
-"""Training and evaluating one student of a task: what the demo and every cell of a comparison are made of."""
+"""Training and evaluating one student of an embedded task, for the demo and the cells of a comparison."""
 
 import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from ._tasks import load_task
 
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..trainers.engine.config import DistillConfig
     from ..trainers.engine.distill_trainer import DistillTrainer
 
-# Trainer and config, by the name that an experiment gives. Without a teacher the constrained trainer is GRPO.
+# Stem of trainer and config, by the name that an experiment gives. Without a teacher the constrained trainer is GRPO.
 TRAINERS = {
-    "constrained": ("ConstrainedDistillTrainer", "ConstrainedDistillConfig"),
-    "grpo": ("ConstrainedDistillTrainer", "ConstrainedDistillConfig"),
-    "lagrangian": ("LagrangianDistillTrainer", "LagrangianDistillConfig"),
-    "gkd": ("GKDDistillTrainer", "GKDDistillConfig"),
-    "minillm": ("MiniLLMDistillTrainer", "MiniLLMDistillConfig"),
+    "constrained": "ConstrainedDistill",
+    "grpo": "ConstrainedDistill",
+    "lagrangian": "LagrangianDistill",
+    "gkd": "GKDDistill",
+    "minillm": "MiniLLMDistill",
 }
-TASKS = ("arithmetic", "nested", "chains")
 PROMPTS_PER_STEP, NUM_GENERATIONS = 16, 8
 LEARNING_RATE = 3e-4
 _EVALUATION_BATCH_SIZE = 250
@@ -31,31 +32,21 @@ _EVALUATION_BATCH_SIZE = 250
 
 @dataclass(frozen=True)
 class Answer:
-    """
-    A model's answer to one problem.
+    """A model's answer to one problem: is the final answer correct, every step valid, and what did each token cost?"""
 
-    Args:
-        right (`bool`):
-            Whether the final answer is right.
-        valid (`bool`):
-            Whether every step is valid.
-        costs (`torch.Tensor`):
-            Divergence from the teacher at each completion token, of shape `(L,)`, in nats.
-    """
-
-    right: bool
+    correct: bool
     valid: bool
-    costs: "torch.Tensor"
+    costs: "torch.Tensor"  # (L,), nats
+
+    @property
+    def cost(self) -> float:
+        """Mean cost, in nats per token."""
+        return self.costs.mean().item()
 
 
-def task_module(task: str) -> Any:
-    """Module of a task: its problems, its reward, its models."""
-    return import_module(f"trl_cmdp.tasks.{task}")
-
-
-def config_class(trainer: str) -> "type[DistillConfig]":
-    """Config class of a trainer's name in [`TRAINERS`]."""
-    return getattr(import_module("trl_cmdp"), TRAINERS[trainer][1])
+def distill_class(trainer: str, kind: Literal["Trainer", "Config"]) -> Any:
+    """Trainer or config class of a name in [`TRAINERS`]."""
+    return getattr(import_module("trl_cmdp"), TRAINERS[trainer] + kind)
 
 
 def set_up_process() -> None:
@@ -75,7 +66,7 @@ def load_models(task: str) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel, P
     """Tokenizer, untrained student and teacher of a task."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = task_module(task).demo_model_path
+    path = load_task(task).demo_model_path
     return (
         AutoTokenizer.from_pretrained(path("student")),
         AutoModelForCausalLM.from_pretrained(path("student")),
@@ -93,37 +84,13 @@ def training_args(
     cost_limit: float,
     output_dir: str | Path,
 ) -> "DistillConfig":
-    """
-    Training arguments of one student, the same for every method but for `config_fields`.
-
-    Args:
-        trainer (`str`):
-            Name in [`TRAINERS`].
-        task (`str`):
-            Task, which gives the length of a completion.
-        config_fields (`dict[str, Any]`):
-            Fields of the trainer's config, which override everything else.
-        steps (`int`):
-            Optimizer steps.
-        seed (`int`):
-            Seed of initialisation, rollouts and order.
-        cost_limit (`float`):
-            Limit, in nats per token.
-        output_dir (`str` or `Path`):
-            Folder of the trainer.
-
-    Returns:
-        [`DistillConfig`]: The arguments.
-
-    Raises:
-        ValueError, TypeError: If the config refuses a field.
-    """
+    """Training arguments of one student, equal for all methods but for the fields of its config, which come first."""
     shared = {
         "output_dir": str(output_dir),
         "cost_limit": cost_limit,
         "num_generations": NUM_GENERATIONS,
         "per_device_train_batch_size": PROMPTS_PER_STEP * NUM_GENERATIONS,
-        "max_completion_length": task_module(task).MAX_COMPLETION_LENGTH,
+        "max_completion_length": load_task(task).MAX_COMPLETION_LENGTH,
         "max_steps": steps,
         "learning_rate": LEARNING_RATE,
         "seed": seed,
@@ -135,7 +102,7 @@ def training_args(
         "bf16": False,  # the models are tiny: a CPU is faster in float32
         "gradient_checkpointing": False,
     }
-    return config_class(trainer)(**{**shared, **config_fields})
+    return distill_class(trainer, "Config")(**{**shared, **config_fields})
 
 
 def train_student(
@@ -145,23 +112,23 @@ def train_student(
     args: "DistillConfig",
     trainer: str,
     task: str,
-    callback: "TrainerCallback",
 ) -> "DistillTrainer":
-    """Train the student in place, and return its trainer, which holds the log history."""
+    """Train the student itself, and return its trainer, which holds the log history."""
     from transformers import PrinterCallback
 
-    module = task_module(task)
-    trainer_class = getattr(import_module("trl_cmdp"), TRAINERS[trainer][0])
-    run = trainer_class(
+    from ._progress import TrainingProgress
+
+    module = load_task(task)
+    run = distill_class(trainer, "Trainer")(
         model=student,
         reward_funcs=module.final_answer_reward,
         args=args,
         train_dataset=module.load_problems(args.max_steps * PROMPTS_PER_STEP, "train", args.seed),
         processing_class=tokenizer,
-        callbacks=[callback],
+        callbacks=[TrainingProgress()],
         teacher_model=None if trainer == "grpo" else teacher,
     )
-    run.remove_callback(PrinterCallback)  # the callback's line shows what matters
+    run.remove_callback(PrinterCallback)  # it would print every log
     run.train()
     return run
 
@@ -179,7 +146,7 @@ def evaluate_student(
     """One answer to each problem, sampled at temperature 1 or greedy, with its costs at temperature 1."""
     from ..evaluation import sample_rollouts, score_rollouts
 
-    module = task_module(task)
+    module = load_task(task)
     rollouts = sample_rollouts(
         model,
         tokenizer,
@@ -191,6 +158,6 @@ def evaluate_student(
     )
     costs = score_rollouts(rollouts, model, teacher, batch_size=_EVALUATION_BATCH_SIZE)
     completions = [rollout.completion for rollout in rollouts]
-    right = [reward == 1.0 for reward in module.final_answer_reward(completions, problems["answer"])]
+    correct = [reward == 1.0 for reward in module.final_answer_reward(completions, problems["answer"])]
     valid = map(module.valid_steps, problems["prompt"], completions)
-    return [Answer(*values) for values in zip(right, valid, costs, strict=True)]
+    return [Answer(*values) for values in zip(correct, valid, costs, strict=True)]

@@ -3,11 +3,9 @@
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from importlib import import_module
+from functools import partial
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any
 
 import transformers
@@ -16,7 +14,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets.exceptions import DatasetsError
 from huggingface_hub import constants
 from packaging.version import Version
-from transformers import ProgressCallback
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import (
     DatasetMixtureConfig,
     GRPOConfig,
@@ -25,52 +23,38 @@ from trl import (
     get_dataset,
     get_peft_config,
     get_quantization_config,
-    rewards,
 )
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts.grpo import GRPOScriptArguments
 
+from ..reports import plot_training_curves
 from ..tasks.table import load_splits
 from ..teachers import TeacherServerError
 from ..trainers.engine.config import DistillConfig
 from ..trainers.engine.distill_trainer import DistillTrainer
+from ..trainers.telemetry.card import CURVES_FILE
 from ..trainers.telemetry.hub import describe_error
-from ._curves import CurvesOnPush
+from ._arguments import mistakes
 from ._progress import TrainingProgress
+from ._tasks import load_problems, load_reward, load_task
 
 
-# What a user can put right, as long as training has not begun. All else shows its traceback.
-_MISTAKES = (ValueError, OSError, ImportError, NotImplementedError, DatasetsError, TeacherServerError, yaml.YAMLError)
-_TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
-# First argument of the processes that accelerate starts: launch arguments in the YAML file are dealt with.
+# First argument of the processes that accelerate starts, for which the launch arguments of the YAML file are past.
 _LAUNCHED = "--launched"
-# Environment variable with what was typed, which these processes see only a part of.
+# Environment variable with the arguments as they were typed, of which these processes see only a part.
 _TYPED = "TRL_CMDP_TYPED_ARGUMENTS"
 
 
 @dataclass
 class DistillScriptArguments(GRPOScriptArguments):
-    """
-    Script arguments of the training commands: those of `trl grpo`, the task and the teacher.
-
-    Args:
-        task (`str`, *optional*):
-            Module of `trl_cmdp.tasks` that gives the problems and, unless `reward_funcs` are named, the reward.
-            `dataset_name` is then where it reads them from, its own place by default, and the train and test splits
-            are the task's.
-        task_problems (`int`, *optional*):
-            Problems of each split that is used, drawn by `seed`, all of them by default.
-        task_conversational (`bool`, *optional*, defaults to `False`):
-            Prompts as messages, for a student with a chat template.
-        teacher_model (`str`, *optional*):
-            Path or hub id of the teacher. With `teacher_model_server_url`, of the checkpoint that the server runs.
-    """
+    """Script arguments of the training commands: those of `trl grpo`, the task and the teacher."""
 
     task: str | None = field(
         default=None,
         metadata={
             "help": "Module of `trl_cmdp.tasks` that gives the problems and, unless `reward_funcs` are named, the "
-            "reward: gsm8k, math, gsm_symbolic, table. `dataset_name` is then where it reads them from."
+            "reward: gsm8k, math, gsm_symbolic, table. `dataset_name` is then where it reads them from, its own source "
+            "by default, and the train and test splits are the task's."
         },
     )
     task_problems: int | None = field(
@@ -91,15 +75,7 @@ class DistillScriptArguments(GRPOScriptArguments):
 
 
 class TrainingParser(TrlParser):
-    """
-    [`~trl.TrlParser`] with its help grouped by topic. It raises mistakes, where `argparse` prints all options.
-
-    Args:
-        command (`str`):
-            Command.
-        config_class (`type[DistillConfig]`):
-            Config of its trainer.
-    """
+    """[`~trl.TrlParser`] with its help grouped by topic. It raises mistakes, where `argparse` prints all options."""
 
     def __init__(self, command: str, config_class: type[DistillConfig]):
         # Ours come last, where a terminal leaves off.
@@ -133,34 +109,22 @@ class TrainingParser(TrlParser):
 
 def run_training(command: str, trainer_class: type[DistillTrainer], arguments: list[str]) -> int:
     """
-    Run a training command.
+    Run a training command, given what follows it. Returns 0, or 1 if the trained model could not be pushed.
 
-    Args:
-        command (`str`):
-            Its name.
-        trainer_class (`type[DistillTrainer]`):
-            Its trainer.
-        arguments (`list[str]`):
-            What follows it on the command line.
-
-    Returns:
-        `int`: 0, 1 if the trained model could not be pushed, or 2 for a mistake that is found before training begins.
-        What else happens after that is raised.
+    Raises:
+        Mistake: For a mistake that is found before training begins. Later errors are raised as they are.
     """
     launched = arguments[:1] == [_LAUNCHED]
     if launched:
         arguments = arguments[1:]
     typed = json.loads(os.environ[_TYPED]) if launched and _TYPED in os.environ else arguments
-    try:
+    with mistakes(NotImplementedError, DatasetsError, TeacherServerError, yaml.YAMLError):
         *parsed, of_config, of_command_line = _parse(command, trainer_class._config_class, arguments)
         # Several GPUs take one process each, as in `trl grpo`: in one, transformers would use `nn.DataParallel`.
         if of_command_line or (not launched and (of_config or parsed[-1].n_gpu > 1)):
             _launch(command, of_config, of_command_line, arguments)
             return 0
         trainer, script_args = _make_trainer(trainer_class, *parsed), parsed[0]
-    except _MISTAKES as error:
-        print(f"trl-cmdp {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     trainer.command = ["trl-cmdp", command, *typed]
     return _train(trainer, script_args.dataset_name)
 
@@ -226,9 +190,12 @@ def _make_trainer(
     if training_args.eval_strategy != "no":
         splits.append(script_args.dataset_test_split)
     if script_args.task:
-        task = _task_module(script_args.task)
+        task = load_task(script_args.task)
         reward_funcs = reward_funcs or [task.final_answer_reward]
-        dataset = {split: _load_problems(task, split, script_args, training_args.seed) for split in splits}
+        asked = {"path": script_args.dataset_name, "conversational": script_args.task_conversational}
+        options = {name: value for name, value in asked.items() if value}
+        draw = partial(load_problems, task, script_args.task_problems, seed=training_args.seed, **options)
+        dataset = {split: draw(split) for split in splits}
     else:
         dataset = _load_dataset(script_args, dataset_args)
     for split in splits:
@@ -246,32 +213,6 @@ def _make_trainer(
     )
 
 
-def load_reward(name: str) -> Callable[..., list[float | None]]:
-    """
-    A reward function by the name that `trl grpo` knows it by, or by its dotted path from the working directory.
-
-    Raises:
-        ValueError: If there is no such function.
-        ImportError: If the module of a dotted path cannot be imported.
-    """
-    if name == "get_soft_overlong_punishment":
-        return rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
-    if name in _TRL_REWARDS:
-        return getattr(rewards, name)
-    path, _, function = name.rpartition(".")
-    if not path:
-        raise ValueError(
-            f"Unknown reward {name!r}: give one of {', '.join(_TRL_REWARDS)}, or a dotted path (my_lib.rewards.mine)."
-        )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    module = import_module(path)
-    try:
-        return getattr(module, function)
-    except AttributeError:
-        raise ValueError(f"The module {path} has no reward {function!r}.") from None
-
-
 def _load_dataset(script_args: DistillScriptArguments, dataset_args: DatasetMixtureConfig) -> Any:
     if dataset_args.datasets:
         return get_dataset(dataset_args)
@@ -280,23 +221,13 @@ def _load_dataset(script_args: DistillScriptArguments, dataset_args: DatasetMixt
     return load_splits(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
 
 
-def _task_module(name: str) -> Any:
-    tasks = [module.name for module in iter_modules(import_module("trl_cmdp.tasks").__path__) if module.name[0] != "_"]
-    if name not in tasks:
-        raise ValueError(f"There is no task {name!r}; there are {', '.join(sorted(tasks))}.")
-    return import_module(f"trl_cmdp.tasks.{name}")
+class CurvesOnPush(TrainerCallback):
+    """Draws the training curves beside the model card, which shows them from then on, before anything is pushed."""
 
-
-def _load_problems(task: Any, split: str, script_args: DistillScriptArguments, seed: int) -> Any:
-    options: dict[str, Any] = {}
-    if script_args.dataset_name:
-        options["path"] = script_args.dataset_name
-    if script_args.task_conversational:
-        options["conversational"] = True
-    try:
-        return task.load_problems(script_args.task_problems, split, seed, **options)
-    except TypeError as error:  # an option that this task does not have, or one that it needs
-        raise ValueError(f"--task {script_args.task}: {error}") from error
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        logged = any(entry.get("reward") is not None for entry in state.log_history)
+        if state.is_world_process_zero and logged:
+            plot_training_curves(state.log_history, Path(args.output_dir, CURVES_FILE), Path(args.output_dir).name)
 
 
 def _train(trainer: DistillTrainer, dataset_name: str | None) -> int:
@@ -320,7 +251,7 @@ def _train(trainer: DistillTrainer, dataset_name: str | None) -> int:
 
 
 def _push(trainer: DistillTrainer, dataset_name: str | None) -> bool:
-    """Push the saved model. What goes wrong is said, and leaves training done."""
+    """Push the saved model. A failure is reported, and leaves training done."""
     try:
         trainer.push_to_hub(dataset_name=dataset_name)
     except Exception as error:  # of many kinds, from the Hub's client

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._arguments import positive_int
+from ._arguments import Mistake, mistakes, positive_int
 from ._experiment import preset_names
 
 
@@ -38,11 +38,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         help=f"a smoke run: {QUICK_STEPS} steps, {QUICK_HELD_OUT} held-out problems, the first seed, with no promise",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, resumes=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the comparison. Returns 0, 1 if a cell failed, 2 for a mistake in what was asked for, 130 if stopped."""
+    """Run the comparison. Returns 0, or 1 if a cell failed."""
     # Imported here: `trl-cmdp --help` should not wait for torch and TRL.
     from filelock import FileLock, Timeout
 
@@ -50,36 +50,28 @@ def run(arguments: argparse.Namespace) -> int:
     from ._run import set_up_process
 
     set_up_process()
-    try:
+    with mistakes():
         experiment = load_experiment(arguments.experiment).select(arguments.methods, arguments.seeds)
-        if arguments.quick:
-            experiment = replace(experiment, steps=QUICK_STEPS, held_out=QUICK_HELD_OUT, seeds=experiment.seeds[:1])
-        name = f"compare-{experiment.name}{'-quick' if arguments.quick else ''}"
-        output_dir = arguments.output_dir or Path("outputs") / name
+    if arguments.quick:
+        experiment = replace(experiment, steps=QUICK_STEPS, held_out=QUICK_HELD_OUT, seeds=experiment.seeds[:1])
+    name = f"compare-{experiment.name}{'-quick' if arguments.quick else ''}"
+    output_dir = arguments.output_dir or Path("outputs") / name
+    with mistakes():
         output_dir.mkdir(parents=True, exist_ok=True)
+    try:
         with FileLock(output_dir / ".lock", timeout=0):  # released however this process ends
             return _compare(experiment, output_dir, arguments.workers)
-    except Timeout:
-        print(
-            f"trl-cmdp compare: error: another run is writing to {output_dir}: wait for it, or take another "
-            "--output-dir.",
-            file=sys.stderr,
-        )
-        return 2
-    except ValueError as error:
-        print(f"trl-cmdp compare: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nStopped. What is recorded stays: the same command goes on from there.", file=sys.stderr)
-        return 130
+    except Timeout as error:
+        raise Mistake(f"another run is writing to {output_dir}: wait for it, or take another --output-dir.") from error
 
 
 def _compare(experiment: "Experiment", output_dir: Path, workers: int) -> int:
     from ._cells import load_records, missing_cells
 
-    records, cut = load_records(output_dir)
     cells = experiment.cells()
-    missing = missing_cells(cells, records, output_dir)
+    with mistakes():
+        records, cut = load_records(output_dir)
+        missing = missing_cells(cells, records, output_dir)
     if cut:
         print("The last record was cut while it was written: its cell is run again.", flush=True)
     if len(missing) < len(cells):
@@ -102,13 +94,8 @@ def _run_with_progress(
     from ._cells import run_cells
 
     done = total - len(missing)
-    columns = (
-        TextColumn("cells"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
+    bar = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (*bar, TextColumn("{task.description}"))
     with Progress(*columns, console=Console(), disable=not sys.stdout.isatty()) as progress:
         task = progress.add_task("", total=total, completed=done)
 
@@ -126,7 +113,7 @@ def _run_with_progress(
 
 def in_order(records: "list[CellRecord]", experiment: "Experiment") -> "list[CellRecord]":
     """Records in the experiment's order, whatever the order in which the cells ended."""
-    order = {method.name: place for place, method in enumerate(experiment.methods)}
+    order = {method.name: index for index, method in enumerate(experiment.methods)}
     return sorted(records, key=lambda record: (order.get(record.method, len(order)), record.method, record.seed))
 
 
@@ -142,6 +129,6 @@ def _report(experiment: "Experiment", records: "list[CellRecord]", output_dir: P
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
     table = comparison_table(comparison)
     (output_dir / "table.md").write_text(table)
-    plot_pareto(comparison, output_dir / "pareto.png", f"{experiment.name}: right answers against cost")
+    plot_pareto(comparison, output_dir / "pareto.png", f"{experiment.name}: correct answers against cost")
     plot_comparison_curves(records, output_dir / "curves.png", f"{experiment.name}: training, mean over seeds")
     print(f"\n{table}\nrecords.jsonl, summary.json, table.md, pareto.png and curves.png are in {output_dir}/.")

@@ -11,10 +11,13 @@ from ._run import LEARNING_RATE, NUM_GENERATIONS, PROMPTS_PER_STEP
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ._run import Answer
+
 TASK = "arithmetic"
-# What a run is made of. The limit is in nats per token, `--cost-limit` overrides it.
+# The limit is in nats per token.
 COST_LIMIT = 0.25
 STEPS, QUICK_STEPS = 200, 10
 HELD_OUT, QUICK_HELD_OUT = 1000, 100
@@ -50,8 +53,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo."""
     # Imported here: `trl-cmdp --help` should not wait for torch and TRL.
+    from ..reports import plot_training_curves
     from ..tasks.arithmetic import MAX_COMPLETION_LENGTH, load_problems
-    from ._run import load_models, set_up_process
+    from ._run import load_models, set_up_process, train_student, training_args
 
     set_up_process()
     start = time.monotonic()
@@ -63,19 +67,21 @@ def run(arguments: argparse.Namespace) -> int:
     held_out = load_problems(num_held_out, "test", arguments.seed)
 
     print(f"Evaluating teacher and student on {num_held_out} held-out problems ...", flush=True)
-    measure = {"tokenizer": tokenizer, "teacher": teacher, "problems": held_out, "arguments": arguments}
-    teacher_metrics = evaluate(teacher, **measure)
-    before = evaluate(student, **measure)
-    history = train(student, tokenizer, teacher, steps, arguments)
+    measured = (tokenizer, teacher, held_out, arguments)
+    teacher_metrics, before = evaluate(teacher, *measured), evaluate(student, *measured)
+    shared = {"steps": steps, "seed": arguments.seed, "cost_limit": arguments.cost_limit}
+    args = training_args(arguments.method, TASK, {}, output_dir=arguments.output_dir / "trainer", **shared)
+    trainer = train_student(student, tokenizer, teacher, args, arguments.method, TASK)
+    trainer.save_model(str(arguments.output_dir / "student"))
+    trainer.state.save_to_json(str(arguments.output_dir / "trainer_state.json"))  # what `trl-cmdp report` reads
     print("Evaluating the trained student on the same problems ...", flush=True)
-    after = evaluate(student, **measure)
+    after = evaluate(student, *measured)
 
-    _print_table({"student before": before, "student after": after, "teacher": teacher_metrics}, arguments)
+    print(f"\n{arguments.method}, held-out problems, temperature 1, limit {arguments.cost_limit:g}\n")
+    print(_table({"student before": before, "student after": after, "teacher": teacher_metrics}))
     config = {
         "method": arguments.method,
-        "seed": arguments.seed,
-        "steps": steps,
-        "cost_limit": arguments.cost_limit,
+        **shared,
         "prompts_per_step": PROMPTS_PER_STEP,
         "num_generations": NUM_GENERATIONS,
         "learning_rate": LEARNING_RATE,
@@ -85,57 +91,39 @@ def run(arguments: argparse.Namespace) -> int:
     }
     metrics = {"before": before, "after": after, "teacher": teacher_metrics, "config": config}
     (arguments.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    _plot(history, arguments)
+    title = f"trl-cmdp demo: {arguments.method}, seed {arguments.seed}"
+    plot_training_curves(trainer.state.log_history, arguments.output_dir / "curves.png", title)
     print(f"\nStudent, metrics.json and curves.png are in {arguments.output_dir}/ ({config['seconds']:.0f} s).")
     return 0
 
 
-def train(
-    student: "PreTrainedModel",
+def evaluate(
+    model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     teacher: "PreTrainedModel",
-    steps: int,
+    problems: "Dataset",
     arguments: argparse.Namespace,
-) -> list[dict[str, Any]]:
-    """Train the student in place, save it, and return the log history."""
-    from ._progress import TrainingProgress
-    from ._run import train_student, training_args
-
-    args = training_args(
-        arguments.method,
-        TASK,
-        {},
-        steps=steps,
-        seed=arguments.seed,
-        cost_limit=arguments.cost_limit,
-        output_dir=arguments.output_dir / "trainer",
-    )
-    callback = TrainingProgress()
-    trainer = train_student(student, tokenizer, teacher, args, arguments.method, TASK, callback)
-    trainer.save_model(str(arguments.output_dir / "student"))
-    trainer.state.save_to_json(str(arguments.output_dir / "trainer_state.json"))  # what `trl-cmdp report` reads
-    return trainer.state.log_history
-
-
-def evaluate(
-    model: Any, *, tokenizer: Any, teacher: Any, problems: Any, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Metrics of a model on held-out problems: one sampled rollout each, and a greedy one beside it."""
-    sampled = _measure(model, tokenizer, teacher, problems, arguments, greedy=False)
-    return {**sampled, "greedy": _measure(model, tokenizer, teacher, problems, arguments, greedy=True)}
-
-
-def _measure(
-    model: Any, tokenizer: Any, teacher: Any, problems: Any, arguments: argparse.Namespace, *, greedy: bool
-) -> dict[str, Any]:
-    from ..evaluation import Rate
     from ._run import evaluate_student
 
-    answers = evaluate_student(model, tokenizer, teacher, problems, TASK, arguments.seed, greedy=greedy)
-    costs = [answer.costs for answer in answers]  # at temperature 1, also for greedy rollouts
-    correct = Rate.of(answer.right for answer in answers)
+    sampled, greedy = (
+        _metrics(
+            evaluate_student(model, tokenizer, teacher, problems, TASK, arguments.seed, greedy=greedy),
+            arguments.cost_limit,
+        )
+        for greedy in (False, True)
+    )
+    return {**sampled, "greedy": greedy}
+
+
+def _metrics(answers: "list[Answer]", cost_limit: float) -> dict[str, Any]:
+    from ..evaluation import Rate
+
+    correct = Rate.of(answer.correct for answer in answers)
     valid = Rate.of(answer.valid for answer in answers)
-    satisfied = Rate.of(cost.mean().item() <= arguments.cost_limit for cost in costs)
+    satisfied = Rate.of(answer.cost <= cost_limit for answer in answers)
+    num_tokens = sum(len(answer.costs) for answer in answers)
     return {
         "final_answer_correctness": correct.value,
         "final_answer_interval": list(correct.interval),
@@ -143,36 +131,27 @@ def _measure(
         "valid_steps_interval": list(valid.interval),
         "satisfaction_rate": satisfied.value,
         "satisfaction_interval": list(satisfied.interval),
-        "mean_cost": sum(cost.mean().item() for cost in costs) / len(costs),
-        "mean_divergence": sum(cost.sum().item() for cost in costs) / sum(map(len, costs)),
-        "mean_length": sum(map(len, costs)) / len(costs),
-        "cost_limit": arguments.cost_limit,
+        "mean_cost": sum(answer.cost for answer in answers) / len(answers),
+        "mean_divergence": sum(answer.costs.sum().item() for answer in answers) / num_tokens,
+        "mean_length": num_tokens / len(answers),
+        "cost_limit": cost_limit,
         "n": len(answers),
     }
 
 
-def _print_table(rows: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _table(rows: dict[str, dict[str, Any]]) -> str:
+    from ..evaluation.rates import ValueWithInterval
+    from ..reports.tables import markdown_table
 
-    table = Table(title=f"{arguments.method}, held-out problems, temperature 1, limit {arguments.cost_limit:g}")
-    table.add_column("")
-    for name in ("right answer", "all steps valid", "satisfaction [95%]", "mean cost (nats/token)"):
-        table.add_column(name, justify="right")
-    for name, metrics in rows.items():
-        low, high = metrics["satisfaction_interval"]
-        table.add_row(
+    columns = ("", "correct answer", "all steps valid", "satisfaction [95%]", "mean cost (nats/token)")
+    lines = [
+        (
             name,
             f"{metrics['final_answer_correctness']:.3f}",
             f"{metrics['valid_steps_rate']:.3f}",
-            f"{metrics['satisfaction_rate']:.3f} [{low:.3f}, {high:.3f}]",
+            ValueWithInterval(metrics["satisfaction_rate"], *metrics["satisfaction_interval"]).text(),
             f"{metrics['mean_cost']:.3f}",
         )
-    Console().print(table)
-
-
-def _plot(history: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    from ..reports import plot_training_curves
-
-    title = f"trl-cmdp demo: {arguments.method}, seed {arguments.seed}"
-    plot_training_curves(history, arguments.output_dir / "curves.png", title)
+        for name, metrics in rows.items()
+    ]
+    return markdown_table(columns, lines, padded=True)

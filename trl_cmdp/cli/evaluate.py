@@ -1,21 +1,21 @@
-"""`trl-cmdp evaluate`: roll a student out on a task, and tell how right and how far from its teacher it is."""
+"""`trl-cmdp evaluate`: roll a student out on a task: how often is it correct, and how far is it from its teacher?"""
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._arguments import positive_float
-from ._evaluation import COST_LIMIT, COST_SCOPE, add_rollout_arguments, output_folder, read_evaluation, roll_out
-from ._judge import add_judge_arguments, check_judge_arguments, judge_evaluations, win_rate_table
+from .._defaults import COST_LIMIT
+from ._arguments import mistakes, positive_float
+from ._evaluation import add_evaluation_arguments, output_folder, read_evaluation, roll_out
+from ._judge import add_judge_arguments, check_judge_arguments, judge_evaluations
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..evaluation import EvaluationSettings, RolloutRecord
+    from ..evaluation.summary import Evaluation
 
 RECORDS_FILE = "records.jsonl"
 
@@ -26,56 +26,35 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "evaluate",
         help="evaluate a student against its teacher on a task, or compare evaluations",
         description="Roll a student out on the problems of a task, and write records.jsonl, summary.json and table.md: "
-        "right final answers, satisfaction of the limit, costs, divergence and length, each with its interval. The "
-        "same command goes on where it stopped. With --records, compute everything again from records, without a "
+        "correct final answers, satisfaction of the limit, costs, divergence and length, each with its interval. The "
+        "same command resumes a stopped evaluation. With --records, compute everything again from records, without a "
         "model, and the differences to the first of them.",
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--student", metavar="PATH_OR_ID", help="model, or folder of a LoRA adapter")
-    what.add_argument("--records", nargs="+", type=Path, metavar="FILE", help="records of finished evaluations")
-    parser.add_argument(
-        "--output_dir", type=Path, help="where files are written (default: outputs/evaluate-TASK-NAME)"
-    )
+    rollouts = add_evaluation_arguments(parser, "records of finished evaluations")
     parser.add_argument("--cost_limit", type=positive_float, help=f"limit (default: {COST_LIMIT}, or the records')")
-    parser.add_argument(
-        "--cost_scope",
-        choices=["mean", "sum", "worst_prefix"],
-        help=f"cost of a rollout (default: {COST_SCOPE}, or the records')",
-    )
-
-    rollouts = add_rollout_arguments(parser)
     rollouts.add_argument("--greedy", action="store_true", help="a greedy rollout of each problem too")
     add_judge_arguments(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, resumes=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command. Returns 0, 2 for a mistake in what was asked for, 130 if stopped."""
-    try:
+    """Run the command."""
+    with mistakes():
         check_judge_arguments(arguments)
-        if arguments.records:
-            output_dir, evaluations = arguments.output_dir, [read_evaluation(path) for path in arguments.records]
-        else:
-            output_dir = output_folder("evaluate", arguments)
-            evaluations = [roll_out(arguments, output_dir / RECORDS_FILE)]
+    if arguments.records:
+        output_dir, evaluations = arguments.output_dir, [read_evaluation(path) for path in arguments.records]
+    else:
+        output_dir = output_folder("evaluate", arguments)
+        evaluations = [roll_out(arguments, output_dir / RECORDS_FILE)]
+    with mistakes():
         _report(evaluations, arguments, output_dir)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"trl-cmdp evaluate: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nStopped. What is recorded stays: the same command goes on from there.", file=sys.stderr)
-        return 130
     return 0
 
 
-def _report(
-    evaluations: "Sequence[tuple[EvaluationSettings, list[RolloutRecord]]]",
-    arguments: argparse.Namespace,
-    output_dir: Path | None,
-) -> None:
+def _report(evaluations: "Sequence[Evaluation]", arguments: argparse.Namespace, output_dir: Path | None) -> None:
     """Print the tables, and write them where there is a folder."""
     from ..evaluation import compare_evaluations, summarize
-    from ..reports.evaluation_table import difference_table, evaluation_table, strata_table
+    from ..reports.tables import difference_table, evaluation_table, strata_table, win_rate_table
 
     asked = {"cost_limit": arguments.cost_limit, "cost_scope": arguments.cost_scope}
     summaries = [summarize(*evaluation, **asked) for evaluation in evaluations]

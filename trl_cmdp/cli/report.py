@@ -1,10 +1,9 @@
 """`trl-cmdp report`: one HTML page, and its plots, from records and the states of trainers."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from ._arguments import positive_int
+from ._arguments import mistakes, positive_int
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -37,16 +36,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the report. Returns 0, or 2 if a run cannot be read or the folder cannot be written."""
+    """Write the report."""
     # Imported here: `trl-cmdp --help` should not wait for torch and matplotlib.
     from ..reports import read_runs, write_report
 
-    try:
+    with mistakes():
         runs = read_runs(arguments.runs)
         written = write_report(runs, arguments.output_dir, title=arguments.title, max_rollouts=arguments.max_rollouts)
-    except (OSError, ValueError) as error:
-        print(f"trl-cmdp report: error: {error}", file=sys.stderr)
-        return 2
     page, *plots = written
     print(f"{page} ({page.stat().st_size / 1e6:.1f} MB), and {len(plots)} plots beside it.")
     return 0

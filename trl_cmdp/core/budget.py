@@ -7,8 +7,9 @@ from typing import Literal
 
 import torch
 
+from .._defaults import CostScope as CostScope
 
-CostScope = Literal["mean", "sum", "worst_prefix"]
+
 CreditAssignment = Literal["trajectory", "token"]
 LimitSchedule = Literal["constant", "linear", "cosine"]
 # A student whose rollouts cost less does not differ from its teacher in practice: by Pinsker's inequality a divergence

@@ -1,29 +1,20 @@
-"""What a user needs to choose a limit, from the records of the student before, and after imitation alone."""
+"""What a user needs to choose a limit, from the records of the student before and after imitation alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast, get_args
+from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 
+from .._defaults import CostScope
 from ..core import LimitRange, candidate_limits, cost_quantiles, suggested_limit_range
-from ..core.budget import CostScope
-from .rollout_records import EvaluationSettings, RolloutRecord
-from .summary import Figure, _problems, _rate, _rollout_costs
+from .rollout_records import PROBLEM_SETTINGS, EvaluationSettings, RolloutRecord, difference_of_settings
+from .summary import Evaluation, Figure, check_cost_scope, rate_of_clusters, rollout_costs, rollouts_by_problem
 
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95)
 # What has to be equal for costs to be compared.
-_SHARED = (
-    "task",
-    "split",
-    "num_problems",
-    "num_samples",
-    "seed",
-    "temperature",
-    "max_new_tokens",
-    "teacher_beta",
-)
+_SHARED = (*PROBLEM_SETTINGS, "num_samples", "temperature", "max_new_tokens", "teacher", "teacher_beta")
 
 
 @dataclass(frozen=True)
@@ -33,7 +24,7 @@ class CostDistribution:
 
     Args:
         settings ([`EvaluationSettings`]):
-            What was asked for.
+            Settings of its evaluation.
         num_rollouts (`int`):
             Number of rollouts.
         quantiles (`dict[str, dict[str, float]]`):
@@ -51,13 +42,13 @@ class CostDistribution:
 @dataclass(frozen=True)
 class Calibration:
     """
-    What there is to choose a limit by.
+    The figures that a limit is chosen from.
 
     Args:
         cost_scope (`str`):
             Scope of the limits and of the suggestion.
         limits (`list[float]`):
-            Limits looked at, in its unit.
+            Limits that satisfaction is given for, in the unit of the scope.
         start ([`CostDistribution`]):
             The student.
         imitation ([`CostDistribution`], *optional*):
@@ -74,14 +65,14 @@ class Calibration:
 
 
 def calibrate_limit(
-    start: tuple[EvaluationSettings, Sequence[RolloutRecord]],
-    imitation: tuple[EvaluationSettings, Sequence[RolloutRecord]] | None = None,
+    start: Evaluation,
+    imitation: Evaluation | None = None,
     *,
     cost_scope: CostScope | None = None,
     limits: Sequence[float] | None = None,
 ) -> Calibration:
     """
-    Compute what a limit is chosen by.
+    Compute the figures that a limit is chosen from.
 
     Args:
         start (`tuple[EvaluationSettings, Sequence[RolloutRecord]]`):
@@ -91,7 +82,7 @@ def calibrate_limit(
         cost_scope (`str`, *optional*):
             Scope of the limits and of the suggestion. That of the student's settings if `None`.
         limits (`Sequence[float]`, *optional*):
-            Limits to look at. If `None`, [`~core.candidate_limits`] from the median after imitation (without it, the
+            Limits to give satisfaction for. If `None`, [`~core.candidate_limits`] from the median after imitation (without it, the
             student's 5% quantile) to the student's 95% quantile.
 
     Returns:
@@ -100,19 +91,14 @@ def calibrate_limit(
     Raises:
         ValueError: If there are no sampled rollouts, no costs, or the two are not of the same problems and teacher.
     """
-    scope = start[0].cost_scope if cost_scope is None else cost_scope
-    if scope not in get_args(CostScope):
-        raise ValueError(f"`cost_scope` must be 'mean', 'sum' or 'worst_prefix', got {scope!r}.")
-    scope = cast(CostScope, scope)
+    scope = check_cost_scope(start[0].cost_scope if cost_scope is None else cost_scope)
     if imitation is not None:
-        shared = {name: (getattr(start[0], name), getattr(imitation[0], name)) for name in _SHARED}
-        shared["teacher"] = _teacher(start[0]), _teacher(imitation[0])
-        for name, (before, after) in shared.items():
-            if before != after:
-                raise ValueError(
-                    f"{start[0].name!r} and {imitation[0].name!r} cannot be compared: their `{name}` are {before!r} "
-                    f"and {after!r}."
-                )
+        found = difference_of_settings(_with_plain_teacher(start[0]), _with_plain_teacher(imitation[0]), _SHARED)
+        if found is not None:
+            raise ValueError(
+                f"{start[0].name!r} and {imitation[0].name!r} cannot be compared: their `{found[0]}` are "
+                f"{found[1]!r} and {found[2]!r}."
+            )
     evaluations = [start] if imitation is None else [start, imitation]
     costs = [sampled_costs(*evaluation) for evaluation in evaluations]
     flat = [_flat(of[scope]) for of in costs]
@@ -130,7 +116,8 @@ def calibrate_limit(
                 for name, clusters in of.items()
             },
             satisfaction=[
-                _rate([[cost <= limit for cost in of_problem] for of_problem in of[scope]]) for limit in limits
+                rate_of_clusters([[cost <= limit for cost in of_problem] for of_problem in of[scope]])
+                for limit in limits
             ],
         )
         for (settings, _), of in zip(evaluations, costs, strict=True)
@@ -147,32 +134,20 @@ def calibrate_limit(
 def sampled_costs(
     settings: EvaluationSettings, records: Sequence[RolloutRecord]
 ) -> dict[CostScope, list[list[float]]]:
-    """
-    Costs of sampled rollouts in every scope.
-
-    Args:
-        settings ([`EvaluationSettings`]):
-            What was asked for.
-        records (`Sequence[RolloutRecord]`):
-            The records, in any order.
-
-    Returns:
-        `dict[str, list[list[float]]]`: For each scope the costs of each problem's rollouts.
-
-    Raises:
-        ValueError: If there are no sampled rollouts, or no costs.
-    """
+    """Costs of sampled rollouts: for each scope the costs of each problem's rollouts."""
     if settings.teacher is None:
         raise ValueError(f"The rollouts of {settings.name!r} have no costs: they were measured without a teacher.")
-    clusters = list(_problems(records, greedy=False).values())
+    clusters = list(rollouts_by_problem(records, greedy=False).values())
     if not clusters:
-        raise ValueError(f"There are no sampled rollouts of {settings.name!r} to choose a limit by.")
-    return {scope: _rollout_costs(clusters, scope) for scope in get_args(CostScope)}
+        raise ValueError(f"There are no sampled rollouts of {settings.name!r} to choose a limit from.")
+    return {scope: rollout_costs(clusters, scope) for scope in get_args(CostScope)}
 
 
-def _teacher(settings: EvaluationSettings) -> str | None:
-    # A student's own base goes by the student's name, which is another one after imitation.
-    return None if settings.teacher is None else settings.teacher.removeprefix(f"{settings.student}, ")
+def _with_plain_teacher(settings: EvaluationSettings) -> EvaluationSettings:
+    # A student's own base is named after the student, which has another name after imitation.
+    if settings.teacher is None:
+        return settings
+    return replace(settings, teacher=settings.teacher.removeprefix(f"{settings.student}, "))
 
 
 def _flat(clusters: Sequence[Sequence[float]]) -> torch.Tensor:

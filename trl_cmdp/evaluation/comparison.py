@@ -2,38 +2,32 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 
 import torch
 
+from .._defaults import FEASIBLE_SATISFACTION
 from ..core import two_level_bootstrap_interval
+from .rates import ValueWithInterval
 from .records import CellRecord, Outcome
 
 
-FEASIBLE_SATISFACTION = 0.95
 _SATISFACTION_WINDOW = 5
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(ValueWithInterval):
     """
     A mean over seeds with its 95% interval (two-level bootstrap over seeds and problems).
 
     Args:
-        value (`float`):
-            The mean of the seeds' means.
-        low (`float`):
-            Lower bound.
-        high (`float`):
-            Upper bound.
+        value, low, high (`float`):
+            The mean of the seeds' means, and the bounds of its interval.
         by_seed (`dict[int, float]`):
             Mean of each seed.
     """
 
-    value: float
-    low: float
-    high: float
     by_seed: dict[int, float]
 
 
@@ -48,11 +42,11 @@ class MethodSummary:
         trainer (`str`):
             Its trainer, `"none"` for a reference that was not trained.
         rank (`int`, *optional*):
-            Place, from 1: methods that satisfy the limit first, then by right answers. `None` without a trainer.
+            Rank, from 1: methods that satisfy the limit first, then by correct answers. `None` without a trainer.
         feasible (`bool`):
             Whether satisfaction reaches 0.95.
         right (`Estimate`):
-            Share of right final answers.
+            Share of correct final answers.
         valid (`Estimate`):
             Share of answers of which every step is valid.
         satisfaction (`Estimate`):
@@ -148,27 +142,21 @@ def compare_methods(records: Sequence[CellRecord]) -> Comparison:
 
     rows = [_summary(by_seed, cells.get(reference or ""), limit) for by_seed in cells.values()]
     rows.sort(key=lambda row: (row.trainer == "none", not row.feasible, -row.right.value))
-    ranked = [
-        MethodSummary(**{**vars(row), "rank": None if row.trainer == "none" else place})
-        for place, row in enumerate(rows, start=1)
-    ]
+    ranked = [replace(row, rank=None if row.trainer == "none" else rank) for rank, row in enumerate(rows, start=1)]
     return Comparison(task, limit, num_problems, reference, ranked)
 
 
 def _summary(cells: dict[int, CellRecord], reference: dict[int, CellRecord] | None, limit: float) -> MethodSummary:
-    def satisfied(outcome: Outcome) -> bool:
-        return outcome.cost <= limit
-
-    def right(outcome: Outcome) -> int:
-        return outcome.right
-
-    def valid(outcome: Outcome) -> int:
-        return outcome.valid
-
+    values: dict[str, Callable[[Outcome], float]] = {
+        "right": lambda outcome: outcome.right,
+        "valid": lambda outcome: outcome.valid,
+        "satisfaction": lambda outcome: outcome.cost <= limit,
+        "cost": lambda outcome: outcome.cost,
+    }
     first = next(iter(cells.values()))
-    # Not against itself, and an untrained model is no method.
+    # Not against itself, and an untrained model is not a method.
     paired = {} if reference is None or reference is cells or first.trainer == "none" else reference
-    satisfaction = _estimate(cells, satisfied)
+    estimates = {name: _estimate(cells, value) for name, value in values.items()}
     reached = [steps_to_satisfaction(cell.history) for cell in cells.values()]
     steps = [step for step in reached if step is not None]
     violations = [_violations(cell.history) for cell in cells.values()]
@@ -177,14 +165,7 @@ def _summary(cells: dict[int, CellRecord], reference: dict[int, CellRecord] | No
         method=first.method,
         trainer=first.trainer,
         rank=None,
-        feasible=satisfaction.value >= FEASIBLE_SATISFACTION,
-        right=_estimate(cells, right),
-        valid=_estimate(cells, valid),
-        satisfaction=satisfaction,
-        cost=_estimate(cells, lambda outcome: outcome.cost),
-        right_difference=_difference(cells, paired, right),
-        valid_difference=_difference(cells, paired, valid),
-        satisfaction_difference=_difference(cells, paired, satisfied),
+        feasible=estimates["satisfaction"].value >= FEASIBLE_SATISFACTION,
         steps_to_satisfaction=mean(steps) if steps else None,
         seeds_satisfied=len(steps),
         violations=mean(whole) if whole else None,
@@ -192,20 +173,15 @@ def _summary(cells: dict[int, CellRecord], reference: dict[int, CellRecord] | No
         wall_s=mean(cell.wall_s for cell in cells.values()),
         cpu_s=mean(cell.cpu_s for cell in cells.values()),
         peak_memory_mb=mean(cell.peak_memory_mb for cell in cells.values()),
+        right_difference=_difference(cells, paired, values["right"]),
+        valid_difference=_difference(cells, paired, values["valid"]),
+        satisfaction_difference=_difference(cells, paired, values["satisfaction"]),
+        **estimates,
     )
 
 
 def steps_to_satisfaction(history: Sequence[dict[str, float]]) -> float | None:
-    """
-    First step at which satisfaction, averaged over the last 5 logged steps, reaches 0.95.
-
-    Args:
-        history (`Sequence[dict[str, float]]`):
-            [`CellRecord`]'s history.
-
-    Returns:
-        `float`, *optional*: The step, or `None` if there is none.
-    """
+    """First step of a cell's history at which satisfaction, averaged over 5 logged steps, reaches 0.95, if any does."""
     logged = [entry for entry in history if "satisfaction" in entry]
     for end in range(_SATISFACTION_WINDOW, len(logged) + 1):
         window = [entry["satisfaction"] for entry in logged[end - _SATISFACTION_WINDOW : end]]
@@ -224,9 +200,7 @@ def _violations(history: Sequence[dict[str, float]]) -> tuple[float, float] | No
 
 
 def _estimate(cells: dict[int, CellRecord], value: Callable[[Outcome], float]) -> Estimate:
-    return _bootstrap(
-        {seed: torch.tensor([float(value(o)) for o in cell.outcomes]) for seed, cell in sorted(cells.items())}
-    )
+    return _bootstrap({seed: _values(cell, value) for seed, cell in sorted(cells.items())})
 
 
 def _difference(
@@ -236,17 +210,11 @@ def _difference(
     if not seeds:
         return None
     # Differences are taken problem by problem, so that a resample draws the same seeds and problems of both.
-    return _bootstrap(
-        {
-            seed: torch.tensor(
-                [
-                    float(value(ours)) - float(value(theirs))
-                    for ours, theirs in zip(cells[seed].outcomes, reference[seed].outcomes, strict=True)
-                ]
-            )
-            for seed in seeds
-        }
-    )
+    return _bootstrap({seed: _values(cells[seed], value) - _values(reference[seed], value) for seed in seeds})
+
+
+def _values(cell: CellRecord, value: Callable[[Outcome], float]) -> torch.Tensor:
+    return torch.tensor([float(value(outcome)) for outcome in cell.outcomes])
 
 
 def _bootstrap(values: dict[int, torch.Tensor]) -> Estimate:

@@ -7,17 +7,17 @@ from contextlib import contextmanager
 from dataclasses import fields
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from datasets import Dataset
 from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.budget import CostScope
 from .divergence import Teacher, score_rollouts
 from .rollout_records import EvaluationSettings, RolloutRecord, read_rollout_records
 from .rollouts import Rollout, eos_ids, sample_rollouts
+from .summary import check_cost_scope
 
 
 _Key = tuple[int, bool, int]  # problem, greedy, sample
@@ -41,8 +41,8 @@ def evaluate(
     """
     Roll a student out on problems, and record final answers and costs.
 
-    Every batch has a seed of its own and is written before the next begins, so an evaluation that was stopped goes on
-    where it stopped, and ends with the records that it would have had.
+    Every batch has a seed of its own and is written before the next begins, so an evaluation that was stopped can be
+    resumed, and ends with the records that it would have had.
 
     Args:
         student ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -53,12 +53,12 @@ def evaluate(
             As many problems as the settings say, with the columns `prompt` and `answer`, and `difficulty` where there
             are strata.
         reward (`Callable`):
-            Reward function as TRL calls it, with prompts, completions and all columns. A final answer is right where
-            it gives 1.
+            Reward function as TRL calls it, with prompts, completions and all columns. A final answer is correct
+            where it gives 1.
         settings ([`EvaluationSettings`]):
-            What to do. `student`, `teacher`, `task` and `split` only name what is passed here.
+            What to do. `student`, `teacher`, `task` and `split` only name what is passed to this function.
         records_path (`Path`, *optional*):
-            Records file, written or gone on with. Nothing is written if `None`.
+            Records file, written or resumed. Nothing is written if `None`.
         teacher ([`~transformers.PreTrainedModel`], [`~teachers.AdapterTeacher`] or [`~teachers.RemoteTeacher`], *optional*):
             Teacher of [`score_rollouts`]. Costs are not measured without one.
         engine (`vllm.LLM`, *optional*):
@@ -114,11 +114,25 @@ def evaluate(
                     beta=settings.teacher_beta,
                     batch_size=scoring_batch_size,
                 )
-            right = _right(reward, batch_rows, rollouts)
+            correct = _correct(reward, batch_rows, rollouts)
             end_ids = eos_ids(student, tokenizer)
             new = [
-                _record(key, row, rollout, cost, answered, tokenizer, end_ids, settings.max_new_tokens)
-                for key, row, rollout, cost, answered in zip(batch, batch_rows, rollouts, costs, right, strict=True)
+                RolloutRecord(
+                    *key,
+                    prompt=rollout.prompt,
+                    answer=str(row["answer"]),
+                    difficulty=None if row.get("difficulty") is None else str(row["difficulty"]),
+                    completion=rollout.completion,
+                    completion_ids=rollout.completion_ids,
+                    tokens=[str(tokenizer.decode([token])) for token in rollout.completion_ids],
+                    truncated=_is_truncated(rollout.completion_ids, settings.max_new_tokens, end_ids),
+                    right=is_correct,
+                    # A cost of 0 comes as a number around it: no "-0.0".
+                    costs=None if cost is None else [round(value, 6) + 0.0 for value in cost.tolist()],
+                )
+                for key, row, rollout, cost, is_correct in zip(
+                    batch, batch_rows, rollouts, costs, correct, strict=True
+                )
             ]
             append(new)
             records.extend(new)
@@ -144,14 +158,13 @@ def _check_arguments(
     for name in ("batch_size", "max_new_tokens", "temperature"):
         if not getattr(settings, name) > 0:
             raise ValueError(f"`{name}` must be positive, got {getattr(settings, name)}.")
-    if settings.cost_scope not in get_args(CostScope):
-        raise ValueError(f"`cost_scope` must be one of {', '.join(get_args(CostScope))}, got {settings.cost_scope!r}.")
+    check_cost_scope(settings.cost_scope)
     if (settings.teacher is None) != (teacher is None):
         raise ValueError("`settings.teacher` names the teacher that is passed as `teacher`: give both or neither.")
     if settings.backend not in ("transformers", "vllm"):
         raise ValueError(f"`backend` must be 'transformers' or 'vllm', got {settings.backend!r}.")
     if (settings.backend == "vllm") != (engine is not None):
-        raise ValueError("The backend 'vllm', and no other, generates with an `engine`, a `vllm.LLM`.")
+        raise ValueError("Give an `engine`, a `vllm.LLM`, with the backend 'vllm', and with no other.")
 
 
 def _batches(settings: EvaluationSettings) -> list[list[_Key]]:
@@ -167,10 +180,10 @@ def _batch_seed(seed: int, number: int) -> int:
     return random.Random(f"{seed}/{number}").getrandbits(31)  # far from the seeds of other batches and evaluations
 
 
-def _right(
+def _correct(
     reward: Callable[..., Sequence[float | None]], rows: Sequence[dict[str, Any]], rollouts: Sequence[Rollout]
 ) -> list[bool]:
-    """Whether the final answers are right, by a reward function that is called as TRL calls it."""
+    """Whether the final answers are correct, by a reward function that is called as TRL calls it."""
     prompts = [row["prompt"] for row in rows]
     columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
     completions = [
@@ -186,41 +199,15 @@ def _right(
     return [value == 1.0 for value in rewards]
 
 
-def _record(
-    key: _Key,
-    row: dict[str, Any],
-    rollout: Rollout,
-    costs: torch.Tensor | None,
-    right: bool,
-    tokenizer: PreTrainedTokenizerBase,
-    end_ids: Sequence[int],
-    max_new_tokens: int,
-) -> RolloutRecord:
-    problem, greedy, sample = key
-    ids = rollout.completion_ids
-    difficulty = row.get("difficulty")
-    return RolloutRecord(
-        problem=problem,
-        greedy=greedy,
-        sample=sample,
-        prompt=rollout.prompt,
-        answer=str(row["answer"]),
-        difficulty=None if difficulty is None else str(difficulty),
-        completion=rollout.completion,
-        completion_ids=ids,
-        tokens=[str(tokenizer.decode([token])) for token in ids],
-        truncated=len(ids) >= max_new_tokens and ids[-1] not in end_ids,
-        right=right,
-        # A cost of 0 comes as a number around it: no "-0.0".
-        costs=None if costs is None else [round(cost, 6) + 0.0 for cost in costs.tolist()],
-    )
+def _is_truncated(ids: Sequence[int], max_new_tokens: int, end_ids: Sequence[int]) -> bool:
+    return len(ids) >= max_new_tokens and ids[-1] not in end_ids
 
 
 @contextmanager
 def _records_file(
     path: Path | None, settings: EvaluationSettings, batches: Sequence[Sequence[_Key]]
 ) -> Iterator[tuple[list[RolloutRecord], Callable[[Sequence[RolloutRecord]], None]]]:
-    """The records of whole batches that the file holds, and what appends those of another batch to it."""
+    """The records of whole batches that the file holds, and a function that appends those of another batch to it."""
     if path is None:
         yield [], lambda new: None
         return
@@ -238,15 +225,15 @@ def _records_file(
 
 
 def _resume(path: Path, settings: EvaluationSettings, batches: Sequence[Sequence[_Key]]) -> list[RolloutRecord]:
-    """The records of whole batches that the file holds. What follows them is cut off; a missing file is begun."""
+    """The records of whole batches that the file holds. What follows them is cut off; a missing file is created."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if "\n" not in text:  # not even the settings came to their end
+    if "\n" not in text:  # not even the settings were written to their end
         path.write_text(f"{settings.to_json()}\n", encoding="utf-8", newline="\n")
         return []
     try:
         found, records = read_rollout_records(text)
     except ValueError as error:
-        raise ValueError(f"{path} cannot be gone on with: {error}") from error
+        raise ValueError(f"{path} cannot be resumed: {error}") from error
     for field in fields(EvaluationSettings):
         before, now = getattr(found, field.name), getattr(settings, field.name)
         if before != now and field.name not in _MAY_DIFFER:
@@ -256,7 +243,7 @@ def _resume(path: Path, settings: EvaluationSettings, batches: Sequence[Sequence
             )
     keys = [key for batch in batches for key in batch]
     if [record.key for record in records] != keys[: len(records)]:
-        raise ValueError(f"{path} has lost a line, or its lines are in another order: it cannot be gone on with.")
+        raise ValueError(f"{path} has lost a line, or its lines are in another order: it cannot be resumed.")
     # A batch is generated as a whole, so one that was cut while it was written is generated again.
     whole = max((end for end in accumulate(map(len, batches)) if end <= len(records)), default=0)
     kept = "".join(f"{line}\n" for line in text.split("\n")[: 1 + whole])

@@ -10,16 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def show_progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """
-    A bar in a terminal, else a plain line now and then.
-
-    Args:
-        description (`str`):
-            What is counted.
-
-    Yields:
-        `Callable[[int, int], None]`: To be called with (done, total).
-    """
+    """A function to be called with (done, total): a bar in a terminal, else a plain line now and then."""
     if not sys.stdout.isatty():
         last = -1
 
@@ -31,13 +22,8 @@ def show_progress(description: str) -> Iterator[Callable[[int, int], None]]:
 
         yield print_line
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
     with Progress(*columns, console=Console()) as progress:
         task = progress.add_task(description, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

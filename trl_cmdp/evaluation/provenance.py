@@ -35,16 +35,7 @@ def git_state() -> tuple[str | None, bool]:
 
 
 def weights_fingerprint(model: str | Path) -> str | None:
-    """
-    SHA-256 of a checkpoint's weight files.
-
-    Args:
-        model (`str` or `Path`):
-            Local folder of a model or an adapter, or a hub id.
-
-    Returns:
-        `str`, *optional*: Digest over the safetensors files in the order of their names, `None` if there are none.
-    """
+    """SHA-256 over a local checkpoint's safetensors files in the order of their names, `None` if there are none."""
     files = sorted(Path(model).glob("*.safetensors"))
     if not files:
         return None

@@ -1,4 +1,4 @@
-"""A rate and its interval, the one source of every rate that is reported."""
+"""A value and its interval, the one form of every figure that is reported, and the rates of outcomes."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,6 +6,31 @@ from dataclasses import dataclass
 import torch
 
 from ..core import clustered_rate_interval, wilson_interval
+
+
+@dataclass(frozen=True)
+class ValueWithInterval:
+    """
+    A value with its 95% interval.
+
+    Args:
+        value (`float`):
+            The value.
+        low (`float`):
+            Lower bound.
+        high (`float`):
+            Upper bound.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def text(self, form: str = ".3f", factor: float = 1.0) -> str:
+        """`value [low, high]`, each times the factor in a format such as `"+.1f"`."""
+        return "{:{form}} [{:{form}}, {:{form}}]".format(
+            factor * self.value, factor * self.low, factor * self.high, form=form
+        )
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """The record of one cell of a comparison: one method, one seed."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from ._lines import from_line, read_lines, to_line
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Outcome:
 
     Args:
         right (`int`):
-            1 if the final answer is right, else 0.
+            1 if the final answer is correct, else 0.
         valid (`int`):
             1 if every step of the answer is valid, else 0.
         cost (`float`):
@@ -22,8 +22,8 @@ class Outcome:
             Number of completion tokens.
     """
 
-    right: int
-    valid: int
+    right: Literal[0, 1]
+    valid: Literal[0, 1]
     cost: float
     length: int
 
@@ -87,52 +87,18 @@ class CellRecord:
 
     def to_json(self) -> str:
         """The record on one line."""
-        record = asdict(self)
-        # A thousand of them: values alone, in the fields' order.
-        record["outcomes"] = [list(asdict(outcome).values()) for outcome in self.outcomes]
-        return json.dumps(record, separators=(",", ":"), allow_nan=False)
+        # A thousand outcomes: values alone, in the fields' order.
+        return to_line({**asdict(self), "outcomes": [list(asdict(outcome).values()) for outcome in self.outcomes]})
 
     @classmethod
     def from_json(cls, line: str) -> "CellRecord":
-        """
-        Read [`~CellRecord.to_json`]'s line.
-
-        Raises:
-            ValueError: If it is not a record: no JSON, a key missing or unknown, a value of another type.
-        """
-        record = json.loads(line)
-        if not isinstance(record, dict):
-            raise ValueError(f"A record is a JSON object, got {type(record).__name__}.")
-        names = {field.name for field in fields(cls)}
-        if record.keys() != names:
-            raise ValueError(f"A record has the wrong keys: {', '.join(sorted(record.keys() ^ names))}.")
-        for name, kind in _TYPES.items():
-            if not isinstance(record[name], kind) or (isinstance(record[name], bool) and kind is not bool):
-                raise ValueError(f"`{name}` of a record has the wrong type: {type(record[name]).__name__}.")
+        """Read [`~CellRecord.to_json`]'s line. One of other keys, or values of other types, is a `ValueError`."""
+        record = from_line(cls, line)
         if not record["outcomes"]:
-            raise ValueError("`outcomes` of a record are empty.")
+            raise ValueError("its `outcomes` are empty.")
         if "cost_limit" not in record["settings"]:
-            raise ValueError("`settings` of a record hold no `cost_limit`.")
-        return cls(**{**record, "outcomes": [_outcome(values) for values in record["outcomes"]]})
-
-
-_NUMBER = (int, float)
-_TYPES: dict[str, Any] = {
-    "method": str,
-    "trainer": str,
-    "seed": int,
-    "task": str,
-    "settings": dict,
-    "config": dict,
-    "versions": dict,
-    "git_commit": (str, type(None)),
-    "git_dirty": bool,
-    "wall_s": _NUMBER,
-    "cpu_s": _NUMBER,
-    "peak_memory_mb": _NUMBER,
-    "outcomes": list,
-    "history": list,
-}
+            raise ValueError("its `settings` hold no `cost_limit`.")
+        return cls(**{**record, "outcomes": [Outcome(*values) for values in record["outcomes"]]})
 
 
 def read_records(text: str) -> list[CellRecord]:
@@ -147,30 +113,13 @@ def read_records(text: str) -> list[CellRecord]:
         `list[CellRecord]`: The records, in the file's order.
 
     Raises:
-        ValueError: If another line is not a record (its number is named), or if a cell is there twice.
+        ValueError: If another line is not a record (its number is named), or if a cell is recorded twice.
     """
-    records: list[CellRecord] = []
-    for number, line in enumerate(text.split("\n")[:-1], start=1):
-        try:
-            records.append(CellRecord.from_json(line))
-        except ValueError as error:
-            raise ValueError(f"Line {number} is not a record: {error}") from error
-    _check_unique(records)
-    return records
-
-
-def _outcome(values: Any) -> Outcome:
-    if not (isinstance(values, list) and len(values) == len(fields(Outcome))):
-        raise ValueError(f"An outcome is [right, valid, cost, length], got {values!r}.")
-    right, valid, cost, length = values
-    if right not in (0, 1) or valid not in (0, 1) or not isinstance(cost, _NUMBER) or not isinstance(length, int):
-        raise ValueError(f"An outcome is [right, valid, cost, length], got {values!r}.")
-    return Outcome(right, valid, float(cost), length)
-
-
-def _check_unique(records: Sequence[CellRecord]) -> None:
-    seen = set()
-    for record in records:
-        if (record.method, record.seed) in seen:
-            raise ValueError(f"{record.method!r} with seed {record.seed} is there twice: delete one of its lines.")
-        seen.add((record.method, record.seed))
+    records: dict[tuple[str, int], CellRecord] = {}
+    for number, record in read_lines(text, CellRecord.from_json, "record"):
+        if (record.method, record.seed) in records:
+            raise ValueError(
+                f"Line {number}: {record.method!r} with seed {record.seed} is recorded twice: delete one of its lines."
+            )
+        records[record.method, record.seed] = record
+    return list(records.values())

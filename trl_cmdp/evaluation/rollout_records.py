@@ -1,17 +1,23 @@
 """The records of one evaluation, from which every figure is computed again without a model."""
 
-import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
+from .._defaults import COST_LIMIT, COST_SCOPE, CostScope
+from ._lines import from_line, read_lines, to_line
 from .provenance import git_state, library_versions
+
+
+# Settings that decide which problems were rolled out: students with others are never compared.
+PROBLEM_SETTINGS = ("task", "split", "num_problems", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
     """
-    What an evaluation was asked for: the first line of its records. An evaluation goes on only under equal settings.
+    What an evaluation was asked for: the first line of its records. An evaluation is resumed only under equal settings.
 
     Args:
         name (`str`):
@@ -67,26 +73,21 @@ class EvaluationSettings:
     temperature: float = 1.0
     max_new_tokens: int
     batch_size: int = 32
-    backend: str = "transformers"
+    backend: Literal["transformers", "vllm"] = "transformers"
     teacher_beta: float = 1.0
-    cost_limit: float = 0.35
-    cost_scope: str = "mean"
+    cost_limit: float = COST_LIMIT
+    cost_scope: CostScope = COST_SCOPE
     versions: dict[str, str] = field(default_factory=library_versions)
     git_commit: str | None = field(default_factory=lambda: git_state()[0])
 
     def to_json(self) -> str:
         """The settings on one line."""
-        return _to_json(self)
+        return to_line(asdict(self))
 
     @classmethod
     def from_json(cls, line: str) -> "EvaluationSettings":
-        """
-        Read [`~EvaluationSettings.to_json`]'s line.
-
-        Raises:
-            ValueError: If it holds no settings: no JSON, a key missing or unknown, a value of another type.
-        """
-        return cls(**_from_json(cls, line))
+        """Read [`~EvaluationSettings.to_json`]'s line. One of other keys, or values of other types, is a `ValueError`."""
+        return cls(**from_line(cls, line))
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class RolloutRecord:
 
     Args:
         problem (`int`):
-            Place of the problem in the split, from 0: the same problem for every student of the same settings.
+            Index of the problem in the split, from 0: the same problem for every student of the same settings.
         greedy (`bool`):
             Whether it is the problem's greedy rollout.
         sample (`int`):
@@ -114,9 +115,9 @@ class RolloutRecord:
         tokens (`list[str]`):
             The text of each, of length L.
         truncated (`bool`):
-            Whether the completion reached the greatest length without an end-of-sequence token.
+            Whether the completion reached the maximum length without an end-of-sequence token.
         right (`bool`):
-            Whether the final answer is right.
+            Whether the final answer is correct.
         costs (`list[float]`, *optional*):
             Exact divergence from the teacher at each token, in nats, of length L, `None` without a teacher. Rounded to
             six decimals: the figures are computed from what is written.
@@ -142,18 +143,15 @@ class RolloutRecord:
 
     def to_json(self) -> str:
         """The record on one line."""
-        return _to_json(self)
+        return to_line(asdict(self))
 
     @classmethod
     def from_json(cls, line: str) -> "RolloutRecord":
         """
-        Read [`~RolloutRecord.to_json`]'s line.
-
-        Raises:
-            ValueError: If it is not a record: no JSON, a key missing or unknown, a value of another type, or lists of
-                different lengths.
+        Read [`~RolloutRecord.to_json`]'s line. One of other keys, values of other types, or lists of different lengths
+        is a `ValueError`.
         """
-        record = cls(**_from_json(cls, line))
+        record = cls(**from_line(cls, line))
         lengths = {len(record.tokens), len(record.completion_ids)}
         if record.costs is not None:
             lengths.add(len(record.costs))
@@ -175,112 +173,50 @@ def read_rollout_records(source: Path | str) -> tuple[EvaluationSettings, list[R
         `tuple[EvaluationSettings, list[RolloutRecord]]`: The settings, and the records in the file's order.
 
     Raises:
-        ValueError: If a line is not what it should be (its number is named), is none that the settings ask for, or if
-            a rollout is there twice.
+        ValueError: If a line is not a record that the settings ask for (its number is named), or if a rollout is
+            recorded twice.
     """
     text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
-    lines = text.split("\n")[:-1]
-    if not lines:
+    if "\n" not in text:
         raise ValueError("There are no settings on the first line: nothing was recorded.")
     try:
-        settings = EvaluationSettings.from_json(lines[0])
+        settings = EvaluationSettings.from_json(text[: text.index("\n")])
     except ValueError as error:
         raise ValueError(f"Line 1 holds no settings of an evaluation: {error}") from error
-    records = []
-    seen: set[tuple[int, bool, int]] = set()
-    for number, line in enumerate(lines[1:], start=2):
-        try:
-            record = RolloutRecord.from_json(line)
-            _check_asked_for(record, settings)
-        except ValueError as error:
-            raise ValueError(f"Line {number} is not a record: {error}") from error
-        if record.key in seen:
+
+    def record_of(line: str) -> RolloutRecord:
+        record = RolloutRecord.from_json(line)
+        _check_expected(record, settings)
+        return record
+
+    records: dict[tuple[int, bool, int], RolloutRecord] = {}
+    for number, record in read_lines(text, record_of, "record", first=2):
+        if record.key in records:
             raise ValueError(
                 f"Line {number}: the {'greedy rollout' if record.greedy else f'sample {record.sample}'} of problem "
-                f"{record.problem} is there twice: delete one of its lines."
+                f"{record.problem} is recorded twice: delete one of its lines."
             )
-        seen.add(record.key)
-        records.append(record)
-    return settings, records
+        records[record.key] = record
+    return settings, list(records.values())
 
 
-def _check_asked_for(record: RolloutRecord, settings: EvaluationSettings) -> None:
+def difference_of_settings(
+    one: EvaluationSettings, other: EvaluationSettings, names: Sequence[str]
+) -> tuple[str, object, object] | None:
+    """Name and both values of the first of some settings that differs, `None` if they are equal."""
+    for name in names:
+        values = getattr(one, name), getattr(other, name)
+        if values[0] != values[1]:
+            return name, *values
+    return None
+
+
+def _check_expected(record: RolloutRecord, settings: EvaluationSettings) -> None:
     num_samples = int(settings.greedy) if record.greedy else settings.num_samples
     if not (0 <= record.problem < settings.num_problems and 0 <= record.sample < num_samples):
         raise ValueError(
-            f"problem {record.problem}, {'greedy, ' if record.greedy else ''}sample {record.sample} is none that the "
-            "settings ask for."
+            f"the settings ask for no {'greedy rollout' if record.greedy else f'sample {record.sample}'} of problem "
+            f"{record.problem}."
         )
     if (record.costs is None) != (settings.teacher is None):
-        raise ValueError("it has costs and the settings no teacher, or the other way round.")
-
-
-_NONE = type(None)
-_SETTINGS_TYPES: dict[str, tuple[type, ...]] = {
-    "name": (str,),
-    "student": (str,),
-    "student_fingerprint": (str, _NONE),
-    "teacher": (str, _NONE),
-    "task": (str,),
-    "split": (str,),
-    "num_problems": (int,),
-    "num_samples": (int,),
-    "greedy": (bool,),
-    "seed": (int,),
-    "temperature": (float, int),
-    "max_new_tokens": (int,),
-    "batch_size": (int,),
-    "backend": (str,),
-    "teacher_beta": (float, int),
-    "cost_limit": (float, int),
-    "cost_scope": (str,),
-    "versions": (dict,),
-    "git_commit": (str, _NONE),
-}
-_RECORD_TYPES: dict[str, tuple[type, ...]] = {
-    "problem": (int,),
-    "greedy": (bool,),
-    "sample": (int,),
-    "prompt": (str, list),
-    "answer": (str,),
-    "difficulty": (str, _NONE),
-    "completion": (str,),
-    "completion_ids": (list,),
-    "tokens": (list,),
-    "truncated": (bool,),
-    "right": (bool,),
-    "costs": (list, _NONE),
-}
-_ELEMENTS: dict[str, tuple[type, ...]] = {
-    "prompt": (dict,),
-    "completion_ids": (int,),
-    "tokens": (str,),
-    "costs": (float, int),
-}
-
-
-def _to_json(record: Any) -> str:
-    return json.dumps(asdict(record), separators=(",", ":"), allow_nan=False)
-
-
-def _from_json(cls: type, line: str) -> dict[str, Any]:
-    values = json.loads(line, parse_constant=_refuse_constant)
-    if not isinstance(values, dict):
-        raise ValueError(f"it is no JSON object but {type(values).__name__}.")
-    types = _SETTINGS_TYPES if cls is EvaluationSettings else _RECORD_TYPES
-    if values.keys() != types.keys():
-        raise ValueError(f"it has the wrong keys: {', '.join(sorted(values.keys() ^ types.keys()))}.")
-    for name, kinds in types.items():
-        # `type`, not `isinstance`: a bool is no number.
-        if type(values[name]) not in kinds:
-            raise ValueError(f"`{name}` has the wrong type: {type(values[name]).__name__}.")
-        if isinstance(values[name], list) and not all(type(element) in _ELEMENTS[name] for element in values[name]):
-            raise ValueError(f"`{name}` has an element of the wrong type.")
-    texts = [values["versions"]] if cls is EvaluationSettings else values["prompt"]
-    if not isinstance(texts, str) and not all(type(text) is str for mapping in texts for text in mapping.values()):
-        raise ValueError(f"`{'versions' if cls is EvaluationSettings else 'prompt'}` holds what is no text.")
-    return values
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number.")
+        raise ValueError("either the record has costs or the settings have a teacher, but not both.")

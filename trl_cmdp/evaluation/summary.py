@@ -1,39 +1,36 @@
 """The figures of an evaluation, each with its interval, from its records alone."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast, get_args
+from statistics import fmean as mean
+from typing import Any, get_args
 
 import torch
 
+from .._defaults import CostScope
 from ..core import bootstrap_interval, clopper_pearson_interval, rollout_cost
-from ..core.budget import CostScope
-from .rates import Rate
-from .rollout_records import EvaluationSettings, RolloutRecord
+from .rates import Rate, ValueWithInterval
+from .rollout_records import PROBLEM_SETTINGS, EvaluationSettings, RolloutRecord, difference_of_settings
+
+
+Evaluation = tuple[EvaluationSettings, Sequence[RolloutRecord]]
 
 
 @dataclass(frozen=True)
-class Figure:
+class Figure(ValueWithInterval):
     """
     A figure with its 95% interval, for rollouts that are independent between problems only.
 
     Args:
-        value (`float`):
-            The figure.
-        low (`float`):
-            Lower bound.
-        high (`float`):
-            Upper bound.
+        value, low, high (`float`):
+            The figure and the bounds of its interval.
         num_rollouts (`int`):
             Number of rollouts.
         num_problems (`int`):
             Number of problems that they belong to.
     """
 
-    value: float
-    low: float
-    high: float
     num_rollouts: int
     num_problems: int
 
@@ -56,7 +53,7 @@ class CostSummary:
         max (`float`):
             Largest cost.
         divergence (`Figure`):
-            Mean divergence of a token, every token weighing alike, in nats.
+            Mean divergence of a token, every token with the same weight, in nats.
     """
 
     satisfaction: Figure
@@ -74,15 +71,15 @@ class RolloutSummary:
 
     Args:
         right (`Figure`):
-            Share of right final answers; of sampled rollouts this is pass@1.
+            Share of correct final answers; of sampled rollouts this is pass@1.
         costs (`CostSummary`, *optional*):
             Costs, `None` without a teacher.
         length (`Figure`):
             Mean completion length, in tokens.
         truncated (`Figure`):
-            Share of completions cut at the greatest length.
+            Share of completions cut at the maximum length.
         strata (`dict[str, RolloutSummary]`):
-            The same of the problems of each difficulty, easiest first. Empty where the data has none.
+            The same figures for the problems of each difficulty, easiest first. Empty where the data has none.
     """
 
     right: Figure
@@ -99,11 +96,11 @@ class EvaluationSummary:
 
     Args:
         settings ([`EvaluationSettings`]):
-            What it was asked for.
+            Its settings.
         cost_limit (`float`):
-            Limit of the figures here, in the unit of the scope.
+            Limit that the figures are of, in the unit of the scope.
         cost_scope (`str`):
-            Scope of the figures here.
+            Scope that the figures are of.
         num_missing (`int`):
             Rollouts that the settings ask for and the records do not hold.
         sampled ([`RolloutSummary`], *optional*):
@@ -123,18 +120,18 @@ class EvaluationSummary:
 @dataclass(frozen=True)
 class EvaluationDifference:
     """
-    What one student has over another on the same problems, in rollouts of one kind. Paired by problem: means over a
-    problem's rollouts are subtracted, and problems are resampled.
+    Differences between two students on the same problems, in rollouts of one kind. They are paired by problem: means
+    over a problem's rollouts are subtracted, and problems are resampled.
 
     Args:
         name (`str`):
-            The one.
+            Name of the student.
         reference (`str`):
-            The other, which is subtracted.
+            Name of the other student, which is subtracted.
         greedy (`bool`):
             Whether the rollouts are greedy.
         right (`Figure`):
-            Difference in the share of right final answers.
+            Difference in the share of correct final answers.
         satisfaction, cost (`Figure`, *optional*):
             Differences in satisfaction and in the mean cost of a rollout, `None` if either has no teacher.
         length (`Figure`):
@@ -162,7 +159,7 @@ def summarize(
 
     Args:
         settings ([`EvaluationSettings`]):
-            What it was asked for.
+            Its settings.
         records (`Sequence[RolloutRecord]`):
             Its records, in any order.
         cost_limit (`float`, *optional*):
@@ -180,7 +177,7 @@ def summarize(
         raise ValueError(f"There are no rollouts of {settings.name!r} to summarise.")
     limit, scope = _limit(settings, cost_limit, cost_scope)
     expected = settings.num_problems * (settings.num_samples + settings.greedy)
-    sampled, greedy = (_problems(records, greedy) for greedy in (False, True))
+    sampled, greedy = (rollouts_by_problem(records, greedy) for greedy in (False, True))
     return EvaluationSummary(
         settings=settings,
         cost_limit=limit,
@@ -192,8 +189,8 @@ def summarize(
 
 
 def compare_evaluations(
-    evaluation: tuple[EvaluationSettings, Sequence[RolloutRecord]],
-    reference: tuple[EvaluationSettings, Sequence[RolloutRecord]],
+    evaluation: Evaluation,
+    reference: Evaluation,
     *,
     greedy: bool = False,
     cost_limit: float | None = None,
@@ -204,9 +201,9 @@ def compare_evaluations(
 
     Args:
         evaluation (`tuple[EvaluationSettings, Sequence[RolloutRecord]]`):
-            Settings and records of the one.
+            Settings and records of the student.
         reference (`tuple[EvaluationSettings, Sequence[RolloutRecord]]`):
-            Settings and records of the other.
+            Settings and records of the other student.
         greedy (`bool`, *optional*, defaults to `False`):
             Compare greedy rollouts instead of sampled ones.
         cost_limit (`float`, *optional*):
@@ -221,23 +218,22 @@ def compare_evaluations(
         ValueError: If they were not evaluated on the same problems, or under the same limit and scope.
     """
     (ours, _), (theirs, _) = evaluation, reference
-    for name in ("task", "split", "num_problems", "seed"):
-        if getattr(ours, name) != getattr(theirs, name):
-            raise ValueError(
-                f"{ours.name!r} and {theirs.name!r} were not evaluated on the same problems: their `{name}` are "
-                f"{getattr(ours, name)!r} and {getattr(theirs, name)!r}."
-            )
+    if found := difference_of_settings(ours, theirs, PROBLEM_SETTINGS):
+        raise ValueError(
+            f"{ours.name!r} and {theirs.name!r} were not evaluated on the same problems: their `{found[0]}` are "
+            f"{found[1]!r} and {found[2]!r}."
+        )
     limit, scope = _limit(ours, cost_limit, cost_scope)
     if (limit, scope) != _limit(theirs, cost_limit, cost_scope):
         raise ValueError(
-            f"{ours.name!r} and {theirs.name!r} have other limits or scopes: give the `cost_limit` and `cost_scope` "
-            "that both are asked for."
+            f"{ours.name!r} and {theirs.name!r} have different limits or scopes: give the `cost_limit` and "
+            "`cost_scope` to compare them under."
         )
-    first, second = _problems(evaluation[1], greedy), _problems(reference[1], greedy)
+    first, second = rollouts_by_problem(evaluation[1], greedy), rollouts_by_problem(reference[1], greedy)
     pairs = [(first[problem], second[problem]) for problem in sorted(first.keys() & second.keys())]
     if not pairs:
         raise ValueError(
-            f"{ours.name!r} and {theirs.name!r} have no {'greedy' if greedy else 'sampled'} rollouts of one problem."
+            f"{ours.name!r} and {theirs.name!r} have no {'greedy' if greedy else 'sampled'} rollouts of the same problem."
         )
     for our, their in pairs:
         if our[0].answer != their[0].answer:
@@ -246,40 +242,40 @@ def compare_evaluations(
                 f"{our[0].problem} are {our[0].answer!r} and {their[0].answer!r}."
             )
 
-    def difference(ours: list[list[float]], theirs: list[list[float]]) -> Figure:
-        means = [[sum(values) / len(values) for values in pair] for pair in zip(ours, theirs, strict=True)]
+    def difference(value: Callable[[RolloutRecord], float]) -> Figure:
+        means = [[mean(map(value, rollouts)) for rollouts in pair] for pair in pairs]
         values = torch.tensor(means, dtype=torch.float64)
         differences = values[:, 0] - values[:, 1]
         num_rollouts = sum(len(our) + len(their) for our, their in pairs)
         return Figure(differences.mean().item(), *bootstrap_interval(differences), num_rollouts, len(pairs))
 
-    sides = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    costs = None if ours.teacher is None or theirs.teacher is None else [_rollout_costs(side, scope) for side in sides]
+    has_costs = ours.teacher is not None and theirs.teacher is not None
     return EvaluationDifference(
         name=ours.name,
         reference=theirs.name,
         greedy=greedy,
-        right=difference(*([[float(record.right) for record in rollouts] for rollouts in side] for side in sides)),
-        satisfaction=None
-        if costs is None
-        else difference(*([[float(cost <= limit) for cost in rollouts] for rollouts in side] for side in costs)),
-        cost=None if costs is None else difference(*costs),
-        length=difference(
-            *([[float(len(record.completion_ids)) for record in rollouts] for rollouts in side] for side in sides)
-        ),
+        right=difference(lambda record: record.right),
+        satisfaction=difference(lambda record: _rollout_cost(record, scope) <= limit) if has_costs else None,
+        cost=difference(lambda record: _rollout_cost(record, scope)) if has_costs else None,
+        length=difference(lambda record: len(record.completion_ids)),
     )
 
 
 def _limit(
     settings: EvaluationSettings, cost_limit: float | None, cost_scope: CostScope | None
 ) -> tuple[float, CostScope]:
-    scope = settings.cost_scope if cost_scope is None else cost_scope
+    scope = check_cost_scope(settings.cost_scope if cost_scope is None else cost_scope)
+    return settings.cost_limit if cost_limit is None else cost_limit, scope
+
+
+def check_cost_scope(scope: CostScope) -> CostScope:
+    """The scope itself, or an error if there is no such scope."""
     if scope not in get_args(CostScope):
-        raise ValueError(f"`cost_scope` must be 'mean', 'sum' or 'worst_prefix', got {scope!r}.")
-    return settings.cost_limit if cost_limit is None else cost_limit, cast(CostScope, scope)
+        raise ValueError(f"`cost_scope` must be one of {', '.join(map(repr, get_args(CostScope)))}, got {scope!r}.")
+    return scope
 
 
-def _problems(records: Iterable[RolloutRecord], greedy: bool) -> dict[int, list[RolloutRecord]]:
+def rollouts_by_problem(records: Iterable[RolloutRecord], greedy: bool) -> dict[int, list[RolloutRecord]]:
     """Rollouts of one kind of each problem, in the order of problem and sample, whatever the order of the records."""
     problems: dict[int, list[RolloutRecord]] = {}
     for record in sorted(records, key=lambda record: record.key):
@@ -297,11 +293,15 @@ def _summary(
         if strata and difficulty is not None:
             groups.setdefault(difficulty, {})[problem] = rollouts
     clusters = list(problems.values())
+
+    def of_rollouts(value: Callable[[RolloutRecord], Any]) -> list[list[Any]]:
+        return [list(map(value, rollouts)) for rollouts in clusters]
+
     return RolloutSummary(
-        right=_rate([[record.right for record in rollouts] for rollouts in clusters]),
+        right=rate_of_clusters(of_rollouts(lambda record: record.right)),
         costs=None if clusters[0][0].costs is None else _costs(clusters, limit, scope),
-        length=_mean([[len(record.completion_ids) for record in rollouts] for rollouts in clusters], clusters),
-        truncated=_rate([[record.truncated for record in rollouts] for rollouts in clusters]),
+        length=_mean(of_rollouts(lambda record: len(record.completion_ids)), clusters),
+        truncated=rate_of_clusters(of_rollouts(lambda record: record.truncated)),
         strata={name: _summary(groups[name], limit, scope, strata=False) for name in sorted(groups, key=_by_number)},
     )
 
@@ -313,12 +313,12 @@ def _by_number(difficulty: str) -> tuple[bool, float, str]:
 
 
 def _costs(clusters: Sequence[Sequence[RolloutRecord]], limit: float, scope: CostScope) -> CostSummary:
-    costs = _rollout_costs(clusters, scope)
+    costs = rollout_costs(clusters, scope)
     flat = torch.tensor([cost for rollouts in costs for cost in rollouts], dtype=torch.float64)
     first = Rate.of(rollouts[0] > limit for rollouts in costs)
     token_costs = [[cost for record in rollouts for cost in record.costs or ()] for rollouts in clusters]
     return CostSummary(
-        satisfaction=_rate([[cost <= limit for cost in rollouts] for rollouts in costs]),
+        satisfaction=rate_of_clusters([[cost <= limit for cost in rollouts] for rollouts in costs]),
         # The upper end of the two-sided interval at 90% is the one-sided bound at 95%.
         violation_bound=clopper_pearson_interval(first.k, first.n, 0.9)[1],
         mean=_mean(costs, clusters),
@@ -328,7 +328,8 @@ def _costs(clusters: Sequence[Sequence[RolloutRecord]], limit: float, scope: Cos
     )
 
 
-def _rollout_costs(clusters: Sequence[Sequence[RolloutRecord]], scope: CostScope) -> list[list[float]]:
+def rollout_costs(clusters: Sequence[Sequence[RolloutRecord]], scope: CostScope) -> list[list[float]]:
+    """Cost of each rollout, by problem."""
     return [[_rollout_cost(record, scope) for record in rollouts] for rollouts in clusters]
 
 
@@ -337,7 +338,8 @@ def _rollout_cost(record: RolloutRecord, scope: CostScope) -> float:
     return rollout_cost(costs, torch.ones_like(costs), scope).item()
 
 
-def _rate(outcomes: Sequence[Sequence[bool]]) -> Figure:
+def rate_of_clusters(outcomes: Sequence[Sequence[bool]]) -> Figure:
+    """Rate of the `True` among the rollouts of each problem."""
     rate = Rate.of_clusters(outcomes)
     return Figure(rate.value, *rate.interval, rate.n, len(outcomes))
 

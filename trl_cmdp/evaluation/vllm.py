@@ -61,24 +61,12 @@ def sample_rollouts_vllm(
     Args:
         engine (`vllm.LLM`):
             Engine with the model to sample from. See [`load_engine`].
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        prompts (`Sequence[str | list[dict[str, str]]]`):
-            Prompts: text, or messages for the chat template.
-        max_new_tokens (`int`):
-            Longest completion.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Sampling temperature.
-        greedy (`bool`, *optional*, defaults to `False`):
-            Take the most likely token instead of sampling.
         batch_size (`int`, *optional*, defaults to `64`):
-            Prompts handed to vLLM at a time, of which it makes its own batches. No part of what the seed means.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the sampling.
-        progress (`Callable[[int, int], Any]`, *optional*):
-            Called with (done, total) after each batch.
+            Prompts handed to vLLM at a time, of which it makes its own batches. Not a part of what the seed means.
         adapter (`str` or `Path`, *optional*):
             Folder of a LoRA adapter over the engine's model, for an engine with `enable_lora=True`. It is read once.
+        tokenizer, prompts, max_new_tokens, temperature, greedy, seed, progress:
+            As in [`sample_rollouts`].
 
     Returns:
         `list[Rollout]`: Rollouts in the order of the prompts.

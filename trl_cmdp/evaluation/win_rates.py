@@ -1,4 +1,4 @@
-"""How often one student's reasoning beats another's on the same problems, and how far two judges agree."""
+"""How often one student's reasoning beats another's on the same problems, and how often two judges agree."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -50,7 +50,7 @@ class WinRate:
 @dataclass(frozen=True)
 class Agreement:
     """
-    How far two judges give the same outcome.
+    How often two judges give the same outcome.
 
     Args:
         rate (`Rate`):
@@ -86,7 +86,7 @@ def pair_rollouts(
         `list[Pair]`: Pairs in the order of problem and sample.
 
     Raises:
-        ValueError: If a rollout has no partner, or one of another problem.
+        ValueError: If a rollout has no partner, or has one of another problem.
     """
     mine, theirs = ({record.key: record for record in records} for records in (rollouts, others))
     if not mine or mine.keys() != theirs.keys():
@@ -141,7 +141,7 @@ def win_rate(judgements: Sequence[Judgement]) -> WinRate:
         [`WinRate`]: The rates.
 
     Raises:
-        ValueError: If there is none, a pair is there twice, or they are of several judges or students.
+        ValueError: If there is none, a pair is judged twice, or they are of several judges or students.
     """
     judge = _only_judge(judgements)
     judged = [judgement for judgement in judgements if judgement.outcome is not None]

@@ -1,10 +1,9 @@
 """Plots, tables and pages, drawn from records only."""
 
 from .comparison_plots import plot_comparison_curves, plot_pareto
-from .comparison_table import comparison_table
-from .evaluation_table import difference_table, evaluation_table, strata_table
 from .html_report import write_report
 from .runs import read_runs
+from .tables import comparison_table, difference_table, evaluation_table, strata_table
 from .training_curves import plot_training_curves
 
 

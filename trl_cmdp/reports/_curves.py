@@ -25,32 +25,23 @@ def logged(history: Sequence[dict[str, Any]], key: str) -> tuple[list[float], li
 
 def rate_band(rates: Sequence[float], batch_size: int, window: int) -> tuple[list[int], list[float], list[float]]:
     """
-    95% intervals of a logged rate over the last `window` logged values, the values as clusters.
+    95% intervals of a logged rate over the last `window` logged values, which are the clusters.
 
-    Args:
-        rates (`Sequence[float]`):
-            Logged rates.
-        batch_size (`int`):
-            Number of rollouts that each is of, at least: with more the interval is wider than it need be.
-        window (`int`):
-            Values of one interval.
-
-    Returns:
-        `tuple[list[int], list[float], list[float]]`: Places in `rates`, at most 200 of them at even distances, and
-        lower and upper bounds there.
+    Each rate is taken to be of `batch_size` rollouts; where it is of more, the interval is wider than it need be.
+    Returned are at most 200 indices into `rates`, at even distances, and the lower and upper bounds there.
     """
-    # Whole successes of each value. What rounding takes here it gives to the next, so that their sum stays right.
+    # Whole successes of each value. What rounding takes from one it gives to the next, so that their sum is kept.
     total, successes = 0.0, []
     for rate in rates:
         successes.append(math.floor(total + rate * batch_size + 0.5) - math.floor(total + 0.5))
         total += rate * batch_size
     step = math.ceil(len(rates) / _MAX_POINTS)
-    places = list(range((len(rates) - 1) % step, len(rates), step))
+    indices = list(range((len(rates) - 1) % step, len(rates), step))
     bounds = []
-    for place in places:
-        clusters = tuple((k, batch_size) for k in successes[max(0, place + 1 - window) : place + 1])
+    for index in indices:
+        clusters = tuple((k, batch_size) for k in successes[max(0, index + 1 - window) : index + 1])
         bounds.append(Rate(sum(k for k, _ in clusters), batch_size * len(clusters), clusters).interval)
-    return places, [low for low, _ in bounds], [high for _, high in bounds]
+    return indices, [low for low, _ in bounds], [high for _, high in bounds]
 
 
 def _finite(value: Any) -> bool:

@@ -1,47 +1,40 @@
-"""What every plot shares: figures without global state, colours, and how names are written."""
+"""What every plot shares: figures without global state, colours, axes, legends, and how names are written."""
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from ..evaluation.rates import ValueWithInterval
+
 
 # Apart from one another in hue or lightness; after the last one they start again, with other lines.
 COLOURS = (
-    "#1b6ca8",
-    "#d1495b",
-    "#2e7d4f",
-    "#e69f00",
-    "#7b4fa3",
-    "#17b3b3",
-    "#8c564b",
-    "#e377c2",
-    "#5c5c5c",
-    "#9aa800",
-    "#0b2f5c",
-    "#ff7043",
+    *("#1b6ca8", "#d1495b", "#2e7d4f", "#e69f00", "#7b4fa3", "#17b3b3"),
+    *("#8c564b", "#e377c2", "#5c5c5c", "#9aa800", "#0b2f5c", "#ff7043"),
 )
 LINES = ("-", "--", ":")
+LIMIT_LINE: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1}
+SMALLEST_COST = 1e-4  # on a logarithmic axis
 _LONGEST_NAME = 32
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """
-    A figure that no global state holds.
-
-    Args:
-        width, height (`float`):
-            Size in inches.
-
-    Returns:
-        `Figure`: An empty figure.
-    """
-    # The object-oriented interface: pyplot would keep global state in a library.
+    """An empty figure, its size in inches, that no global state holds: pyplot would keep some in a library."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, path: str | Path, title: str | None = None) -> Figure:
+    """Write a figure, under a title of all its axes if there is one, as PNG."""
+    if title is not None:
+        figure.suptitle(title)
+    figure.savefig(path, dpi=150)
     return figure
 
 
@@ -51,14 +44,20 @@ def style_axes(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def legend_below(figure: Figure, axes: Axes, num_columns: int, **style: Any) -> None:
+    """The legend of some axes, below all axes of their figure."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, frameon=False, **style)
+
+
 def colours_by_name(names: Sequence[str]) -> dict[str, str]:
-    """By name, so that a method has the same colour in every plot of a comparison."""
-    return {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(sorted(names))}
+    """A colour for each name, so that a method has the same one in every plot of a comparison."""
+    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(sorted(names))}
 
 
 def lines_by_name(names: Sequence[str]) -> dict[str, str]:
     """A line style for each name: another one where colours repeat."""
-    return {name: LINES[place // len(COLOURS) % len(LINES)] for place, name in enumerate(sorted(names))}
+    return {name: LINES[index // len(COLOURS) % len(LINES)] for index, name in enumerate(sorted(names))}
 
 
 def plain(name: str) -> str:
@@ -69,10 +68,10 @@ def plain(name: str) -> str:
     return shown.replace("$", r"\$")
 
 
-def bars(value: float, low: float, high: float) -> list[list[float]]:
+def bars(figure: ValueWithInterval) -> list[list[float]]:
     """Lengths of an error bar, as matplotlib takes them."""
     # Rounding may put a percentile of equal values past their mean.
-    return [[max(0.0, value - low)], [max(0.0, high - value)]]
+    return [[max(0.0, figure.value - figure.low)], [max(0.0, figure.high - figure.value)]]
 
 
 def number_decades(axis: Any) -> None:
@@ -80,3 +79,18 @@ def number_decades(axis: Any) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
+
+
+def logarithmic_if_wide(axes: Axes, which: Literal["x", "y"], values: Sequence[float]) -> bool:
+    """Make an axis logarithmic where positive values span a decade or more. Returns whether it is."""
+    wide = bool(values) and min(values) > 0 and max(values) >= 10 * min(values)
+    if wide:
+        axes.set(**{f"{which}scale": "log"})
+        number_decades(axes.xaxis if which == "x" else axes.yaxis)
+    return wide
+
+
+def cumulative(values: Sequence[float], start: float) -> tuple[list[float], list[float]]:
+    """Steps of the share of values of at most each: from 0 at `start` to 1."""
+    ordered = sorted(values)
+    return [start, *ordered], [index / len(ordered) for index in range(len(ordered) + 1)]

@@ -17,20 +17,9 @@ _NUMBER = re.compile(r"-?\d+\.\d{3,}")
 _FONT_SIZE = re.compile(r"([\d.]+)px")
 # Matplotlib's names and values, each of which is a presentation attribute too. `font` alone is not.
 _STYLE_PROPERTIES = {
-    "fill",
-    "fill-opacity",
-    "fill-rule",
-    "font-size",
-    "opacity",
-    "stroke",
-    "stroke-dasharray",
-    "stroke-dashoffset",
-    "stroke-linecap",
-    "stroke-linejoin",
-    "stroke-miterlimit",
-    "stroke-opacity",
-    "stroke-width",
-    "text-anchor",
+    *("fill", "fill-opacity", "fill-rule", "font-size", "opacity", "text-anchor"),
+    *("stroke", "stroke-dasharray", "stroke-dashoffset", "stroke-linecap", "stroke-linejoin", "stroke-miterlimit"),
+    *("stroke-opacity", "stroke-width"),
 }
 
 
@@ -39,18 +28,8 @@ def inline_svg(figure: Figure, name: str, description: str) -> Markup:
     Write a figure as an SVG element for an HTML page.
 
     Colours become the page's: grey levels mixtures of its `--ink` and `--paper`, those of the palette `--series-0` and
-    so on. There is no `style` attribute and no `<style>`.
-
-    Args:
-        figure (`Figure`):
-            The figure.
-        name (`str`):
-            Name of the figure, unique in the page: its ids begin with it.
-        description (`str`):
-            What it shows, for those who do not see it.
-
-    Returns:
-        `Markup`: The element.
+    so on. There is no `style` attribute and no `<style>`. The name is unique in the page: ids begin with it. The
+    description is for those who do not see the figure.
     """
     buffer = io.StringIO()
     # Text stays text, in the page's font; the salt makes the same figure the same file.
@@ -107,7 +86,7 @@ def _rewritten(key: str, value: str, name: str) -> str:
 def _page_colour(colour: str) -> str:
     if colour in COLOURS:
         return f"var(--series-{COLOURS.index(colour)})"
-    red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
     if red == green == blue:
         return f"color-mix(in srgb, var(--ink) {100 - red / 2.55:.0f}%, var(--paper))"
     return colour

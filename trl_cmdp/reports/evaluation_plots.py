@@ -7,75 +7,47 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..evaluation.comparison import FEASIBLE_SATISFACTION
-from ..evaluation.summary import Figure as SummaryFigure
+from .._defaults import COST_UNITS, FEASIBLE_SATISFACTION, CostScope
 from ..evaluation.summary import RolloutSummary
-from ._figures import bars, plain, style_axes
+from ._figures import LIMIT_LINE, SMALLEST_COST, bars, cumulative, plain, style_axes
 from .pareto import ParetoPoint, draw_pareto
 from .rollout_browser import cost_through
 from .runs import EvaluationRun
 
 
-UNITS = {"mean": "nats per token", "sum": "nats", "worst_prefix": "nats per token of the worst prefix"}
 # Behind that few rollouts, means and quantiles are those of the longest ones alone.
 FEWEST_ROLLOUTS = 20
-_SMALLEST_COST = 1e-4  # on a logarithmic axis
+_RATES = {"right": "correct answers", "satisfaction": "within the limit"}
 
 
 def draw_cost_distribution(axes: Axes, runs: Sequence[EvaluationRun], colours: dict[str, str], greedy: bool) -> None:
-    """
-    Draw the share of rollouts of at most each cost. Where a line crosses the limit it shows the satisfaction.
-
-    Args:
-        axes (`Axes`):
-            Where.
-        runs (`Sequence[EvaluationRun]`):
-            Evaluations with costs, under one limit and scope.
-        colours (`dict[str, str]`):
-            Colour of each.
-        greedy (`bool`):
-            Whether to draw the greedy rollouts or the sampled ones.
-    """
+    """Draw the share of rollouts of at most each cost. Where a line crosses the limit it shows the satisfaction."""
     settings = runs[0].settings
+    lowest = settings.cost_limit / 10
     for run in runs:
-        costs = sorted(
-            cost_through(record.costs, settings.cost_scope)[-1]
+        costs = [
+            max(SMALLEST_COST, cost_through(record.costs, settings.cost_scope)[-1])
             for record in run.records
             if record.greedy == greedy and record.costs
-        )
-        # From 0 on the left of the first to 1 on the right of the last.
-        shares = [place / len(costs) for place in range(len(costs) + 1)]
-        shown = [max(cost, _SMALLEST_COST) for cost in costs]
-        axes.step(
-            [_SMALLEST_COST, *shown],
-            shares,
-            where="post",
-            color=colours[run.name],
-            linewidth=1.6,
-            label=plain(run.name),
-        )
-    axes.axvline(settings.cost_limit, color="black", linestyle="--", linewidth=1, label="limit")
+        ]
+        lowest = min(lowest, *costs)
+        style = {"where": "post", "color": colours[run.name], "linewidth": 1.6, "label": plain(run.name)}
+        axes.step(*cumulative(costs, SMALLEST_COST), **style)
+    axes.axvline(settings.cost_limit, label="limit", **LIMIT_LINE)
     axes.set_xscale("log")
-    lowest = min(line.get_xdata()[1] for line in axes.lines[:-1])
-    axes.set_xlim(left=min(max(lowest, _SMALLEST_COST), settings.cost_limit / 10))
+    axes.set_xlim(left=lowest)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel=f"cost of a rollout, {UNITS[settings.cost_scope]}", ylabel="share of rollouts", ylim=(0, 1.02))
+    axes.set(
+        xlabel=f"cost of a rollout, {COST_UNITS[settings.cost_scope]}", ylabel="share of rollouts", ylim=(0, 1.02)
+    )
     style_axes(axes)
     axes.legend(frameon=False, fontsize=8)
 
 
 def position_profile(run: EvaluationRun, greedy: bool) -> tuple[list[float], list[float], list[float]]:
     """
-    Divergence of the tokens at each place of a completion, as long as 20 rollouts, or all, are that long.
-
-    Args:
-        run (`EvaluationRun`):
-            An evaluation with costs.
-        greedy (`bool`):
-            Whether to take the greedy rollouts or the sampled ones.
-
-    Returns:
-        `tuple[list[float], list[float], list[float]]`: Mean, 10% and 90% quantile of each place.
+    Mean, 10% and 90% quantile of the divergence at each position of a completion, as long as 20 rollouts, or all, are
+    that long.
     """
     rollouts = [record.costs for record in run.records if record.greedy == greedy and record.costs]
     fewest = min(FEWEST_ROLLOUTS, len(rollouts))
@@ -91,21 +63,11 @@ def position_profile(run: EvaluationRun, greedy: bool) -> tuple[list[float], lis
 
 
 def draw_position_profile(axes: Axes, profile: tuple[list[float], list[float], list[float]], colour: str) -> None:
-    """
-    Draw [`position_profile`].
-
-    Args:
-        axes (`Axes`):
-            Where.
-        profile (`tuple[list[float], list[float], list[float]]`):
-            Mean, lower and upper quantile of each place.
-        colour (`str`):
-            Colour.
-    """
+    """Draw [`position_profile`]."""
     means, low, high = profile
-    places = range(1, len(means) + 1)
-    axes.fill_between(places, low, high, color=colour, alpha=0.22, linewidth=0)
-    axes.plot(places, means, color=colour, linewidth=1.6)
+    positions = range(1, len(means) + 1)
+    axes.fill_between(positions, low, high, color=colour, alpha=0.22, linewidth=0)
+    axes.plot(positions, means, color=colour, linewidth=1.6)
     axes.set(xlabel="token of the completion", ylabel="divergence, nats")
     axes.set_xlim(1, max(2, len(means)))
     style_axes(axes)
@@ -113,39 +75,24 @@ def draw_position_profile(axes: Axes, profile: tuple[list[float], list[float], l
 
 def draw_strata(axes: Axes, summaries: dict[str, RolloutSummary], colours: dict[str, str], figure: str) -> None:
     """
-    Draw a rate by difficulty, a mark for each student with its 95% interval.
-
-    Args:
-        axes (`Axes`):
-            Where.
-        summaries (`dict[str, RolloutSummary]`):
-            Summary of each student.
-        colours (`dict[str, str]`):
-            Colour of each.
-        figure (`str`):
-            `"right"` or `"satisfaction"`.
+    Draw a rate by difficulty, `"right"` or, of students with costs, `"satisfaction"`: a mark for each student with its
+    95% interval.
     """
     strata = ordered_strata(summaries)
-    for place, (name, summary) in enumerate(summaries.items()):
-        shift = 0.6 * ((place + 0.5) / len(summaries) - 0.5)
+    for index, (name, summary) in enumerate(summaries.items()):
+        shift = 0.6 * ((index + 0.5) / len(summaries) - 0.5)
         for column, stratum in enumerate(strata):
-            rate = stratum_rate(summary, stratum, figure)
-            if rate is not None:
-                axes.errorbar(
-                    column + shift,
-                    rate.value,
-                    yerr=bars(rate.value, rate.low, rate.high),
-                    fmt="o",
-                    markersize=5,
-                    elinewidth=1.2,
-                    color=colours[name],
-                    label=plain(name) if column == 0 else None,
-                )
+            if stratum in summary.strata:
+                part = summary.strata[stratum]
+                rate = part.right if figure == "right" else part.costs.satisfaction
+                style = {"fmt": "o", "markersize": 5, "elinewidth": 1.2, "color": colours[name]}
+                label = plain(name) if column == 0 else None
+                axes.errorbar(column + shift, rate.value, yerr=bars(rate), label=label, **style)
     axes.set_xticks(range(len(strata)), [plain(stratum) for stratum in strata])
     if max(map(len, strata)) * len(strata) > 40:
         axes.tick_params(axis="x", rotation=20)
     axes.set_xlim(-0.5, len(strata) - 0.5)
-    axes.set(ylim=(-0.02, 1.02), ylabel={"right": "right answers", "satisfaction": "within the limit"}[figure])
+    axes.set(ylim=(-0.02, 1.02), ylabel=_RATES[figure])
     style_axes(axes)
     axes.grid(axis="x", visible=False)
 
@@ -155,52 +102,23 @@ def ordered_strata(summaries: dict[str, RolloutSummary]) -> list[str]:
     return list(dict.fromkeys(stratum for summary in summaries.values() for stratum in summary.strata))
 
 
-def stratum_rate(summary: RolloutSummary, stratum: str, figure: str) -> SummaryFigure | None:
-    """A rate of one stratum, `None` where there is none."""
-    if stratum not in summary.strata:
-        return None
-    part = summary.strata[stratum]
-    if figure == "right":
-        return part.right
-    return None if part.costs is None else part.costs.satisfaction
-
-
 def draw_evaluation_pareto(
     summaries: dict[str, RolloutSummary],
     colours: dict[str, str],
     cost_limit: float,
-    scope: str,
-    *,
-    width: float = 8.5,
-    height: float = 5.6,
+    scope: CostScope,
+    size: tuple[float, float],
 ) -> Figure:
-    """
-    Draw right answers against mean cost, a point for each student.
-
-    Args:
-        summaries (`dict[str, RolloutSummary]`):
-            Summary of each student. Those without costs are left out.
-        colours (`dict[str, str]`):
-            Colour of each.
-        cost_limit (`float`):
-            Limit, in the unit of the scope.
-        scope (`str`):
-            Cost of a rollout.
-        width, height (`float`, *optional*):
-            Size in inches.
-
-    Returns:
-        `Figure`: The figure.
-    """
+    """Draw correct answers against mean cost, a point for each student with costs."""
     points = [
         ParetoPoint(
-            name,
-            (summary.costs.mean.value, summary.costs.mean.low, summary.costs.mean.high),
-            (summary.right.value, summary.right.low, summary.right.high),
-            summary.costs.satisfaction.value >= FEASIBLE_SATISFACTION,
+            name=name,
+            cost=summary.costs.mean,
+            correct=summary.right,
+            feasible=summary.costs.satisfaction.value >= FEASIBLE_SATISFACTION,
         )
         for name, summary in summaries.items()
         if summary.costs is not None
     ]
-    label = f"mean cost of a rollout, {UNITS[scope]}"
-    return draw_pareto(points, cost_limit, cost_label=label, colours=colours, width=width, height=height)
+    label = f"mean cost of a rollout, {COST_UNITS[scope]}"
+    return draw_pareto(points, cost_limit, cost_label=label, colours=colours, size=size)

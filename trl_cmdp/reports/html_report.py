@@ -13,29 +13,28 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .. import __version__
+from .._defaults import COST_UNITS
 from ..evaluation import compare_methods
-from ..evaluation.summary import EvaluationDifference, RolloutSummary, compare_evaluations, summarize
+from ..evaluation.summary import EvaluationDifference, compare_evaluations, summarize
 from ._curves import logged
-from ._figures import COLOURS, colours_by_name, new_figure
+from ._figures import COLOURS, colours_by_name, legend_below, new_figure
 from ._inline_svg import inline_svg
-from .comparison_plots import CURVES, draw_comparison_curve, draw_comparison_pareto, method_label
+from .comparison_plots import CURVES, draw_comparison_curve, draw_comparison_pareto
 from .evaluation_plots import (
     FEWEST_ROLLOUTS,
-    UNITS,
     draw_cost_distribution,
     draw_evaluation_pareto,
     draw_position_profile,
     draw_strata,
     ordered_strata,
     position_profile,
-    stratum_rate,
 )
 from .rollout_browser import MAX_ROLLOUTS, SHADES, browser_data, choose_problems
 from .runs import ComparisonRun, EvaluationRun, Run, TrainingRun
+from .tables import method_label
 from .training_curves import TRAINING_PANELS
 
 
@@ -80,7 +79,7 @@ def write_report(
         runs (`Sequence[Run]`):
             What [`read_runs`] gave.
         output_dir (`Path`):
-            Folder for `report.html` and the PNGs. Made if it is not there.
+            Folder for `report.html` and the PNGs, made if it does not exist.
         title (`str`, *optional*):
             Title of the page. Made from the runs if `None`.
         max_rollouts (`int`, *optional*, defaults to `1000`):
@@ -101,8 +100,9 @@ def write_report(
     gallery = _Gallery(output_dir)
     # One colour for a name, whether it was trained or evaluated.
     colours = colours_by_name(list({run.name for run in (*training, *evaluations)}))
+    task = f"{evaluations[0].settings.task}, {evaluations[0].settings.split}" if evaluations else None
     page = {
-        "title": title or _title(training, evaluations, comparisons),
+        "title": title or task or ", ".join(run.name for run in (*comparisons, *training)),
         "evaluation": _evaluation_part(evaluations, colours, gallery) if evaluations else None,
         "training": _training_part(training, colours, gallery) if training else None,
         "comparisons": [_comparison_part(run, number, gallery) for number, run in enumerate(comparisons, start=1)],
@@ -117,14 +117,6 @@ def write_report(
     return [path, *(output_dir / name for name in gallery.files)]
 
 
-def _title(
-    training: Sequence[TrainingRun], evaluations: Sequence[EvaluationRun], comparisons: Sequence[ComparisonRun]
-) -> str:
-    if evaluations:
-        return f"{evaluations[0].settings.task}, {evaluations[0].settings.split}"
-    return ", ".join(run.name for run in (*comparisons, *training))
-
-
 def _evaluation_part(runs: Sequence[EvaluationRun], colours: dict[str, str], gallery: _Gallery) -> dict[str, Any]:
     settings = runs[0].settings
     summaries = {run.name: summarize(run.settings, run.records) for run in runs}
@@ -132,31 +124,29 @@ def _evaluation_part(runs: Sequence[EvaluationRun], colours: dict[str, str], gal
         kind: {name: part for name, summary in summaries.items() if (part := getattr(summary, kind)) is not None}
         for kind in ("sampled", "greedy")
     }
-    # What is drawn: the samples, as in training. Greedy rollouts alone where there is nothing else.
+    # The plots are of the samples, as in training, or of greedy rollouts where there are no others.
     greedy = not kinds["sampled"]
     drawn = kinds["greedy" if greedy else "sampled"]
     of_kind = [run for run in runs if run.name in drawn]
     costs = settings.teacher is not None
     plots, strata = [], []
     if costs:
-        figure = draw_evaluation_pareto(
-            drawn, colours, settings.cost_limit, settings.cost_scope, width=_WIDE[0], height=_WIDE[1]
-        )
+        figure = draw_evaluation_pareto(drawn, colours, settings.cost_limit, settings.cost_scope, _WIDE)
         caption = "One mark for each student with 95% intervals, filled where at least 95% of the rollouts satisfy."
-        plots.append(gallery.add(figure, "pareto", "Right answers against cost", caption))
+        plots.append(gallery.add(figure, "pareto", "Correct answers against cost", caption))
     if ordered_strata(drawn):
-        for name, title in {"right": "Right answers", "satisfaction": "Satisfaction"}.items():
+        for name, title in {"right": "Correct answers", "satisfaction": "Satisfaction"}.items():
             if name == "right" or costs:
                 figure = new_figure(*_PANEL)
                 axes = figure.subplots()
                 draw_strata(axes, drawn, colours, name)
                 if len(drawn) > 1:
-                    _legend_below(figure, axes)
+                    legend_below(figure, axes, 3, fontsize=8)
                 caption = "Rate by difficulty with its 95% interval, problems as clusters."
                 strata.append(gallery.add(figure, f"difficulty-{name}", f"{title} by difficulty", caption))
     return {
         "settings": settings,
-        "unit": UNITS[settings.cost_scope],
+        "unit": COST_UNITS[settings.cost_scope],
         "tables": {kind: of_names for kind, of_names in kinds.items() if of_names},
         "missing": {name: summary.num_missing for name, summary in summaries.items() if summary.num_missing},
         "differences": _differences(of_kind, greedy),
@@ -165,7 +155,12 @@ def _evaluation_part(runs: Sequence[EvaluationRun], colours: dict[str, str], gal
         "plots": plots,
         "cost_plots": _cost_plots(of_kind, colours, greedy, gallery) if costs else [],
         "strata_plots": strata,
-        "strata_rows": _strata_rows(drawn),
+        "strata_rows": [
+            (stratum, name, summary.strata[stratum])
+            for stratum in ordered_strata(drawn)
+            for name, summary in drawn.items()
+            if stratum in summary.strata
+        ],
     }
 
 
@@ -213,21 +208,6 @@ def _settings_rows(runs: Sequence[EvaluationRun]) -> list[tuple[str, list[str]]]
     return rows
 
 
-def _strata_rows(summaries: dict[str, RolloutSummary]) -> list[dict[str, Any]]:
-    return [
-        {
-            "stratum": stratum,
-            "name": name,
-            "problems": summary.strata[stratum].right.num_problems,
-            "right": summary.strata[stratum].right,
-            "satisfaction": stratum_rate(summary, stratum, "satisfaction"),
-        }
-        for stratum in ordered_strata(summaries)
-        for name, summary in summaries.items()
-        if stratum in summary.strata
-    ]
-
-
 def _training_part(runs: Sequence[TrainingRun], colours: dict[str, str], gallery: _Gallery) -> dict[str, Any]:
     plots = []
     for panel in TRAINING_PANELS:
@@ -260,19 +240,19 @@ def _comparison_part(run: ComparisonRun, number: int, gallery: _Gallery) -> dict
         comparison = compare_methods(run.records)
     except ValueError as error:
         raise ValueError(f"{run.source}: {error}") from error
-    figure = draw_comparison_pareto(comparison, width=_WIDE[0], height=_WIDE[1])
+    figure = draw_comparison_pareto(comparison, size=_WIDE)
     caption = (
         "One mark for each method with 95% intervals, its seeds behind it, filled where at least 95% of the rollouts "
         "satisfy the limit."
     )
-    plots = [gallery.add(figure, f"comparison-{number}-pareto", "Right answers against cost", caption)]
+    plots = [gallery.add(figure, f"comparison-{number}-pareto", "Correct answers against cost", caption)]
     for key, (title, _) in CURVES.items():
         if any(key in entry for record in run.records for entry in record.history):
             figure = new_figure(_PANEL[0], _PANEL[1] + 0.9 * (key == "reward"))
             axes = figure.subplots()
             draw_comparison_curve(axes, run.records, key)
             if key == "reward":
-                _legend_below(figure, axes)
+                legend_below(figure, axes, 3, fontsize=8)
             caption = "Mean over the seeds, over 5 logged values."
             plots.append(gallery.add(figure, f"comparison-{number}-{key}", title, caption))
     return {
@@ -285,19 +265,15 @@ def _comparison_part(run: ComparisonRun, number: int, gallery: _Gallery) -> dict
     }
 
 
-def _legend_below(figure: Figure, axes: Axes) -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-
-
 def _comparison_settings(run: ComparisonRun) -> list[tuple[str, str]]:
-    """What the cells say of how they were made."""
-    versions = {f"version of {name}": set() for record in run.records for name in record.versions}
+    """How the cells were made: versions, commits and seeds."""
+    values: dict[str, set[str]] = {}
     for record in run.records:
-        for name, version in record.versions.items():
-            versions[f"version of {name}"].add(version)
-    commits = {f"{record.git_commit}{' with changes' * record.git_dirty}" for record in run.records}
-    sets = {**versions, "commit": commits, "seeds": {str(record.seed) for record in run.records}}
-    return [(name, ", ".join(sorted(values))) for name, values in sets.items()]
+        versions = {f"version of {name}": version for name, version in record.versions.items()}
+        commit = f"{record.git_commit}{' with changes' * record.git_dirty}"
+        for name, value in {**versions, "commit": commit, "seeds": str(record.seed)}.items():
+            values.setdefault(name, set()).add(value)
+    return [(name, ", ".join(sorted(values[name]))) for name in values]
 
 
 def _browser_part(runs: Sequence[EvaluationRun], max_rollouts: int) -> dict[str, Any]:
@@ -317,7 +293,7 @@ def _browser_part(runs: Sequence[EvaluationRun], max_rollouts: int) -> dict[str,
         "difficulties": list(difficulties),
         "costs": runs[0].settings.teacher is not None,
         "shades": [(0.0, SHADES[0]), *zip(SHADES, (*SHADES[1:], None), strict=True)],
-        "unit": UNITS[runs[0].settings.cost_scope],
+        "unit": COST_UNITS[runs[0].settings.cost_scope],
         "limit": runs[0].settings.cost_limit,
         "scope": runs[0].settings.cost_scope,
     }
@@ -332,14 +308,9 @@ def _render(page: dict[str, Any]) -> str:
     folder = files("trl_cmdp.reports")
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     # Nothing is loaded, nothing is sent, and nothing runs but this style and this script.
-    policy = "; ".join(
-        (
-            "default-src 'none'",
-            f"style-src '{_hash(style)}'",
-            f"script-src '{_hash(script)}'",
-            "base-uri 'none'",
-            "form-action 'none'",
-        )
+    policy = (
+        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; "
+        "form-action 'none'"
     )
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((folder / "report.html.jinja").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Right answers against mean cost: a labelled point for each student."""
+"""Correct answers against mean cost: a labelled point for each student."""
 
 import math
 from collections.abc import Sequence
@@ -11,10 +11,12 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from ._figures import bars, colours_by_name, new_figure, number_decades, plain, style_axes
+from .._defaults import FEASIBLE_SATISFACTION
+from ..evaluation.rates import ValueWithInterval
+from ._figures import LIMIT_LINE, bars, colours_by_name, logarithmic_if_wide, new_figure, plain, style_axes
 
 
-# Where a label may stand, in points from its point: near places first.
+# Where a label may stand, in points from its point: near positions first.
 _LABEL_OFFSETS = [
     (sign_x * distance, sign_y * rise * distance)
     for distance in (7, 14, 24, 36, 50, 70)
@@ -24,32 +26,19 @@ _LABEL_OFFSETS = [
 ]
 
 
+_MARK = {"markersize": 9, "markeredgewidth": 1.8, "elinewidth": 1, "alpha": 0.95, "zorder": 3}
+
+
 @dataclass(frozen=True)
 class ParetoPoint:
-    """
-    One student.
-
-    Args:
-        name (`str`):
-            Its name.
-        cost (`tuple[float, float, float]`):
-            Mean cost of a rollout with its 95% interval: value, lower and upper bound.
-        right (`tuple[float, float, float]`):
-            Share of right final answers, likewise.
-        feasible (`bool`):
-            Whether it satisfies the limit: its mark is filled, else hollow.
-        trained (`bool`, *optional*, defaults to `True`):
-            Whether it is a method, with a colour, or a reference.
-        seeds (`list[tuple[float, float]]`, *optional*):
-            Cost and right answers of each seed.
-    """
+    """Mean cost of one student's rollouts, and its share of correct final answers."""
 
     name: str
-    cost: tuple[float, float, float]
-    right: tuple[float, float, float]
-    feasible: bool
-    trained: bool = True
-    seeds: list[tuple[float, float]] = field(default_factory=list)
+    cost: ValueWithInterval
+    correct: ValueWithInterval
+    feasible: bool  # its mark is filled, else hollow
+    trained: bool = True  # a method, with a colour, or a reference
+    seeds: list[tuple[float, float]] = field(default_factory=list)  # cost and correct answers of each
 
 
 def draw_pareto(
@@ -59,93 +48,53 @@ def draw_pareto(
     cost_label: str,
     title: str = "",
     colours: dict[str, str] | None = None,
-    teacher_right: float | None = None,
-    width: float = 8.5,
-    height: float = 5.6,
+    teacher_correct: float | None = None,
+    size: tuple[float, float] = (8.5, 5.6),
 ) -> Figure:
     """
-    Draw right answers against mean cost, with 95% intervals and the limit.
+    Draw correct answers against mean cost, with 95% intervals and the limit.
 
-    Args:
-        points (`Sequence[ParetoPoint]`):
-            The students.
-        cost_limit (`float`):
-            Limit, in the unit of the costs.
-        cost_label (`str`):
-            What the costs are, with their unit.
-        title (`str`, *optional*):
-            Title of the figure.
-        colours (`dict[str, str]`, *optional*):
-            Colour of each trained student, its own in this figure if `None`.
-        teacher_right (`float`, *optional*):
-            Right answers of the teacher. It costs nothing, which a logarithmic axis cannot show: it is a line.
-        width, height (`float`, *optional*):
-            Size in inches.
-
-    Returns:
-        `Figure`: The figure.
+    `colours` are those of the trained students, this figure's own if `None`. The teacher costs nothing, which a
+    logarithmic axis cannot show: its correct answers are a line.
     """
-    figure = new_figure(width, height)
+    figure = new_figure(*size)
     axes = figure.subplots()
     if colours is None:
         colours = colours_by_name([point.name for point in points if point.trained])
-    if teacher_right is not None:
-        axes.axhline(teacher_right, color="0.45", linestyle=":", linewidth=1.2, label="teacher")
-    axes.axvline(cost_limit, color="black", linestyle="--", linewidth=1, label="limit")
+    if teacher_correct is not None:
+        axes.axhline(teacher_correct, color="0.45", linestyle=":", linewidth=1.2, label="teacher")
+    axes.axvline(cost_limit, label="limit", **LIMIT_LINE)
 
     for point in points:
         colour = colours.get(point.name, "0.25")
-        axes.scatter(
-            [cost for cost, _ in point.seeds], [right for _, right in point.seeds], s=14, color=colour, alpha=0.35
-        )
+        costs, shares = [cost for cost, _ in point.seeds], [share for _, share in point.seeds]
+        axes.scatter(costs, shares, s=14, color=colour, alpha=0.35)
         axes.errorbar(
-            point.cost[0],
-            point.right[0],
-            xerr=bars(*point.cost),
-            yerr=bars(*point.right),
+            point.cost.value,
+            point.correct.value,
+            xerr=bars(point.cost),
+            yerr=bars(point.correct),
             fmt="o" if point.trained else "X",
-            markersize=9,
-            markeredgewidth=1.8,
             color=colour,
             markerfacecolor=colour if point.feasible else "white",
-            elinewidth=1,
-            alpha=0.95,
-            zorder=3,
             label=plain(point.name),
+            **_MARK,
         )
-    costs = [cost for point in points for cost in (point.cost[1], cost_limit, point.cost[2])]
-    if costs and min(costs) > 0 and max(costs) >= 10 * min(costs):
-        axes.set_xscale("log")
-        number_decades(axes.xaxis)
-    axes.set(xlabel=cost_label, ylabel="share of right final answers")
+    logarithmic_if_wide(axes, "x", [cost for one in points for cost in (one.cost.low, cost_limit, one.cost.high)])
+    axes.set(xlabel=cost_label, ylabel="share of correct final answers")
     style_axes(axes)
     axes.set_title(title, pad=20)
     axes.margins(0.12, 0.1)
-    limit_label = axes.annotate(
-        f"limit {cost_limit:g}",
-        (cost_limit, 1),
-        (0, 3),
-        xycoords=axes.get_xaxis_transform(),
-        textcoords="offset points",
-        ha="center",
-        va="bottom",
-        fontsize=9,
-    )
-    if teacher_right is not None:
-        axes.annotate(
-            "teacher, cost 0",
-            (1, teacher_right),
-            (-4, 3),
-            xycoords=axes.get_yaxis_transform(),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            fontsize=9,
-            color="0.35",
-        )
+    above: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "fontsize": 9}
+    at_limit = {"xycoords": axes.get_xaxis_transform(), "ha": "center", **above}
+    limit_label = axes.annotate(f"limit {cost_limit:g}", (cost_limit, 1), (0, 3), **at_limit)
+    if teacher_correct is not None:
+        at_right = {"xycoords": axes.get_yaxis_transform(), "ha": "right", "color": "0.35", **above}
+        axes.annotate("teacher, cost 0", (1, teacher_correct), (-4, 3), **at_right)
+    mark: dict[str, Any] = {"color": "0.25", "marker": "o", "linestyle": "", "markersize": 8}
     handles = [
-        Line2D([], [], color="0.25", marker="o", linestyle="", markersize=8, label="satisfaction at least 0.95"),
-        Line2D([], [], color="0.25", marker="o", linestyle="", markersize=8, mfc="white", mew=1.8, label="below"),
+        Line2D([], [], label=f"satisfaction at least {FEASIBLE_SATISFACTION:g}", **mark),
+        Line2D([], [], label="below", mfc="white", mew=1.8, **mark),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     _place_labels(axes, points, colours, cost_limit, [text for text in axes.texts if text is not limit_label])
@@ -155,9 +104,9 @@ def draw_pareto(
 def _place_labels(
     axes: Axes, points: Sequence[ParetoPoint], colours: dict[str, str], limit: float, taken: Sequence[Text]
 ) -> None:
-    """Write each method's name beside its point, at the nearest place where it covers neither lines nor names."""
+    """Write each method's name beside its point, at the nearest position where it covers neither lines nor names."""
     figure = axes.figure
-    figure.draw_without_rendering()  # fixes the layout, which the places are measured in
+    figure.draw_without_rendering()  # fixes the layout, which the positions are measured in
     pixels_per_point = figure.dpi / 72
     line = axes.transData.transform((limit, 0))[0]
     occupied = [text.get_window_extent() for text in taken]
@@ -167,7 +116,7 @@ def _place_labels(
     for point in points:
         text = axes.annotate(
             plain(point.name),
-            (point.cost[0], point.right[0]),
+            (point.cost.value, point.correct.value),
             _LABEL_OFFSETS[0],
             textcoords="offset points",
             fontsize=9,
@@ -178,28 +127,25 @@ def _place_labels(
         # A few points further away for a thin line less: crossing another name or point costs far more.
         best = min(
             _LABEL_OFFSETS,
-            key=lambda offset: _overlap(_place(text, offset), occupied, axes.bbox) + 2 * math.hypot(*offset),
+            key=lambda offset: _overlap(_moved(text, offset), occupied, axes.bbox) + 2 * math.hypot(*offset),
         )
-        occupied.append(_place(text, best))
+        occupied.append(_moved(text, best))
 
 
 def _drawn(axes: Axes, point: ParetoPoint, radius: float) -> list[Bbox]:
     """Boxes, in pixels, of a method's point, its bars and its seeds."""
-    x, y = axes.transData.transform((point.cost[0], point.right[0]))
-    left, bottom = axes.transData.transform((point.cost[1], point.right[1]))
-    right, top = axes.transData.transform((point.cost[2], point.right[2]))
-    boxes = [
-        Bbox.from_extents(x - radius, y - radius, x + radius, y + radius),
+    x, y = axes.transData.transform((point.cost.value, point.correct.value))
+    left, bottom = axes.transData.transform((point.cost.low, point.correct.low))
+    right, top = axes.transData.transform((point.cost.high, point.correct.high))
+    seeds = [(*axes.transData.transform(seed), radius / 4) for seed in point.seeds]
+    return [
         Bbox.from_extents(left, y - 1, right, y + 1),
         Bbox.from_extents(x - 1, bottom, x + 1, top),
+        *(Bbox.from_extents(x - r, y - r, x + r, y + r) for x, y, r in ((x, y, radius), *seeds)),
     ]
-    for seed in point.seeds:
-        x, y = axes.transData.transform(seed)
-        boxes.append(Bbox.from_extents(x - radius / 4, y - radius / 4, x + radius / 4, y + radius / 4))
-    return boxes
 
 
-def _place(text: Any, offset: tuple[float, float]) -> Bbox:
+def _moved(text: Any, offset: tuple[float, float]) -> Bbox:
     text.set_position(offset)
     text.set(ha="left" if offset[0] >= 0 else "right", va="center")
     text.update_positions(text.figure.canvas.get_renderer())

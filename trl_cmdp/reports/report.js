@@ -42,7 +42,7 @@ function matches(rollout, index) {
   const same = (wanted, actual) => wanted === "" || wanted === actual;
   return (
     same(value("student"), String(rollout.student)) &&
-    same(value("outcome"), rollout.right ? "right" : "wrong") &&
+    same(value("outcome"), rollout.right ? "correct" : "wrong") &&
     same(value("budget"), rollout.within === undefined ? "" : rollout.within ? "within" : "over") &&
     same(value("kind"), rollout.greedy ? "greedy" : "sampled") &&
     same(value("difficulty"), problemOf(rollout).difficulty ?? "") &&
@@ -66,7 +66,7 @@ function option(index) {
   row.id = `rollout-${index}`;
   row.setAttribute("role", "option");
   row.append(
-    element("span", "outcome", rollout.right ? "right" : "wrong"),
+    element("span", "outcome", rollout.right ? "correct" : "wrong"),
     element("span", "excerpt", promptText(problemOf(rollout).prompt).trim().split("\n").pop().slice(0, 120)),
     element("span", "cost", rollout.cost === undefined ? "" : nats(rollout.cost)),
     element("span", "whose", `${data.students[rollout.student]}, ${sampleName(rollout)}`)
@@ -132,7 +132,7 @@ function column(rollout) {
   const article = element("article", "rollout");
   const verdict = element("p", "verdict");
   verdict.append(
-    element("span", "outcome", rollout.right ? "right" : "wrong"),
+    element("span", "outcome", rollout.right ? "correct" : "wrong"),
     ` · ${sampleName(rollout)} · ${rollout.tokens.length} tokens${rollout.truncated ? ", truncated" : ""}`
   );
   if (rollout.cost !== undefined) {

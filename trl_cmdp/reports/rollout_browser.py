@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
+from .._defaults import CostScope
 from ..core import prefix_cost, rollout_cost
-from ..core.budget import CostScope
 from ..evaluation import EvaluationSettings, RolloutRecord
+from ..evaluation.summary import Evaluation
 
 
 # About 15 bytes a token and a page of a few megabytes at most.
@@ -15,22 +16,9 @@ MAX_ROLLOUTS, MAX_TOKENS = 1000, 200_000
 # Lower bounds, in nats, of the shades: half decades, so that the eye sees both a slip and a leap.
 SHADES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
-Evaluation = tuple[EvaluationSettings, Sequence[RolloutRecord]]
-
 
 def cost_through(costs: Sequence[float], scope: CostScope) -> list[float]:
-    """
-    Cost of the prefix that ends with each token.
-
-    Args:
-        costs (`Sequence[float]`):
-            Per-token costs of one rollout, of length L > 0, in nats.
-        scope (`str`):
-            As in [`~core.rollout_cost`].
-
-    Returns:
-        `list[float]`: L costs, in the unit of the scope. The last one is the rollout's.
-    """
+    """Cost of the prefix that ends with each token of one rollout. The last one is the rollout's own."""
     exact = torch.tensor([costs], dtype=torch.float64)
     mask = torch.ones_like(exact)
     # `prefix_cost` ends before each token: through token t is before token t + 1. The last is the rollout's own cost,
@@ -40,41 +28,16 @@ def cost_through(costs: Sequence[float], scope: CostScope) -> list[float]:
 
 def first_exceeding(costs: Sequence[float], cost_limit: float, scope: CostScope) -> int | None:
     """
-    Place, from 0, of the first token with which the cost of the prefix exceeds the limit.
-
-    Args:
-        costs (`Sequence[float]`):
-            Per-token costs of one rollout, in nats.
-        cost_limit (`float`):
-            Limit, in the unit of the scope.
-        scope (`str`):
-            As in [`~core.rollout_cost`].
-
-    Returns:
-        `int`, *optional*: The place, or `None` if no prefix exceeds the limit. With the scope `"mean"` a rollout may
-        come back within it.
+    Index of the first token with which the cost of the prefix exceeds the limit, `None` if there is none. With the
+    scope `"mean"` a rollout may come back within the limit.
     """
-    through = cost_through(costs, scope)
-    return next((place for place, cost in enumerate(through) if cost > cost_limit), None)
+    return next((index for index, cost in enumerate(cost_through(costs, scope)) if cost > cost_limit), None)
 
 
 def choose_problems(
     evaluations: Sequence[Evaluation], max_rollouts: int = MAX_ROLLOUTS, max_tokens: int = MAX_TOKENS
 ) -> set[int]:
-    """
-    As many problems as fit, at even distances, each with all its rollouts of all students.
-
-    Args:
-        evaluations (`Sequence[Evaluation]`):
-            Settings and records of each student, on the same problems.
-        max_rollouts (`int`, *optional*, defaults to `1000`):
-            Most rollouts.
-        max_tokens (`int`, *optional*, defaults to `200_000`):
-            Most completion tokens.
-
-    Returns:
-        `set[int]`: Problems; one at least if there is one.
-    """
+    """As many problems as fit, but at least one, at even distances, each with all its rollouts of all students."""
     sizes: dict[int, tuple[int, int]] = {}
     for _, records in evaluations:
         for record in records:
@@ -82,7 +45,7 @@ def choose_problems(
             sizes[record.problem] = (rollouts + 1, tokens + len(record.tokens))
     problems = sorted(sizes)
     for count in range(len(problems), 1, -1):
-        chosen = [problems[place * len(problems) // count] for place in range(count)]
+        chosen = [problems[index * len(problems) // count] for index in range(count)]
         rollouts, tokens = (sum(sizes[problem][part] for problem in chosen) for part in (0, 1))
         if rollouts <= max_rollouts and tokens <= max_tokens:
             return set(chosen)
@@ -90,20 +53,7 @@ def choose_problems(
 
 
 def browser_data(names: Sequence[str], evaluations: Sequence[Evaluation], problems: set[int]) -> dict[str, Any]:
-    """
-    What the page's script shows.
-
-    Args:
-        names (`Sequence[str]`):
-            Name of each student.
-        evaluations (`Sequence[Evaluation]`):
-            Settings and records of each, under one limit and scope.
-        problems (`set[int]`):
-            Problems to show.
-
-    Returns:
-        `dict[str, Any]`: JSON values: `limit`, `scope`, `shades`, `students`, `problems` and `rollouts`.
-    """
+    """What the page's script shows of some problems, as JSON values. The evaluations have one limit and scope."""
     settings = evaluations[0][0]
     kept = [
         (student, record)

@@ -8,65 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation import CellRecord, EvaluationSettings, RolloutRecord, read_records, read_rollout_records
+from ..evaluation.rollout_records import PROBLEM_SETTINGS, difference_of_settings
 
 
 TRAINER_STATE = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What has to be equal for two students to stand in one table.
 _SHARED_SETTINGS = (
-    "task",
-    "split",
-    "num_problems",
-    "seed",
-    "temperature",
-    "max_new_tokens",
-    "teacher",
-    "teacher_beta",
-    "cost_limit",
-    "cost_scope",
+    *PROBLEM_SETTINGS,
+    *("temperature", "max_new_tokens", "teacher", "teacher_beta", "cost_limit", "cost_scope"),
 )
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """
-    The log of one training run.
-
-    Args:
-        name (`str`):
-            Name in plots.
-        source (`str`):
-            File that it was read from.
-        history (`list[dict[str, Any]]`):
-            `log_history` of the trainer's state.
-        batch_size (`int`, *optional*):
-            Rollouts of a micro-batch on one device: each logged rate is of at least as many. `None` if unknown.
-        steps (`int`):
-            Optimizer steps done.
-    """
+    """The log of one training run, with its name in plots and the file that it was read from."""
 
     name: str
     source: str
-    history: list[dict[str, Any]]
-    batch_size: int | None
-    steps: int
+    history: list[dict[str, Any]]  # `log_history` of the trainer's state
+    batch_size: int | None  # of a micro-batch on one device: each logged rate is of at least as many rollouts
+    steps: int  # optimizer steps done
 
 
 @dataclass(frozen=True)
 class EvaluationRun:
-    """
-    The records of one evaluation.
-
-    Args:
-        name (`str`):
-            Name in tables and plots.
-        source (`str`):
-            File that they were read from.
-        settings ([`EvaluationSettings`]):
-            What was asked for.
-        records (`list[RolloutRecord]`):
-            The rollouts.
-    """
+    """The records of one evaluation, with its name in tables and plots and the file that they were read from."""
 
     name: str
     source: str
@@ -76,17 +43,7 @@ class EvaluationRun:
 
 @dataclass(frozen=True)
 class ComparisonRun:
-    """
-    The records of one `trl-cmdp compare`.
-
-    Args:
-        name (`str`):
-            Name of the folder.
-        source (`str`):
-            File that they were read from.
-        records (`list[CellRecord]`):
-            The cells.
-    """
+    """The records of one `trl-cmdp compare`, with the name of its folder and the file that they were read from."""
 
     name: str
     source: str
@@ -110,8 +67,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         names.
 
     Raises:
-        ValueError: If a path holds nothing of the kind or something damaged, if two evaluations cannot stand in one
-            table, or if a file is given twice.
+        ValueError: If a path holds no run or something damaged, if two evaluations cannot stand in one table, or if a
+            file is given twice.
     """
     runs: list[Run] = []
     for path in paths:
@@ -147,11 +104,13 @@ def _read_folder(folder: Path) -> list[Run]:
 def _newest_state(folder: Path) -> Path | None:
     if (folder / TRAINER_STATE).is_file():
         return folder / TRAINER_STATE
-    steps = {int(match[1]): path for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))}
-    # One that was cut off while it was written may lack its state.
-    return next(
-        (steps[n] / TRAINER_STATE for n in sorted(steps, reverse=True) if (steps[n] / TRAINER_STATE).is_file()), None
-    )
+    # A checkpoint that was cut off while it was written may lack its state.
+    states = {
+        int(match[1]): path / TRAINER_STATE
+        for path in folder.iterdir()
+        if (match := _CHECKPOINT.fullmatch(path.name)) and (path / TRAINER_STATE).is_file()
+    }
+    return states[max(states)] if states else None
 
 
 def _read_file(path: Path) -> Run:
@@ -171,7 +130,7 @@ def _read_state(path: Path) -> TrainingRun:
         if not (isinstance(steps, int) and isinstance(history, list) and all(isinstance(e, dict) for e in history)):
             raise TypeError
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no state that a trainer saved, or it is damaged.") from error
+        raise ValueError(f"{path} is not a state that a trainer saved, or it is damaged.") from error
     folder = path.resolve().parent
     name = folder.parent.name if _CHECKPOINT.fullmatch(folder.name) else folder.name
     known = isinstance(batch_size, int) and batch_size > 0
@@ -201,7 +160,7 @@ def _read_records(path: Path) -> Run:
             return EvaluationRun(settings.name, str(path), settings, rollouts)
         cells = read_records(path.read_text(encoding="utf-8"))
         if not cells:
-            raise ValueError("There is no whole record yet.")
+            raise ValueError("There is no complete record yet.")
         return ComparisonRun(path.resolve().parent.name, str(path), cells)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -209,13 +168,11 @@ def _read_records(path: Path) -> Run:
 
 def _check_comparable(runs: Sequence[EvaluationRun]) -> None:
     for run in runs[1:]:
-        for name in _SHARED_SETTINGS:
-            one, other = getattr(runs[0].settings, name), getattr(run.settings, name)
-            if one != other:
-                raise ValueError(
-                    f"{runs[0].source} and {run.source} cannot stand in one table: their `{name}` are {one!r} and "
-                    f"{other!r}. Make a report of each."
-                )
+        if found := difference_of_settings(runs[0].settings, run.settings, _SHARED_SETTINGS):
+            raise ValueError(
+                f"{runs[0].source} and {run.source} cannot stand in one table: their `{found[0]}` are {found[1]!r} and "
+                f"{found[2]!r}. Make a report of each."
+            )
     prompts: dict[int, Any] = {}
     for run in runs:
         for record in run.records:
@@ -227,7 +184,7 @@ def _check_comparable(runs: Sequence[EvaluationRun]) -> None:
 
 
 def _with_own_names(runs: Sequence[Run], kind: type[Run]) -> list[Run]:
-    """Runs of one kind. Those that would have one name have their file's path beside it."""
+    """Runs of one kind. Those that would have the same name have their file's path beside it."""
     of_kind = [run for run in runs if isinstance(run, kind)]
     names = [run.name for run in of_kind]
     return [run if names.count(run.name) == 1 else replace(run, name=f"{run.name} ({run.source})") for run in of_kind]

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from ._curves import SMOOTHED_STEPS, logged, rate_band, trailing_means
-from ._figures import colours_by_name, new_figure, number_decades, plain, style_axes
+from ._figures import LIMIT_LINE, colours_by_name, logarithmic_if_wide, new_figure, plain, save, style_axes
 from .runs import TrainingRun
 
 
@@ -17,26 +17,12 @@ BAND_STEPS = 10
 
 @dataclass(frozen=True)
 class TrainingPanel:
-    """
-    One panel of the training curves.
+    """One panel of the training curves."""
 
-    Args:
-        name (`str`):
-            Name of its file.
-        title (`str`):
-            Title.
-        metric (`str`):
-            Logged metric without which there is nothing to draw.
-        draw (`Callable[[Axes, Sequence[TrainingRun], dict[str, str]], None]`):
-            What draws it, given the runs' colours by name.
-        caption (`str`):
-            How to read it.
-    """
-
-    name: str
+    name: str  # of its file
     title: str
-    metric: str
-    draw: Callable[[Axes, Sequence[TrainingRun], dict[str, str]], None]
+    metric: str  # logged; without it there is nothing to draw
+    draw: Callable[[Axes, Sequence[TrainingRun], dict[str, str]], None]  # given the runs' colours by name
     caption: str
 
     def is_logged(self, runs: Sequence[TrainingRun]) -> bool:
@@ -46,7 +32,7 @@ class TrainingPanel:
 
 def plot_training_curves(log_history: Sequence[dict[str, Any]], path: str | Path, title: str) -> None:
     """
-    Draw reward and, where a teacher was there, cost against its limit, satisfaction and multiplier over the optimizer
+    Draw reward and, for a run with a teacher, cost against its limit, satisfaction and multiplier over the optimizer
     steps.
 
     Args:
@@ -65,8 +51,7 @@ def plot_training_curves(log_history: Sequence[dict[str, Any]], path: str | Path
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         panel.draw(axes, runs, colours_by_name([run.name for run in runs]))
         axes.set_title(panel.title)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    save(figure, path, title)
 
 
 def _draw_reward(axes: Axes, runs: Sequence[TrainingRun], colours: dict[str, str]) -> None:
@@ -83,15 +68,12 @@ def _draw_cost(axes: Axes, runs: Sequence[TrainingRun], colours: dict[str, str])
         drawn += [*largest, *logged(run.history, "constraint/cost")[1]]
         # A schedule or an automatic limit moves it.
         steps, limit = logged(run.history, "constraint/limit")
-        axes.plot(steps, limit, color="black", linestyle="--", linewidth=1)
+        axes.plot(steps, limit, **LIMIT_LINE)
         drawn += limit
-    if drawn and min(drawn) > 0 and max(drawn) >= 10 * min(drawn):
-        axes.set_yscale("log")
-        number_decades(axes.yaxis)
-    else:
+    if not logarithmic_if_wide(axes, "y", drawn):
         axes.set_ylim(0, None)
     axes.plot([], [], color="0.4", linewidth=0.8, linestyle=":", label="largest of a rollout")
-    axes.plot([], [], color="black", linewidth=1, linestyle="--", label="limit")
+    axes.plot([], [], label="limit", **LIMIT_LINE)
     _finish(axes, "nats", runs, legend=True)
 
 
@@ -99,10 +81,9 @@ def _draw_satisfaction(axes: Axes, runs: Sequence[TrainingRun], colours: dict[st
     for run in runs:
         steps, rates = logged(run.history, "constraint/satisfaction_rate")
         if run.batch_size is not None and rates:
-            places, low, high = rate_band(rates, run.batch_size, BAND_STEPS)
-            axes.fill_between(
-                [steps[place] for place in places], low, high, color=colours[run.name], alpha=0.18, linewidth=0
-            )
+            indices, *bounds = rate_band(rates, run.batch_size, BAND_STEPS)
+            band = {"color": colours[run.name], "alpha": 0.18, "linewidth": 0}
+            axes.fill_between([steps[index] for index in indices], *bounds, **band)
     _draw_metric(axes, runs, colours, "constraint/satisfaction_rate", BAND_STEPS)
     axes.set_ylim(0, 1.02)
     _finish(axes, "share of rollouts within the limit", runs)
@@ -117,7 +98,7 @@ def _draw_multiplier(axes: Axes, runs: Sequence[TrainingRun], colours: dict[str,
 def _draw_metric(
     axes: Axes, runs: Sequence[TrainingRun], colours: dict[str, str], metric: str, window: int = SMOOTHED_STEPS
 ) -> None:
-    """The logged values faintly, their trailing means over them, and what an evaluation during training gave."""
+    """The logged values faintly, their trailing means over them, and the values of evaluations during training."""
     for run in runs:
         steps, values = logged(run.history, metric)
         if not values:

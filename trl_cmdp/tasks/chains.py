@@ -9,16 +9,8 @@ from typing import Literal
 
 from datasets import Dataset
 
-from .arithmetic import (
-    _check_request,
-    _embedded_model,
-    _is_test,
-    _operands,
-    final_answer_reward,
-    make_tokenizer,
-    valid_steps,
-    worked_solution,
-)
+from ._embedded import check_request, embedded_model, final_answer_reward, is_test, make_tokenizer
+from .arithmetic import operands, valid_steps, worked_solution
 
 
 __all__ = [
@@ -31,7 +23,7 @@ __all__ = [
     "worked_solution",
 ]
 
-# The longest right completion has 57 tokens and its EOS; the rest lets a wrong one come to its end.
+# The longest correct completion has 57 tokens and its EOS; the rest lets a wrong one come to its end.
 MAX_COMPLETION_LENGTH = 64
 _NUM_OPERANDS = {"train": range(3, 6), "test": range(6, 9), "pretrain": range(3, 9)}
 
@@ -56,7 +48,7 @@ def load_problems(n: int, split: Literal["train", "test", "pretrain"], seed: int
     Returns:
         `datasets.Dataset`: Dataset with the string columns `prompt` and `answer`.
     """
-    _check_request(n, split, seed, splits=tuple(_NUM_OPERANDS))
+    check_request(n, split, seed, splits=tuple(_NUM_OPERANDS))
     rng = random.Random(seed)
     # There are too many long chains to enumerate them.
     drawn: dict[int, set[str]] = {length: set() for length in _NUM_OPERANDS[split]}
@@ -64,26 +56,21 @@ def load_problems(n: int, split: Literal["train", "test", "pretrain"], seed: int
     while len(prompts) < n:
         length = rng.choice(_NUM_OPERANDS[split])
         prompt = "+".join(rng.choices("123456789", k=length)) + "="
-        is_test = length in _NUM_OPERANDS["test"] and _is_test(prompt)
-        if is_test != (split == "test") or prompt in drawn[length]:
+        in_test = length in _NUM_OPERANDS["test"] and is_test(prompt)
+        if in_test != (split == "test") or prompt in drawn[length]:
             continue
         prompts.append(prompt)
         drawn[length].add(prompt)
         if len(drawn[length]) == 9**length:
             drawn[length].clear()
-    return Dataset.from_dict({"prompt": prompts, "answer": [str(sum(_operands(prompt))) for prompt in prompts]})
+    return Dataset.from_dict({"prompt": prompts, "answer": [str(sum(operands(prompt))) for prompt in prompts]})
 
 
 def demo_model_path(name: Literal["teacher", "student"]) -> str:
     """
-    Finds an embedded demo model, trained by `examples/scripts/make_demo_models.py chains` on the pretrain split only.
+    Folder of an embedded demo model, trained by `examples/scripts/make_demo_models.py chains` on the pretrain split only.
 
-    Args:
-        name (`str`):
-            `"teacher"` works its answers out and slips now and then; `"student"` often reaches the right answer
-            through wrong steps or none.
-
-    Returns:
-        `str`: Folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load.
+    `"teacher"` works its answers out and slips now and then; `"student"` often reaches the correct answer through wrong
+    steps or none.
     """
-    return _embedded_model("chains_models", name)
+    return embedded_model("chains_models", name)

@@ -1,6 +1,6 @@
 """GSM-Symbolic (arXiv 2410.05229): grade-school word problems made from templates, with worked solutions.
 
-`reasoning-gym` generates them (`pip install "trl-cmdp[math]"`), so there are as many as wanted and no hub is needed.
+`reasoning-gym` generates them (`pip install "trl-cmdp[math]"`), so there are as many as needed, without the hub.
 Templates are held out whole: no template of the split `"test"` is in `"train"`. Problems of `"validation"` are made from
 the templates of `"train"`, with other names and numbers. The hub's own 100 x 50 problems (`apple/GSM-Symbolic`) are
 [`load_hub_problems`].
@@ -104,21 +104,15 @@ def load_problems(
             raise ValueError(
                 f"Only {len(rows)} different problems of {n} were found: ask for fewer, or a wider range."
             )
-        *steps, last = solution.splitlines()
-        if split != _split(question, template) or question in seen or (max_steps and len(steps) > max_steps):
+        if split != _split(question, template) or question in seen:
+            continue
+        row = _row(question, solution, template, conversational)
+        if max_steps is not None and int(row["difficulty"]) > max_steps:
             continue
         if max_number is not None and _largest_number(question + solution) > max_number:
             continue
         seen.add(question)
-        rows.append(
-            {
-                "prompt": _prompt(question, conversational),
-                "answer": last.removeprefix("####").strip(),
-                "solution": solution,
-                "difficulty": str(len(steps)),
-                "template": template,
-            }
-        )
+        rows.append(row)
         if len(rows) == n:
             break
     return Dataset.from_list(rows)
@@ -142,19 +136,7 @@ def load_hub_problems(
         `datasets.Dataset`: Dataset with the columns of [`load_problems`]; `template` is the template's `id`.
     """
     problems = load_dataset(path, name, split="test")
-    rows = []
-    for row in problems:
-        *steps, last = row["answer"].splitlines()
-        rows.append(
-            {
-                "prompt": _prompt(row["question"], conversational),
-                "answer": last.removeprefix("####").strip(),
-                "solution": row["answer"],
-                "difficulty": str(len(steps)),
-                "template": row["id"],
-            }
-        )
-    return Dataset.from_list(rows)
+    return Dataset.from_list([_row(row["question"], row["answer"], row["id"], conversational) for row in problems])
 
 
 def _generate(seed: int) -> Iterator[tuple[str, str, int]]:
@@ -185,7 +167,13 @@ def _split(question: str, template: int) -> str:
     return "validation" if _digest(question) % 8 == 0 else "train"
 
 
-def _prompt(question: str, conversational: bool) -> str | list[dict[str, str]]:
-    if conversational:
-        return [{"role": "user", "content": f"{question}\n{INSTRUCTION}"}]
-    return f"Question: {question}\nAnswer:"
+def _row(question: str, solution: str, template: Any, conversational: bool) -> dict[str, Any]:
+    *steps, last = solution.splitlines()
+    message = {"role": "user", "content": f"{question}\n{INSTRUCTION}"}
+    return {
+        "prompt": [message] if conversational else f"Question: {question}\nAnswer:",
+        "answer": last.removeprefix("####").strip(),
+        "solution": solution,
+        "difficulty": str(len(steps)),
+        "template": template,
+    }

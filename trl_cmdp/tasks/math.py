@@ -41,11 +41,8 @@ def load_problems(
             Number of problems, at least 1, or `None` for the whole split.
         split (`str`):
             `"train"` (7,500 problems), `"test"` (5,000) or `"test500"` (MATH-500).
-        seed (`int`):
-            Seed of the order. The problems of a smaller `n` are the first ones of a larger `n` at the same seed.
-        conversational (`bool`, *optional*, defaults to `False`):
-            Prompts as messages. As text they are `"Problem: ...\nSolution:"`, with the instruction after the problem
-            in both.
+        seed, conversational:
+            As in [`trl_cmdp.tasks.gsm8k.load_problems`]. As text prompts are `"Problem: ...\nSolution:"`.
         path (`str`, *optional*):
             Local folder or file of the same columns (`problem`, `level`, `type`, `solution`, of MATH-500 `problem`,
             `level`, `subject`, `solution`), in place of the Hub. Of MATH-500 its split `"test"` is read.

@@ -1,9 +1,9 @@
-"""Nested expressions with worked steps: a task where the steps have more than one right order.
+"""Nested expressions with worked steps: a task where the steps have more than one correct order.
 
 A problem joins four digits by `+` and `*`, every pair but the outermost one in parentheses, `(3+4)*(2+5)=`. It has at
 least one `*`, and no value on the way to its result is above 99. A worked answer reduces one innermost pair after
 another and then states the result, `3+4=7,2+5=7,7*7=49#49`. As with chained sums, reward alone cannot tell it from a
-right result behind wrong steps or none: [`valid_steps`] can.
+correct result behind wrong steps or none: [`valid_steps`] can.
 """
 
 import re
@@ -13,8 +13,8 @@ from typing import Literal
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from . import arithmetic
-from .arithmetic import _ALPHABET, _check_request, _draw, _embedded_model, _is_test, final_answer_reward
+from . import _embedded
+from ._embedded import ALPHABET, check_request, draw, embedded_model, final_answer_reward, is_test
 
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
     "worked_solution",
 ]
 
-# The longest right completion has 25 tokens and its EOS; the rest lets a wrong one come to its end.
+# The longest correct completion has 25 tokens and its EOS; the rest lets a wrong one come to its end.
 MAX_COMPLETION_LENGTH = 32
 _NUM_OPERANDS = 4
 _MAX_VALUE = 99
@@ -56,7 +56,7 @@ def _expressions(num_operands: int) -> dict[str, int]:
 @lru_cache(maxsize=2)
 def _all_problems(split: str) -> dict[str, str]:
     answers = {f"{text[1:-1]}=": str(value) for text, value in _expressions(_NUM_OPERANDS).items() if "*" in text}
-    return {prompt: answer for prompt, answer in answers.items() if _is_test(prompt) == (split == "test")}
+    return {prompt: answer for prompt, answer in answers.items() if is_test(prompt) == (split == "test")}
 
 
 def _expression(prompt: str) -> str:
@@ -70,33 +70,16 @@ def _expression(prompt: str) -> str:
 
 
 def load_problems(n: int, split: Literal["train", "test"], seed: int) -> Dataset:
-    """
-    Draws problems of one split.
-
-    Whether a problem belongs to the train or to the test split (about one in five) is decided by a hash of its text,
-    so the two never meet, whatever the seed. Problems come in random order without replacement. Only when `n` is
-    larger than the whole split does a second pass over it begin, in a new order.
-
-    Args:
-        n (`int`):
-            Number of problems, at least 1.
-        split (`str`):
-            Either `"train"` or `"test"`.
-        seed (`int`):
-            Seed of the order. The problems of a smaller `n` are the first ones of a larger `n` at the same seed.
-
-    Returns:
-        `datasets.Dataset`: Dataset with the string columns `prompt` and `answer`.
-    """
-    _check_request(n, split, seed, splits=("train", "test"))
+    """Draws problems of one split, with the arguments and the columns of [`trl_cmdp.tasks.arithmetic.load_problems`]."""
+    check_request(n, split, seed, splits=("train", "test"))
     answers = _all_problems(split)
-    prompts = _draw(tuple(answers), n, seed)
+    prompts = draw(tuple(answers), n, seed)
     return Dataset.from_dict({"prompt": prompts, "answer": [answers[prompt] for prompt in prompts]})
 
 
 def worked_solution(prompt: str) -> str:
     """
-    Writes the right answer that shows every step and always reduces the leftmost innermost pair.
+    Writes the correct answer that shows every step and always reduces the leftmost innermost pair.
 
     Args:
         prompt (`str`):
@@ -128,7 +111,7 @@ def valid_steps(prompt: str, completion: str) -> bool:
             Answer without special tokens.
 
     Returns:
-        `bool`: `True` if all steps and the final answer are there and right. An answer without steps is not valid.
+        `bool`: `True` if all steps and the final answer are there and correct. An answer without steps is not valid.
     """
     expression = _expression(prompt)
     steps, _, stated = completion.partition("#")
@@ -149,19 +132,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     Returns:
         `transformers.PreTrainedTokenizerFast`: Tokenizer that pads on the left.
     """
-    return arithmetic.make_tokenizer(f"{_ALPHABET}*()")
+    return _embedded.make_tokenizer(f"{ALPHABET}*()")
 
 
 def demo_model_path(name: Literal["teacher", "student"]) -> str:
     """
-    Finds an embedded demo model, trained by `examples/scripts/make_demo_models.py nested` on train problems only.
+    Folder of an embedded demo model, trained by `examples/scripts/make_demo_models.py nested` on train problems only.
 
-    Args:
-        name (`str`):
-            `"teacher"` works its answers out and slips now and then; `"student"` often states a result at a glance
-            behind wrong steps or none.
-
-    Returns:
-        `str`: Folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load.
+    `"teacher"` works its answers out and slips now and then; `"student"` often states a result at a glance behind wrong
+    steps or none.
     """
-    return _embedded_model("nested_models", name)
+    return embedded_model("nested_models", name)

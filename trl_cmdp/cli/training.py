@@ -1,0 +1,28 @@
+"""`trl-cmdp constrained | lagrangian | gkd | minillm`: train a student, with the arguments of its config."""
+
+import argparse
+from functools import partial
+
+from ._run import distill_class
+
+
+COMMANDS = {
+    "constrained": "train for reward, under a limit on the divergence from the teacher",
+    "lagrangian": "train for reward minus a multiplier times the divergence",
+    "gkd": "imitate the teacher, on the student's own rollouts or others",
+    "minillm": "imitate the teacher by the reverse KL of whole sequences",
+}
+
+
+def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the commands to the command line."""
+    for command, description in COMMANDS.items():
+        parser = commands.add_parser(command, help=description, add_help=False)
+        parser.set_defaults(run=partial(_run, command), trains=True)
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    # Imported here: `trl-cmdp --help` should not wait for torch and TRL.
+    from ._train import run_training
+
+    return run_training(command, distill_class(command, "Trainer"), arguments)
