@@ -169,16 +169,21 @@ def history(trainer: GRPOTrainer, name: str) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
+def metrics(trainer: GRPOTrainer) -> dict[str, float]:
+    """What the trainer would log now, of all rollouts and losses since it last did."""
+    trainer.log({})
+    return trainer.state.log_history[-1]
+
+
 def weights(trainer: GRPOTrainer) -> dict[str, torch.Tensor]:
     """Copy of the student's parameters."""
     return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
 
 
-def assert_same_weights(trainer: GRPOTrainer, other: GRPOTrainer) -> None:
-    """The students are equal, bit for bit."""
+def same_weights(trainer: GRPOTrainer, other: GRPOTrainer) -> bool:
+    """Whether the students are equal, bit for bit."""
     found, expected = weights(trainer), weights(other)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def random_completions(count: int, seed: int = 0, longest: int = 6, vocab_size: int = VOCAB) -> list:
