@@ -325,16 +325,21 @@ def token_factors(trainer: GRPOTrainer, batch: dict) -> torch.Tensor:
 
 
 def assert_gradient_is_dense(
-    trainer: GRPOTrainer, batches: list[dict], costs: Callable = dense_costs, tolerance: float = 1e-5
+    trainer: GRPOTrainer,
+    batches: list[dict],
+    *,
+    costs: Callable = dense_costs,
+    coefficient: float = 1.0,
+    tolerance: float = 1e-5,
 ) -> None:
     """
-    Loss and gradients are those of TRL's own loss, as it is without us, plus Σ factor·weight·cost over all tokens, from
-    full logits in float64. `costs` is what is differentiated, given what [`dense_costs`] is.
+    Loss and gradients are those of TRL's own loss, as it is without us, plus coefficient·Σ factor·weight·cost over all
+    tokens, from full logits in float64. `costs` is what is differentiated, given what [`dense_costs`] is.
     """
     loss, gradients = loss_and_gradients(trainer, batches)
     own_batches = [{name: value for name, value in batch.items() if name != "divergence_weights"} for batch in batches]
     own_loss, own = loss_and_gradients(trainer, own_batches)
-    distilled = sum(
+    distilled = coefficient * sum(
         (
             token_factors(trainer, batch)
             * batch["divergence_weights"]

@@ -22,8 +22,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EQUAL_TO_GRPO = "tests/trainers/test_drop_in.py::TestEqualToGRPO::test_without_teacher_and_with_unreachable_limit"
 TESTS = [
     "tests/trainers/test_trl_hooks.py",
-    f"{EQUAL_TO_GRPO}[grpo-1-full]",
-    f"{EQUAL_TO_GRPO}[dapo-2-lora]",
+    f"{EQUAL_TO_GRPO}[grpo-1-False]",
+    f"{EQUAL_TO_GRPO}[dapo-1-True]",
     "tests/trainers/test_drop_in.py::TestEqualToGRPO::test_a_reachable_limit_is_not_grpo",
     "tests/trainers/test_checkpoint.py::test_saved_student_loads_with_transformers_alone",
 ]
