@@ -2,6 +2,9 @@
 
 import inspect
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -162,6 +165,20 @@ def run(*args, **kwargs) -> GRPOTrainer:
     trainer = make_trainer(*args, **kwargs)
     trainer.train()
     return trainer
+
+
+def run_python(*arguments: str | Path, timeout: float | None = None) -> subprocess.CompletedProcess:
+    """Another Python process, which imports what this one does."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def run_processes(count: int, script: Path, *arguments: str | Path) -> None:
+    """A script in several processes that know of one another. One that waits for another for ever fails here."""
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", str(count), "--rdzv_backend", "c10d")
+    done = run_python(*launcher, "--rdzv_endpoint", "localhost:0", script, *arguments, timeout=150 * count)
+    assert done.returncode == 0, done.stderr
 
 
 def history(trainer: GRPOTrainer, name: str) -> list[float]:

@@ -1,15 +1,12 @@
 """A run that stops anywhere goes on to the same weights and the same log, and cut-off checkpoints are passed over."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import transformers.trainer
-from helpers import length_reward, make_dataset, make_lora, make_teacher, make_trainer, same_weights
+from helpers import length_reward, make_dataset, make_lora, make_teacher, make_trainer, run_processes, same_weights
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
@@ -20,9 +17,6 @@ from trl_cmdp import (
     MiniLLMDistillTrainer,
 )
 from trl_cmdp.trainers._resume import check_whole, last_whole_checkpoint
-
-
-SCRIPT = Path(__file__).parent / "scripts" / "resume_two_processes.py"
 
 
 class Stop(TrainerCallback):
@@ -145,12 +139,7 @@ def test_between_generations(tmp_path, stop, settings):
 
 
 def test_two_processes(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(SCRIPT), str(tmp_path)]
-    paths = os.pathsep.join([str(SCRIPT.parents[1]), str(SCRIPT.parents[2])])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    run_processes(2, Path(__file__).parent / "scripts" / "resume_two_processes.py", tmp_path)
     assert (tmp_path / "same_0").exists()
     assert (tmp_path / "same_1").exists()
 
