@@ -12,7 +12,7 @@ from itertools import product
 import pytest
 import torch
 from datasets import Dataset
-from helpers import EOS, make_model, make_tokenizer, make_trainer, relative_error, scripted
+from helpers import EOS, gradients_of, make_model, make_tokenizer, make_trainer, relative_error, scripted
 
 import trl_cmdp.trainers.constrained_trainer as constrained_trainer
 from trl_cmdp.core import infeasible_steps, rollout_cost, token_divergence
@@ -134,15 +134,6 @@ class Problem:
         return total
 
 
-def gradient(value: torch.Tensor, model) -> dict[str, torch.Tensor]:
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-    return {
-        name: torch.zeros_like(parameter) if grad is None else grad
-        for name, parameter, grad in zip(names, parameters, gradients, strict=True)
-    }
-
-
 def trainer_gradient(tmp_path, student, teacher, problem, scope, credit_assignment, beta, coefficient):
     """−H·∇(the trainer's loss), averaged over all groups with their probabilities."""
     pairs = list(product(range(len(SEQUENCES)), repeat=2))
@@ -154,7 +145,8 @@ def trainer_gradient(tmp_path, student, teacher, problem, scope, credit_assignme
         reward_funcs=lambda completion_ids, **kwargs: [table[tuple(ids)] for ids in completion_ids],
         train_dataset=Dataset.from_dict({"prompt": [PROMPT]}),
         tokenizer=make_tokenizer("0"),
-        trainer_kwargs={"teacher_model": teacher, "rollout_func": scripted([SEQUENCES[index] for index in rows])},
+        teacher_model=teacher,
+        rollout_func=scripted([SEQUENCES[index] for index in rows]),
         per_device_train_batch_size=len(rows),
         num_generations=2,
         max_completion_length=HORIZON,
@@ -208,8 +200,8 @@ def test_gradient_is_that_of_the_enumerated_objective(tmp_path, models, scope, c
     assert problem.gap > 1e-3  # no cost so close to the limit that rounding decides
     assert problem.probabilities.sum().item() == pytest.approx(1.0, abs=1e-9)  # every sequence is listed
 
-    score = gradient(problem.score_part(credit_assignment), student)
-    surrogate = gradient(problem.surrogate(credit_assignment), student)
+    score = gradients_of(problem.score_part(credit_assignment), student)
+    surrogate = gradients_of(problem.surrogate(credit_assignment), student)
     expected = add(score, surrogate, 0.5)
     ours = trainer_gradient(tmp_path, student, teacher, problem, scope, credit_assignment, beta, coefficient=1.0)
     assert relative_error(ours, expected) < 1e-4
@@ -226,8 +218,8 @@ def test_explicit_part_with_exact_weights(tmp_path, models, monkeypatch, scope, 
     problem = Problem(student, teacher, scope, 1.0)
     monkeypatch.setattr(constrained_trainer, "violation_weights", exact_weights)
     expected = add(
-        gradient(problem.score_part(credit_assignment), student),
-        gradient(problem.explicit_part(credit_assignment), student),
+        gradients_of(problem.score_part(credit_assignment), student),
+        gradients_of(problem.explicit_part(credit_assignment), student),
         0.5,
     )
     ours = trainer_gradient(tmp_path, student, teacher, problem, scope, credit_assignment, 1.0, coefficient=1.0)
@@ -238,15 +230,15 @@ def test_surrogate_is_exact_for_sum(models):
     """For scope "sum" in the trajectory form the surrogate is the explicit part itself."""
     student, teacher = models
     problem = Problem(student, teacher, "sum", 1.0)
-    surrogate = gradient(problem.surrogate("trajectory"), student)
-    assert relative_error(surrogate, gradient(problem.explicit_part("trajectory"), student)) < 1e-9
+    surrogate = gradients_of(problem.surrogate("trajectory"), student)
+    assert relative_error(surrogate, gradients_of(problem.explicit_part("trajectory"), student)) < 1e-9
 
 
 def test_coefficient_scales_the_explicit_part_alone(tmp_path, models):
     student, teacher = models
     problem = Problem(student, teacher, "mean", 1.0)
-    score = gradient(problem.score_part("trajectory"), student)
-    surrogate = gradient(problem.surrogate("trajectory"), student)
+    score = gradients_of(problem.score_part("trajectory"), student)
+    surrogate = gradients_of(problem.surrogate("trajectory"), student)
     for coefficient in (0.0, 0.25):
         ours = trainer_gradient(
             tmp_path / str(coefficient), student, teacher, problem, "mean", "trajectory", 1.0, coefficient

@@ -15,13 +15,14 @@ from helpers import (
     loss_and_gradients,
     make_model,
     make_rows,
+    make_scripted_trainer,
     make_teacher,
     make_tokenizer,
     make_trainer,
     micro_batches,
     random_completions,
     relative_error,
-    scripted,
+    save_model,
     weights,
 )
 from transformers import TrainerCallback
@@ -30,16 +31,12 @@ from trl_cmdp import ConstrainedDistillTrainer, GKDDistillTrainer, LagrangianDis
 from trl_cmdp.teachers import TeacherServerError
 
 
-LIMIT = 2.4  # about half of the scripted rollouts violate it
 LOG_PROBS_ONLY = {"cost": "log_ratio", "violation_distill_coef": 0.0}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("teacher")
-    make_teacher().save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
-    return str(path)
+    return save_model(tmp_path_factory.mktemp("teacher"), make_teacher(), make_tokenizer())
 
 
 @pytest.fixture
@@ -54,25 +51,16 @@ def completion_server(folder):
         yield server
 
 
-def build(tmp_path, server, trainer_class=ConstrainedDistillTrainer, *, trainer_kwargs=None, **kwargs):
+def build(tmp_path, server, trainer_class=ConstrainedDistillTrainer, **kwargs):
     """Trainer on scripted rollouts. Without a server the same teacher is in this process."""
-    if server is None:
-        trainer_kwargs = {"teacher_model": make_teacher(), **(trainer_kwargs or {})}
-    else:
-        kwargs = {"teacher_model_server_url": server.url, "teacher_model_server_api_key": server.key, **kwargs}
-    return make_trainer(
-        tmp_path,
-        trainer_class,
-        model=make_model(spread=0.4),
-        trainer_kwargs={"rollout_func": scripted(random_completions(8)), **(trainer_kwargs or {})},
-        **{
-            "cost_limit": LIMIT,
-            "gradient_accumulation_steps": 2,
-            "teacher_model_server_timeout": 5,
-            "teacher_model_server_max_wait": 2,
-            **kwargs,
-        },
-    )
+    settings = {"teacher_model_server_timeout": 5, "teacher_model_server_max_wait": 2}
+    if server is not None:
+        settings |= {
+            "teacher_model": None,
+            "teacher_model_server_url": server.url,
+            "teacher_model_server_api_key": server.key,
+        }
+    return make_scripted_trainer(tmp_path, trainer_class, **{**settings, **kwargs})
 
 
 @pytest.mark.parametrize(
@@ -108,7 +96,7 @@ def test_tool_tokens_are_not_scored(tmp_path, monkeypatch, exact_server):
     env_mask = [[index % 3 != 1 for index, _ in enumerate(completion)] for completion in completions]
     costs = []
     for server in (None, exact_server):
-        trainer = build(tmp_path, server, trainer_kwargs={"rollout_func": scripted(completions, env_mask)})
+        trainer = build(tmp_path, server, env_mask=env_mask)
         captured = capture_rollouts(trainer, monkeypatch)
         micro_batches(trainer, make_rows(8))
         costs.append(captured[0].costs[captured[0].mask])
@@ -177,7 +165,7 @@ def restarted(server, folder):
 def train(tmp_path, server, action=None, **kwargs):
     callbacks = [] if action is None else [AtStep(2, action)]
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "teacher_model_server_max_wait": 10}
-    return build(tmp_path, server, trainer_kwargs={"callbacks": callbacks}, **{**settings, **kwargs})
+    return build(tmp_path, server, callbacks=callbacks, **{**settings, **kwargs})
 
 
 def test_training_goes_on_after_the_server_was_away(tmp_path, folder, exact_server):
@@ -272,11 +260,9 @@ class TestBadInput:
             )
 
     def test_head_of_another_model(self, tmp_path, exact_server):
-        other = tmp_path / "other"
-        make_teacher(hidden_size=20).save_pretrained(other)
-        make_tokenizer().save_pretrained(other)
+        other = save_model(tmp_path / "other", make_teacher(hidden_size=20), make_tokenizer())
         with pytest.raises(TeacherServerError, match="they are different models"):
-            build(tmp_path, exact_server, trainer_kwargs={"teacher_model": str(other)})
+            build(tmp_path, exact_server, teacher_model=other)
 
     def test_checkpoint_by_path(self, tmp_path, folder, exact_server):
         """Where the server's own path cannot be read here."""
@@ -284,12 +270,12 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"config cannot be read from '/not/here'.* Pass the checkpoint"):
             build(tmp_path, exact_server)
         copy = shutil.copytree(folder, tmp_path / "copy")
-        trainer = build(tmp_path, exact_server, trainer_kwargs={"teacher_model": str(copy)})
+        trainer = build(tmp_path, exact_server, teacher_model=str(copy))
         assert micro_batches(trainer, make_rows(8))
 
     def test_teacher_as_instance(self, tmp_path, exact_server):
         with pytest.raises(ValueError, match="the server runs the teacher"):
-            build(tmp_path, exact_server, trainer_kwargs={"teacher_model": make_teacher()})
+            build(tmp_path, exact_server, teacher_model=make_teacher())
 
     def test_beside_an_adapter(self, tmp_path, exact_server):
         with pytest.raises(ValueError, match="leave out `teacher_model` and `teacher_model_server_url`, or it"):
@@ -321,7 +307,7 @@ class TestBadInput:
 
     def test_sampling_from_a_server(self, tmp_path, exact_server):
         with pytest.raises(ValueError, match="samples completions from the teacher"):
-            build(tmp_path, exact_server, MiniLLMDistillTrainer, trainer_kwargs={"rollout_func": None})
+            build(tmp_path, exact_server, MiniLLMDistillTrainer, rollout_func=None)
 
     def test_nan_from_the_server(self, tmp_path, exact_server):
         trainer = build(tmp_path, exact_server)
