@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
@@ -283,6 +284,13 @@ def loss_and_gradients(trainer: GRPOTrainer, batches: list[dict]) -> tuple[float
     return total, gradients
 
 
+def flops_of_loss(trainer: GRPOTrainer, batches: list[dict]) -> int:
+    """Floating-point operations of one optimizer step's losses and gradients."""
+    with FlopCounterMode(display=False) as counter:
+        loss_and_gradients(trainer, batches)
+    return counter.get_total_flops()
+
+
 def capture_rollouts(trainer: GRPOTrainer, monkeypatch) -> list:
     """What the trainer hands its signal from now on, one entry per generation batch."""
     captured = []
@@ -369,4 +377,4 @@ def assert_gradient_is_dense(
     assert math.isclose(loss, own_loss + distilled.item(), rel_tol=tolerance, abs_tol=tolerance)
     assert relative_error(gradients, expected) < tolerance
     # Neither part is so small that its absence would not be seen.
-    assert min(relative_error(own, expected), relative_error(divergence, expected)) > 0.01
+    assert min(relative_error(own, expected), relative_error(divergence, expected)) > 2 * tolerance

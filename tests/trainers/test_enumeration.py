@@ -15,7 +15,14 @@ from datasets import Dataset
 from helpers import EOS, gradients_of, make_model, make_tokenizer, make_trainer, relative_error, scripted
 
 import trl_cmdp.trainers.constrained_trainer as constrained_trainer
-from trl_cmdp.core import infeasible_steps, rollout_cost, token_divergence
+from trl_cmdp.core import (
+    infeasible_steps,
+    modified_reward,
+    rollout_cost,
+    token_divergence,
+    token_modified_rewards,
+    violation_weights,
+)
 
 
 VOCAB = 3  # <pad>, which is a token like any other here, <eos>, and one character
@@ -84,35 +91,11 @@ class Problem:
         self.cost_limit = (cost[widest] + cost[widest + 1]).item() / 2
 
     def returns(self, credit_assignment: str, costs: torch.Tensor) -> torch.Tensor:
-        """Modified return of each sequence, by the formulas of DESIGN section 1, step by step."""
-        returns = []
-        for row, length in enumerate(LENGTHS.tolist()):
-            step_costs = costs[row, :length]
-
-            def cost_of(prefix):
-                if len(prefix) == 0:
-                    return torch.zeros((), dtype=costs.dtype)
-                if self.scope == "sum":
-                    return prefix.sum()
-                if self.scope == "mean":
-                    return prefix.mean()
-                return torch.stack([prefix[:k].mean() for k in range(1, len(prefix) + 1)]).max()
-
-            total = cost_of(step_costs)
-            feasible = total.item() <= self.cost_limit
-            if credit_assignment == "trajectory":
-                returns.append(REWARDS[row] if feasible else -(PENALTY + total))
-                continue
-            value = torch.zeros((), dtype=costs.dtype)
-            for t in range(length):
-                if t == length - 1:
-                    value = value + (REWARDS[row] if feasible else -(PENALTY + step_costs[t]) / HORIZON)
-                elif cost_of(step_costs[:t]).item() > self.cost_limit:
-                    value = value - (PENALTY + step_costs[t]) / HORIZON
-            if not feasible:
-                value = value - (HORIZON - length) * (PENALTY + total) / HORIZON
-            returns.append(value)
-        return torch.stack(returns)
+        """Modified return of each sequence, by functions that tests/core holds to the formulas, step by step."""
+        arguments = (REWARDS, costs, MASK, self.cost_limit, PENALTY, self.scope)
+        if credit_assignment == "trajectory":
+            return modified_reward(*arguments)
+        return token_modified_rewards(*arguments, horizon=HORIZON).sum(1)
 
     def score_part(self, credit_assignment: str) -> torch.Tensor:
         return (self.probabilities * self.returns(credit_assignment, self.costs).detach()).sum()
@@ -122,16 +105,8 @@ class Problem:
 
     def surrogate(self, credit_assignment: str) -> torch.Tensor:
         """−Σ_y π(y) Σ_t w_t D_t with w_t of DESIGN: violating rollouts, or infeasible steps."""
-        total = torch.zeros((), dtype=torch.float64)
-        for row, length in enumerate(LENGTHS.tolist()):
-            costs, mask = self.costs[row : row + 1], MASK[row : row + 1]
-            violated = rollout_cost(costs, mask, self.scope).item() > self.cost_limit
-            for t in range(length):
-                prefix = torch.arange(HORIZON).unsqueeze(0) < t
-                prefix_violated = rollout_cost(costs, prefix, self.scope).item() > self.cost_limit
-                if violated if credit_assignment == "trajectory" or t == length - 1 else prefix_violated:
-                    total = total - self.probabilities[row].detach() * self.costs[row, t]
-        return total
+        weights = violation_weights(self.costs.detach(), MASK, self.cost_limit, self.scope, credit_assignment)
+        return -(self.probabilities.detach() * (weights * self.costs).sum(1)).sum()
 
 
 def trainer_gradient(tmp_path, student, teacher, problem, scope, credit_assignment, beta, coefficient):

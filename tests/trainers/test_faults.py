@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from helpers import history, length_reward, make_teacher, make_trainer, run, run_python, same_weights, weights
+from helpers import length_reward, make_teacher, make_trainer, run_python, same_weights, weights
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -24,11 +24,16 @@ def build(folder: Path, **kwargs) -> ConstrainedDistillTrainer:
     return make_trainer(folder, teacher_model=make_teacher(), **{**SAVING, **kwargs})
 
 
-def trained_to_the_end(folder: Path, **kwargs) -> ConstrainedDistillTrainer:
-    """The run that nothing befell."""
+def train(folder: Path, **kwargs) -> ConstrainedDistillTrainer:
     trainer = build(folder, **kwargs)
     trainer.train()
     return trainer
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> ConstrainedDistillTrainer:
+    """The run that nothing befell."""
+    return train(tmp_path_factory.mktemp("undisturbed"))
 
 
 def resume(folder: Path, **kwargs) -> ConstrainedDistillTrainer:
@@ -39,48 +44,36 @@ def resume(folder: Path, **kwargs) -> ConstrainedDistillTrainer:
     return trainer
 
 
-class TestReward:
-    """A reward function that fails at its third call, after two checkpoints."""
+@pytest.mark.parametrize(
+    ("third", "error", "message"),
+    [
+        (lambda completions: 1 / 0, ZeroDivisionError, "division by zero"),
+        (
+            lambda completions: [1.0] * (len(completions) - 1),
+            ValueError,
+            "returned 3 rewards, but 4 were expected",
+        ),
+        (lambda completions: [math.inf] * len(completions), ValueError, "reaches the violation penalty"),
+    ],
+    ids=["raises", "wrong-length", "infinite"],
+)
+def test_failing_reward(tmp_path, undisturbed, third, error, message):
+    """At its third call, after two checkpoints, of which the last is whole."""
+    calls = []
 
-    @pytest.mark.parametrize(
-        ("third", "error", "message"),
-        [
-            (lambda completions: 1 / 0, ZeroDivisionError, "division by zero"),
-            (
-                lambda completions: [1.0] * (len(completions) - 1),
-                ValueError,
-                "returned 3 rewards, but 4 were expected",
-            ),
-            (lambda completions: [math.inf] * len(completions), ValueError, "reaches the violation penalty"),
-        ],
-        ids=["raises", "wrong-length", "infinite"],
-    )
-    def test_stops_with_the_checkpoint_whole(self, tmp_path, third, error, message):
-        calls = []
+    def reward(completions, **kwargs):
+        calls.append(None)
+        return third(completions) if len(calls) == 3 else length_reward(completions)
 
-        def reward(completions, **kwargs):
-            calls.append(None)
-            return third(completions) if len(calls) == 3 else length_reward(completions)
-
-        with pytest.raises(error, match=message):
-            trained_to_the_end(tmp_path / "failed", reward_funcs=reward)
-        assert get_last_checkpoint(tmp_path / "failed").endswith("checkpoint-2")
-        assert same_weights(resume(tmp_path / "failed"), trained_to_the_end(tmp_path / "whole"))
-
-    def test_nan_counts_as_no_verdict(self, tmp_path):
-        """As TRL has it: such rollouts teach no reward, and are not judged."""
-
-        def reward(completions, **kwargs):
-            return [math.nan, *length_reward(completions[1:])]
-
-        trainer = run(tmp_path, reward_funcs=reward, teacher_model=make_teacher(), cost_limit=1.7)
-        assert history(trainer, "constraint/unjudged_frac") == [0.25, 0.25]
-        assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    with pytest.raises(error, match=message):
+        train(tmp_path / "failed", reward_funcs=reward)
+    assert get_last_checkpoint(tmp_path / "failed").endswith("checkpoint-2")
+    assert same_weights(resume(tmp_path / "failed"), undisturbed)
 
 
 # The first file that is too large: the weights, and the optimizer's state, which is written after them.
 @pytest.mark.parametrize("size", [1000, 10_000])
-def test_disk_full_while_saving(tmp_path, monkeypatch, size):
+def test_disk_full_while_saving(tmp_path, monkeypatch, undisturbed, size):
     """
     The error says so; the run goes on from the checkpoint before. While the third one is written no file may grow beyond
     a size, which is how this process sees a disk that is full.
@@ -100,7 +93,7 @@ def test_disk_full_while_saving(tmp_path, monkeypatch, size):
     with pytest.raises(RuntimeError, match=r"checkpoint-3 could not be written \(.*MiB are free .* make room"):
         trainer.train()
     AutoModelForCausalLM.from_pretrained(tmp_path / "full" / "checkpoint-2")
-    assert same_weights(resume(tmp_path / "full"), trained_to_the_end(tmp_path / "whole"))
+    assert same_weights(resume(tmp_path / "full"), undisturbed)
 
 
 class TestOutOfMemory:
@@ -121,19 +114,18 @@ class TestOutOfMemory:
             monkeypatch.setattr(_forward, name, limited)
         return memory
 
-    def test_goes_on_in_smaller_tiles(self, tmp_path, memory, caplog):
-        expected = trained_to_the_end(tmp_path / "whole")
+    def test_goes_on_in_smaller_tiles(self, tmp_path, undisturbed, memory, caplog):
         memory["mb"] = 64  # a quarter of the default
-        found = trained_to_the_end(tmp_path / "scarce")
+        found = train(tmp_path / "scarce")
         assert caplog.text.count("memory ran out in the divergence") == 1  # and not at each step anew
-        torch.testing.assert_close(weights(found), weights(expected), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(weights(found), weights(undisturbed), rtol=1e-5, atol=1e-6)
 
     def test_ends_in_one_error(self, tmp_path, memory):
         memory["mb"] = 8
         with pytest.raises(
             torch.OutOfMemoryError, match=r"also in tiles of 64 MB\. Lower `per_device_train_batch_size`"
         ):
-            trained_to_the_end(tmp_path)
+            train(tmp_path)
 
 
 def test_two_runs_on_one_folder(tmp_path):
@@ -142,10 +134,10 @@ def test_two_runs_on_one_folder(tmp_path):
         FileLock(tmp_path / "_run.lock"),
         pytest.raises(RuntimeError, match=r"Another run is training into .*give this one another `output_dir`"),
     ):
-        trained_to_the_end(tmp_path)
+        train(tmp_path)
     assert get_last_checkpoint(tmp_path) is None
     for _ in range(2):
-        trained_to_the_end(tmp_path, max_steps=1)
+        train(tmp_path, max_steps=1)
 
 
 class Terminate(TrainerCallback):
@@ -165,13 +157,13 @@ print("went on after training")
 """
 
 
-def test_sigterm(tmp_path):
+def test_sigterm(tmp_path, undisturbed):
     """A checkpoint of the step under way, then the process ends by the signal; resumed, it is as if nothing was."""
     done = run_python("-c", TERMINATED, tmp_path / "told")
     assert done.returncode == -signal.SIGTERM, done.stderr
     assert "went on" not in done.stdout
     assert get_last_checkpoint(tmp_path / "told").endswith("checkpoint-3")
-    assert same_weights(resume(tmp_path / "told", save_steps=100), trained_to_the_end(tmp_path / "whole"))
+    assert same_weights(resume(tmp_path / "told", save_steps=100), undisturbed)
 
 
 def test_a_program_that_handles_sigterm_itself_trains_again(tmp_path):
@@ -197,6 +189,6 @@ def test_sigterm_is_handled_only_while_training(tmp_path):
         def on_step_begin(self, args, state, control, **kwargs):
             seen.append(signal.getsignal(signal.SIGTERM))
 
-    trained_to_the_end(tmp_path, callbacks=[Look()], max_steps=1)
+    train(tmp_path, callbacks=[Look()], max_steps=1)
     assert before not in seen
     assert signal.getsignal(signal.SIGTERM) == before

@@ -8,14 +8,13 @@ import torch
 from helpers import (
     LIMIT,
     assert_gradient_is_dense,
-    loss_and_gradients,
+    flops_of_loss,
     make_lora,
     make_rows,
     make_scripted_trainer,
     micro_batches,
     random_completions,
 )
-from torch.utils.flop_counter import FlopCounterMode
 
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
@@ -87,6 +86,10 @@ def test_in_evaluation(tmp_path, loss_type):
         {"beta": 0.1, "lora": True},
         {"cast_lm_head_to_fp32": True},
         {"gradient_checkpointing": True},
+        {"scale_rewards": "batch", "constraint_aggregation": "sum_then_normalize", "cost_scope": "sum"},
+        {"scale_rewards": "none", "constraint_aggregation": "lexicographic", "cost_scope": "worst_prefix"},
+        {"env_mask": [[index % 3 != 1 for index, _ in enumerate(ids)] for ids in random_completions(8)]},
+        {"divergence_memory_mb": 1e-6},
     ],
     ids=lambda settings: "-".join(settings),
 )
@@ -100,10 +103,7 @@ def test_nothing_is_projected_twice(tmp_path):
 
     def flops(**settings) -> int:
         trainer = build(tmp_path, **settings)
-        batches = micro_batches(trainer, make_rows(8))
-        with FlopCounterMode(display=False) as counter:
-            loss_and_gradients(trainer, batches)
-        return counter.get_total_flops()
+        return flops_of_loss(trainer, micro_batches(trainer, make_rows(8)))
 
     for credit_assignment, loss_types in (("trajectory", LOSS_TYPES[::2]), ("token", LOSS_TYPES[1::2])):
         bonus = flops(entropy_coef=0.1, credit_assignment=credit_assignment)

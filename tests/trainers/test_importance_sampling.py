@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import (
     assert_gradient_is_dense,
+    flops_of_loss,
     loss_and_gradients,
     make_lora,
     make_model,
@@ -15,7 +16,6 @@ from helpers import (
     random_completions,
     relative_error,
 )
-from torch.utils.flop_counter import FlopCounterMode
 
 
 COMPLETIONS = random_completions(8)
@@ -97,10 +97,7 @@ def test_nothing_is_projected_twice(tmp_path):
     flops = []
     for mode in (None, "token_truncate", "sequence_mask"):
         trainer = build(tmp_path, mode)
-        batches = micro_batches(trainer, make_rows(8))
-        with FlopCounterMode(display=False) as counter:
-            loss_and_gradients(trainer, batches)
-        flops.append(counter.get_total_flops())
+        flops.append(flops_of_loss(trainer, micro_batches(trainer, make_rows(8))))
     assert flops[0] == flops[1] == flops[2]
 
 

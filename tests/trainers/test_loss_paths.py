@@ -7,8 +7,6 @@ import torch
 from helpers import (
     EOS,
     capture_rollouts,
-    dense_costs,
-    gradients_of,
     history,
     loss_and_gradients,
     make_lora,
@@ -191,32 +189,6 @@ class TestLora:
 
 class TestMasks:
     COMPLETIONS = ([2, 3, 4, 5, 6, EOS], [7, 8, 9, EOS], [2, 4, EOS], [5, 5, 5, 5, 5, 5])
-    ENV_MASK = ([1, 1, 0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1], [1, 0, 1, 0, 1, 0])
-
-    @pytest.mark.parametrize("memory_mb", [256, 1e-6])
-    def test_tool_mask(self, tmp_path, monkeypatch, memory_mb):
-        """Tokens that a tool wrote cost nothing and are imitated by nobody."""
-        trainer = make_scripted_trainer(
-            tmp_path,
-            completions=self.COMPLETIONS,
-            env_mask=self.ENV_MASK,
-            cost_limit=1e-9,
-            divergence_memory_mb=memory_mb,
-        )
-        captured = capture_rollouts(trainer, monkeypatch)
-        rows = make_rows(4)
-        batch = trainer._generate_and_score_completions(rows)
-        mask = torch.zeros(4, 6, dtype=torch.long)
-        for row, tokens in enumerate(self.ENV_MASK):
-            mask[row, : len(tokens)] = torch.tensor(tokens)
-        assert torch.equal(captured[0].mask.long(), mask)
-        costs = dense_costs(trainer.model, trainer.teacher_model, batch) * mask
-        torch.testing.assert_close(captured[0].costs.double(), costs.detach(), rtol=1e-4, atol=1e-6)
-
-        batches = micro_batches(trainer, rows)
-        batches[0]["advantages"] = torch.zeros(4)
-        _, gradients = loss_and_gradients(trainer, batches)
-        assert relative_error(gradients, gradients_of(costs.sum() / mask.sum(), trainer.model)) < 1e-5
 
     @pytest.mark.parametrize("credit_assignment", ["trajectory", "token"])
     @pytest.mark.parametrize("aggregation", ["lexicographic", "sum_then_normalize"])
@@ -258,9 +230,10 @@ class TestRewards:
         )
         assert rewards.tolist() == [2.5, 1.0, 1.5, 4.0]
 
-    def test_none_from_every_function(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("unscored", [None, math.nan])
+    def test_unscored_by_every_function(self, tmp_path, monkeypatch, unscored):
         """A rollout that no function scored is unjudged: NaN, advantage 0, and no part of any mean."""
-        rewards, advantages, logged = self.capture(tmp_path, monkeypatch, lambda **kwargs: [1.0, None, 2.0, 3.0])
+        rewards, advantages, logged = self.capture(tmp_path, monkeypatch, lambda **kwargs: [1.0, unscored, 2.0, 3.0])
         assert rewards.isnan().tolist() == [False, True, False, False]
         torch.testing.assert_close(advantages, torch.tensor([-1.0, 0.0, 0.0, 1.0]), rtol=1e-3, atol=1e-3)
         assert (logged["constraint/satisfaction_rate"], logged["constraint/unjudged_frac"]) == (1.0, 0.25)
@@ -286,47 +259,7 @@ class TestRewards:
         assert rewards.tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
-class TestSettings:
-    """A few steps of every setting: finite, the divergence takes part, and something is learnt."""
-
-    def check(self, tmp_path, **kwargs):
-        trainer = run(tmp_path, teacher_model=make_teacher(), **kwargs)
-        steps = trainer.state.max_steps
-        assert all(math.isfinite(loss) for loss in history(trainer, "loss"))
-        assert all(math.isfinite(norm) for norm in history(trainer, "grad_norm"))
-        assert len(history(trainer, "distill_loss")) == steps
-        assert all(0 < value < math.inf for value in history(trainer, "distill_loss"))
-        assert not same_weights(trainer, make_trainer(tmp_path, peft_config=kwargs.get("peft_config")))
-
-    # Each pair of `scale_rewards` and aggregation, and each of the rest once, in turn.
-    @pytest.mark.parametrize(
-        ("loss_type", "credit_assignment", "cost_scope", "scale_rewards", "constraint_aggregation"),
-        [
-            ("grpo", "trajectory", "mean", "group", "lexicographic"),
-            ("bnpo", "token", "worst_prefix", "group", "sum_then_normalize"),
-            ("dr_grpo", "trajectory", "sum", "batch", "lexicographic"),
-            ("dapo", "token", "mean", "batch", "sum_then_normalize"),
-            ("cispo", "trajectory", "worst_prefix", "none", "lexicographic"),
-            ("sapo", "token", "sum", "none", "sum_then_normalize"),
-            ("luspo", "trajectory", "mean", True, "sum_then_normalize"),
-            ("vespo", "token", "worst_prefix", True, "lexicographic"),
-            ("dapo", "token", "sum", False, "lexicographic"),
-            ("grpo", "token", "mean", False, "sum_then_normalize"),
-        ],
-    )
-    def test_loss_types(
-        self, tmp_path, loss_type, credit_assignment, cost_scope, scale_rewards, constraint_aggregation
-    ):
-        self.check(
-            tmp_path,
-            cost_limit=1.7,
-            loss_type=loss_type,
-            credit_assignment=credit_assignment,
-            cost_scope=cost_scope,
-            scale_rewards=scale_rewards,
-            constraint_aggregation=constraint_aggregation,
-        )
-
+class TestBatching:
     @pytest.mark.parametrize(
         "settings",
         [
@@ -334,15 +267,19 @@ class TestSettings:
             {"steps_per_generation": 2, "gradient_accumulation_steps": 1},
             {"steps_per_generation": 2, "gradient_accumulation_steps": 4},
             {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "num_iterations": 2},
-            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
-            {"beta": 0.1, "peft_config": make_lora()},
-            {"importance_sampling_level": "sequence"},
-            {"max_grad_norm": 0.0, "teacher_beta": 0.5},
+            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "loss_type": "vespo"},
+            {"max_grad_norm": 0.0, "teacher_beta": 0.5, "scale_rewards": False},
         ],
         ids=lambda settings: "-".join(settings),
     )
-    def test_batching(self, tmp_path, settings):
-        self.check(tmp_path, cost_limit=0.1, max_steps=4, **settings)
+    def test_trains(self, tmp_path, settings):
+        """A few steps: finite, the divergence takes part in each, and something is learnt."""
+        trainer = run(tmp_path, teacher_model=make_teacher(), cost_limit=0.1, max_steps=4, **settings)
+        assert all(math.isfinite(loss) for loss in history(trainer, "loss"))
+        assert all(math.isfinite(norm) for norm in history(trainer, "grad_norm"))
+        assert len(history(trainer, "distill_loss")) == 4
+        assert all(0 < value < math.inf for value in history(trainer, "distill_loss"))
+        assert not same_weights(trainer, make_trainer(tmp_path))
 
     def test_second_iteration_uses_the_new_student(self, tmp_path):
         """On reused rollouts the divergence in the loss is the current student's, not the one that was scored."""

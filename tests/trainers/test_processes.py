@@ -1,7 +1,6 @@
 """Two and four processes over gloo on the CPU give what one gives on the same global batch (oracle 5)."""
 
 import json
-import math
 import re
 import runpy
 from pathlib import Path
@@ -13,8 +12,6 @@ from helpers import run_processes
 
 SCRIPT = Path(__file__).parent / "scripts" / "several_processes.py"
 SETTINGS = runpy.run_path(str(SCRIPT))["SETTINGS"]
-# Their metrics differ: the limit is not known from the start, λ is logged, or off-policy data has no constraint.
-OTHERS = ["auto_limit", "dual", "minillm", "gkd"]
 OF_SOME = ["lagrange_multiplier", "constraint/satisfaction_rate/first", "constraint/satisfaction_rate/second"]
 METRICS = [
     "constraint/cost",
@@ -132,11 +129,3 @@ def test_error_of_one_process_is_raised_on_every_process(output, name, message):
     path, processes = output
     for rank in range(processes):
         assert re.search(message, (path / f"{name}_{rank}.txt").read_text())
-
-
-def test_metrics_are_finite(results):
-    for setting in SETTINGS.keys() - OTHERS:
-        for entry in results[1][setting]["history"][:3]:
-            assert all(math.isfinite(entry[name]) for name in METRICS)
-        evaluation = results[1][setting]["evaluation"]
-        assert all(math.isfinite(evaluation[f"eval_{name}"]) for name in METRICS if name != "grad_norm")

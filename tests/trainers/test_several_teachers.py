@@ -123,15 +123,6 @@ def test_a_limit_for_each(tmp_path):
     assert history(trainer, "constraint/satisfaction_rate/near")
 
 
-def test_equal_limits_are_one_limit(tmp_path):
-    results = []
-    for limit in (1.0, {"near": 1.0, "far": 1.0}):
-        trainer = build(tmp_path, cost_limit=limit)
-        results.append(loss_and_gradients(trainer, micro_batches(trainer, rows())))
-    assert results[0][0] == results[1][0]
-    assert relative_error(results[1][1], results[0][1]) == 0
-
-
 @pytest.mark.parametrize("credit_assignment", ["trajectory", "token"])
 def test_limits_apart_are_limits_of_separate_batches(tmp_path, monkeypatch, credit_assignment):
     """Advantages and weights of a mixed batch are those of each teacher's rollouts under its own limit alone."""
