@@ -33,19 +33,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("trl", [f"trl=={LOWEST}.*", f"trl{SUPPORTED}"], ids=["lowest", "newest"])
 def test_supported(tmp_path, trl):
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(tmp_path),
-        trl,
-        "triton",
-    ]
-    subprocess.run(install, check=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path)]
+    subprocess.run([*pip, trl, "triton"], check=True)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     which = "from importlib.metadata import version; print(version('trl'))"
     version = subprocess.run(

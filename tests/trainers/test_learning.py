@@ -24,7 +24,7 @@ def right_answer(completions, answer, **kwargs):
 
 def test_a_student_beats_its_start_within_its_limit(tmp_path):
     """
-    A student that answers one problem in four, far from its teacher, learns to answer most and to stay within the
+    A student that answers one problem in ten, far from its teacher, learns to answer most and to stay within the
     limit: measured before and after, on 256 sampled rollouts each.
     """
     trainer = make_trainer(
