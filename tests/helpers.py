@@ -1,6 +1,8 @@
 """Builders shared by the tests: minute models, a character tokenizer, datasets, trainers, and rollouts made by hand."""
 
+import inspect
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -8,8 +10,10 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_cmdp import ConstrainedDistillConfig, ConstrainedDistillTrainer
@@ -20,6 +24,8 @@ from trl_cmdp.evaluation import CellRecord, EvaluationSettings, Outcome, Rollout
 CHARACTERS = "0123456789+=,#"
 PAD, EOS = 0, 1
 FIRST = 2  # id of the first character
+VOCAB = FIRST + len(CHARACTERS)
+LIMIT = 2.4  # about half of the rollouts of `make_scripted_trainer` violate it
 
 
 def make_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
@@ -36,7 +42,7 @@ def make_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
 def make_model(
     seed: int = 0,
     *,
-    vocab_size: int = FIRST + len(CHARACTERS),
+    vocab_size: int = VOCAB,
     hidden_size: int = 8,
     spread: float = 0.02,
     dtype: torch.dtype = torch.float32,
@@ -60,6 +66,19 @@ def make_model(
 def make_teacher(seed: int = 1, **kwargs) -> LlamaForCausalLM:
     """Teacher of another width, about 1.7 nats per token from a fresh [`make_model`]."""
     return make_model(seed, **{"hidden_size": 12, "spread": 0.6, **kwargs})
+
+
+def save_model(path: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None) -> str:
+    """The folder, with the model's checkpoint and the tokenizer's, if there is one."""
+    model.save_pretrained(path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def make_lora(**kwargs) -> LoraConfig:
+    """Adapter of rank 2 on two of the projections."""
+    return LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"], **kwargs})
 
 
 def make_dataset(copies: int = 8) -> Dataset:
@@ -99,23 +118,47 @@ def make_trainer(
     output_dir: str | Path,
     trainer_class: type[GRPOTrainer] = ConstrainedDistillTrainer,
     *,
-    model: LlamaForCausalLM | None = None,
+    model: PreTrainedModel | str | None = None,
     reward_funcs: Callable | list[Callable] | None = length_reward,
     train_dataset: Dataset | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     trainer_kwargs: dict | None = None,
-    **args,
+    **kwargs,
 ) -> GRPOTrainer:
-    """Trainer on fresh minute models. `trainer_kwargs` go to the trainer, all other keywords to its arguments."""
+    """Trainer on fresh minute models. Keywords that the trainer takes go to it, all others to its arguments."""
     config_class = GRPOConfig if trainer_class is GRPOTrainer else trainer_class._config_class
+    taken = inspect.signature(trainer_class).parameters
     return trainer_class(
         make_model() if model is None else model,
         reward_funcs,
-        make_args(output_dir, config_class, **args),
+        make_args(output_dir, config_class, **{name: value for name, value in kwargs.items() if name not in taken}),
         make_dataset() if train_dataset is None else train_dataset,
         processing_class=make_tokenizer() if tokenizer is None else tokenizer,
+        **{name: value for name, value in kwargs.items() if name in taken},
         **(trainer_kwargs or {}),
     )
+
+
+def make_scripted_trainer(
+    output_dir: str | Path,
+    trainer_class: type[GRPOTrainer] = ConstrainedDistillTrainer,
+    *,
+    completions: Sequence[Sequence[int]] | None = None,
+    env_mask: Sequence[Sequence[int]] | None = None,
+    **kwargs,
+) -> GRPOTrainer:
+    """[`make_trainer`] with a teacher, on completions made by hand: eight, in two micro-batches, unless others are given."""
+    completions = random_completions(8) if completions is None else completions
+    defaults = {
+        "model": make_model(spread=0.4),
+        "teacher_model": make_teacher(),
+        "rollout_func": scripted(completions, env_mask),
+        "cost_limit": LIMIT,
+        "gradient_accumulation_steps": max(1, len(completions) // 4),
+    }
+    if trainer_class is ConstrainedDistillTrainer:
+        defaults["violation_distill_coef"] = 1.0  # the divergence's gradient is then as large as the reward's
+    return make_trainer(output_dir, trainer_class, **{**defaults, **kwargs})
 
 
 def run(*args, **kwargs) -> GRPOTrainer:
@@ -125,9 +168,29 @@ def run(*args, **kwargs) -> GRPOTrainer:
     return trainer
 
 
+def run_python(*arguments: str | Path, timeout: float | None = None) -> subprocess.CompletedProcess:
+    """Another Python process, which imports what this one does."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def run_processes(count: int, script: Path, *arguments: str | Path) -> None:
+    """A script in several processes that know of one another. One that waits for another for ever fails here."""
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", str(count), "--rdzv_backend", "c10d")
+    done = run_python(*launcher, "--rdzv_endpoint", "localhost:0", script, *arguments, timeout=150 * count)
+    assert done.returncode == 0, done.stderr
+
+
 def history(trainer: GRPOTrainer, name: str) -> list[float]:
     """Every logged value of a metric."""
     return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def metrics(trainer: GRPOTrainer) -> dict[str, float]:
+    """What the trainer would log now, of all rollouts and losses since it last did."""
+    trainer.log({})
+    return trainer.state.log_history[-1]
 
 
 def weights(trainer: GRPOTrainer) -> dict[str, torch.Tensor]:
@@ -135,7 +198,13 @@ def weights(trainer: GRPOTrainer) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
 
 
-def random_completions(count: int, seed: int = 0, longest: int = 6, vocab_size: int = FIRST + len(CHARACTERS)) -> list:
+def same_weights(trainer: GRPOTrainer, other: GRPOTrainer) -> bool:
+    """Whether the students are equal, bit for bit."""
+    found, expected = weights(trainer), weights(other)
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def random_completions(count: int, seed: int = 0, longest: int = 6, vocab_size: int = VOCAB) -> list:
     """Completions of ragged lengths; those shorter than `longest` end with EOS, as sampled ones do."""
     generator = torch.Generator().manual_seed(seed)
     completions = []
@@ -215,6 +284,13 @@ def loss_and_gradients(trainer: GRPOTrainer, batches: list[dict]) -> tuple[float
     return total, gradients
 
 
+def flops_of_loss(trainer: GRPOTrainer, batches: list[dict]) -> int:
+    """Floating-point operations of one optimizer step's losses and gradients."""
+    with FlopCounterMode(display=False) as counter:
+        loss_and_gradients(trainer, batches)
+    return counter.get_total_flops()
+
+
 def capture_rollouts(trainer: GRPOTrainer, monkeypatch) -> list:
     """What the trainer hands its signal from now on, one entry per generation batch."""
     captured = []
@@ -223,21 +299,36 @@ def capture_rollouts(trainer: GRPOTrainer, monkeypatch) -> list:
     return captured
 
 
+def gradients_of(value: torch.Tensor, model) -> dict[str, torch.Tensor]:
+    """Autograd of a scalar by the model's trainable parameters."""
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    gradients = torch.autograd.grad(value, list(trainable.values()), retain_graph=True, materialize_grads=True)
+    return dict(zip(trainable, gradients, strict=True))
+
+
 def relative_error(value: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
     """‖value − reference‖/‖reference‖ over all parameters together."""
     difference = math.sqrt(sum((value[name] - reference[name]).double().pow(2).sum().item() for name in reference))
     return difference / math.sqrt(sum(tensor.double().pow(2).sum().item() for tensor in reference.values()))
 
 
-def dense_costs(student, teacher, batch: dict, temperature: float = 1.0, beta: float = 1.0) -> torch.Tensor:
-    """Per-token divergence (B, T) in float64 from the full logits of both models, differentiable by the student's."""
+def dense_logits(model, batch: dict) -> torch.Tensor:
+    """Full logits (B, T, V) in float64 at which the completion's tokens were sampled, differentiable."""
     input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     length = batch["completion_ids"].size(1)
-    logits = [
-        model(input_ids=input_ids, attention_mask=attention_mask).logits[:, -(length + 1) : -1].double()
-        for model in (student, teacher)
-    ]
+    return model(input_ids=input_ids, attention_mask=attention_mask).logits[:, -(length + 1) : -1].double()
+
+
+def dense_logps(model, batch: dict, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probabilities (B, T) in float64 of the completion's tokens, differentiable."""
+    logps = (dense_logits(model, batch) / temperature).log_softmax(-1)
+    return logps.gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
+
+
+def dense_costs(student, teacher, batch: dict, temperature: float = 1.0, beta: float = 1.0) -> torch.Tensor:
+    """Per-token divergence (B, T) in float64 from the full logits of both models, differentiable by the student's."""
+    logits = dense_logits(student, batch), dense_logits(teacher, batch)
     shared = min(logits[0].size(-1), logits[1].size(-1))
     return token_divergence(logits[0][..., :shared], logits[1][..., :shared], beta=beta, temperature=temperature)
 
@@ -303,3 +394,50 @@ def error_line(capsys) -> str:
     assert line.startswith("trl-cmdp ")
     assert ": error: " in line
     return line
+
+
+def token_factors(trainer: GRPOTrainer, batch: dict) -> torch.Tensor:
+    """
+    Factor (B, T) of each token in TRL's loss, read off its gradient: the loss adds beta·KL to each token's policy loss,
+    and with a reference of twice the student's probability, d(KL)/d(reference log-probability) is exactly 1.
+    """
+    with torch.no_grad():
+        logps = dense_logps(trainer.model, batch, trainer.temperature)
+    reference = (logps + math.log(2)).requires_grad_()
+    beta, trainer.beta = trainer.beta, 1.0
+    try:
+        loss = GRPOTrainer._compute_loss(trainer, trainer.model, {**batch, "ref_per_token_logps": reference})
+    finally:
+        trainer.beta = beta
+    return torch.autograd.grad(loss, reference)[0]
+
+
+def assert_gradient_is_dense(
+    trainer: GRPOTrainer,
+    batches: list[dict],
+    *,
+    costs: Callable = dense_costs,
+    coefficient: float = 1.0,
+    tolerance: float = 1e-5,
+) -> None:
+    """
+    Loss and gradients are those of TRL's own loss, as it is without us, plus coefficient·Σ factor·weight·cost over all
+    tokens, from full logits in float64. `costs` is what is differentiated, given what [`dense_costs`] is.
+    """
+    loss, gradients = loss_and_gradients(trainer, batches)
+    own_batches = [{name: value for name, value in batch.items() if name != "divergence_weights"} for batch in batches]
+    own_loss, own = loss_and_gradients(trainer, own_batches)
+    distilled = coefficient * sum(
+        (
+            token_factors(trainer, batch)
+            * batch["divergence_weights"]
+            * costs(trainer.model, trainer.teacher_model, batch, trainer.temperature, trainer.args.teacher_beta)
+        ).sum()
+        for batch in batches
+    )
+    divergence = gradients_of(distilled, trainer.model)
+    expected = {name: own[name] + divergence[name] for name in own}
+    assert math.isclose(loss, own_loss + distilled.item(), rel_tol=tolerance, abs_tol=tolerance)
+    assert relative_error(gradients, expected) < tolerance
+    # Neither part is so small that its absence would not be seen.
+    assert min(relative_error(own, expected), relative_error(divergence, expected)) > 2 * tolerance

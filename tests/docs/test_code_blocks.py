@@ -81,9 +81,6 @@ PYTHON = [block for block in BLOCKS if block.language == "python"]
 COMMANDS = [block for block in BLOCKS if block.language in ("bash", "console", "sh", "shell")]
 
 
-# ------------------------------------------------------------------------------------------------------------- Python
-
-
 def check_python(block: Block, names: dict[str, object]) -> None:
     """
     Check a block against the packages that it imports.
@@ -185,9 +182,6 @@ def test_self_contained_python_blocks_run(page: Path, tmp_path, monkeypatch):
         exec(compile(block.code, str(block), "exec"), names)
 
 
-# ----------------------------------------------------------------------------------------------------------- commands
-
-
 def commands_in(block: Block) -> list[list[str]]:
     """Arguments of each command, without its environment variables and what is piped on."""
     lines = block.code.replace("\\\n", " ").splitlines()
@@ -257,52 +251,3 @@ def test_commands_parse(block: Block, no_run, tmp_path, monkeypatch, capsys):
         except SystemExit as ended:  # argparse: --help, or a mistake
             if ended.code:
                 pytest.fail(f"{shlex.join(words)}\n{capsys.readouterr().err}")
-
-
-# ------------------------------------------------------------------------------------- a broken block is found broken
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "trainer = ConstrainedDistillTrainer(model='a', teacher=None)",  # not an argument
-        "args = ConstrainedDistillConfig(output_dir='out', cost_limits=0.3)",  # not a field
-        "from trl_cmdp import ConstrainedTrainer",
-        "from trl_cmdp.core import rollout_costs",
-        "from trl_cmdp import core\ncore.rollout_cost(costs, mask, scop='mean')",
-        "GRPODistillTrainer(model='a')",
-        "core.wilson_interval(1, 2, 0.9, 4, 5, 6",
-    ],
-)
-def test_a_broken_python_block_fails(code: str):
-    with pytest.raises((AssertionError, AttributeError, ImportError, TypeError, SyntaxError)):
-        check_python(Block(ROOT / "x.md", 1, None, "python", code), {})
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "trl-cmdp constrained --model_name_or_path a --cost_limits 0.3",
-        "trl-cmdp demo --limit 3",
-        "trl-cmdp distil",
-        "make demos",
-        "python examples/none.py",
-        "curl http://localhost",
-    ],
-)
-def test_a_broken_command_fails(command: str, no_run):
-    with pytest.raises((AssertionError, SystemExit)):
-        check_command(shlex.split(command))
-
-
-def test_a_broken_block_that_is_marked_is_run():
-    (block,) = blocks_of(ROOT / "x.md", "Text.\n\n<!-- run -->\n```python\nraise RuntimeError\n```\n")
-    assert block.mark == "run"
-    with pytest.raises(RuntimeError):
-        exec(compile(block.code, "x", "exec"), {})
-
-
-def test_a_block_that_lacks_nothing_and_is_not_marked_is_found():
-    (block,) = blocks_of(ROOT / "x.md", "```python\nfrom trl_cmdp.core import rollout_cost\n```\n")
-    with pytest.raises(AssertionError, match="<!-- run -->"):
-        test_python_blocks_are_run_or_show_what_they_lack(block)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import make_model, make_teacher, make_tokenizer
+from helpers import make_model, make_teacher, make_tokenizer, save_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from trl_cmdp import ConstrainedDistillConfig
@@ -41,8 +41,7 @@ def stand_ins(tmp_path) -> Path:
     tokenizer: PreTrainedTokenizerFast = make_tokenizer(characters)
     tokenizer.chat_template = CHAT_TEMPLATE
     for name, make in (("student", make_model), ("teacher", make_teacher)):
-        make(vocab_size=len(tokenizer)).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+        save_model(tmp_path / name, make(vocab_size=len(tokenizer)), tokenizer)
     for task, row in TRAIN.items():
         (tmp_path / task).mkdir()
         (tmp_path / task / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(8)))

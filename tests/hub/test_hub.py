@@ -1,5 +1,6 @@
 """Pushes to a server that speaks the Hub's API, with the Hub's own client, and what comes back from there."""
 
+import io
 import json
 import logging
 import os
@@ -10,20 +11,18 @@ import time
 from types import SimpleNamespace
 
 import huggingface_hub
+import pandas
 import pytest
 import torch
 import transformers.utils.hub
 from fake_hub import TOKEN, USER, running_hub
-from helpers import make_dataset, make_model, make_teacher, make_tokenizer, make_trainer
+from helpers import make_dataset, make_lora, make_model, make_teacher, make_tokenizer, make_trainer, save_model
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import _http
 from safetensors.torch import load
 from transformers import TrainerCallback
 
 from trl_cmdp.cli import main
-
-
-pytest.importorskip("peft")
 
 
 @pytest.fixture
@@ -63,7 +62,7 @@ def make_pusher(folder, **kwargs):
         "save_strategy": "steps",
         "save_steps": 1,
         "cost_limit": 1.75,
-        "trainer_kwargs": {"teacher_model": make_teacher()},
+        "teacher_model": make_teacher(),
     }
     trainer = make_trainer(folder / "student", **{**defaults, **kwargs})
     trainer.add_callback(WaitForPush(trainer))
@@ -126,8 +125,7 @@ FAULTS = {
 def test_a_push_that_fails_leaves_training_unharmed(hub, tmp_path, caplog, fault):
     trainer = make_pusher(tmp_path)
     hub.fault = FAULTS[fault]
-    with caplog.at_level(logging.WARNING, "trl_cmdp"):
-        trainer.train()
+    trainer.train()
     assert trainer.state.global_step == 2
     assert equal(saved(tmp_path / "student" / "checkpoint-2"), trainer.model.state_dict())
     warnings = push_warnings(caplog)
@@ -151,8 +149,7 @@ def test_a_server_that_goes_away(tmp_path, hub, caplog):
     hub.fault = lambda method, path: "drop"  # connections that are open already
     hub.shutdown()
     hub.server_close()
-    with caplog.at_level(logging.WARNING, "trl_cmdp"):
-        trainer.train()
+    trainer.train()
     assert trainer.state.global_step == 2
     assert equal(saved(tmp_path / "student" / "checkpoint-2"), trainer.model.state_dict())
     warnings = push_warnings(caplog)
@@ -162,8 +159,7 @@ def test_a_server_that_goes_away(tmp_path, hub, caplog):
 
 def test_pushes_that_succeed_warn_of_nothing(hub, tmp_path, caplog):
     trainer = make_pusher(tmp_path, hub_always_push=True)
-    with caplog.at_level(logging.WARNING, "trl_cmdp"):
-        trainer.train()
+    trainer.train()
     assert push_warnings(caplog) == []
 
 
@@ -182,15 +178,8 @@ def test_completions_as_a_dataset(hub, tmp_path, monkeypatch):
     trainer.commit_scheduler.stop()
     files = hub.files(f"datasets/{USER}/completions")
     assert {"README.md", "completions_00001.parquet", "completions_00002.parquet"} <= files.keys()
-    import io
-
-    import pandas
-
     table = pandas.read_parquet(io.BytesIO(files["completions_00002.parquet"]))
     assert {"prompt", "completion", "cost", "feasible", "advantage"} <= set(table.columns)
-
-
-# ------------------------------------------------------------------------------------------- the command, and back
 
 
 def environment(hub, cache):
@@ -227,13 +216,8 @@ print(json.dumps(answer))
 
 def test_round_trip_of_the_command_and_of_an_adapter(hub, tmp_path, capsys):
     """`trl-cmdp constrained --push_to_hub`, an adapter's push, and both loaded from the server with an empty cache."""
-    from peft import LoraConfig
-
-    base = tmp_path / "base"
-    make_model().save_pretrained(base)
-    make_tokenizer().save_pretrained(base)
-    make_teacher().save_pretrained(tmp_path / "teacher")
-    make_tokenizer().save_pretrained(tmp_path / "teacher")
+    base = save_model(tmp_path / "base", make_model(), make_tokenizer())
+    save_model(tmp_path / "teacher", make_teacher(), make_tokenizer())
     make_dataset().to_json(tmp_path / "data.jsonl")
     options = {
         "model_name_or_path": base,
@@ -278,10 +262,7 @@ def test_round_trip_of_the_command_and_of_an_adapter(hub, tmp_path, capsys):
         model=transformers.AutoModelForCausalLM.from_pretrained(base),
         hub_model_id=f"{USER}/adapter",
         learning_rate=1e-1,
-        trainer_kwargs={
-            "teacher_model": make_teacher(),
-            "peft_config": LoraConfig(target_modules=["q_proj", "v_proj"]),
-        },
+        peft_config=make_lora(r=8),
     )
     adapter_trainer.train()
     adapter_trainer.push_to_hub()
@@ -290,7 +271,7 @@ def test_round_trip_of_the_command_and_of_an_adapter(hub, tmp_path, capsys):
     assert "model.safetensors" not in adapter_files
     assert "library_name: peft" in adapter_files["README.md"].decode()
 
-    arguments = [str(base), f"{USER}/student", f"{USER}/adapter"]
+    arguments = [base, f"{USER}/student", f"{USER}/adapter"]
     run = subprocess.run(
         [sys.executable, "-c", LOAD_BACK, *arguments],
         env=environment(hub, tmp_path / "cache"),

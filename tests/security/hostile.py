@@ -5,7 +5,7 @@ import pathlib
 from pathlib import Path
 
 import torch
-from helpers import make_model, make_tokenizer
+from helpers import make_model, make_tokenizer, save_model
 from transformers import PreTrainedModel
 
 
@@ -24,8 +24,7 @@ def with_remote_code(folder: Path, trace: Path, model: PreTrainedModel, model_ty
     Saves a model and its tokenizer whose classes are the folder's own code, which makes the file `trace` when imported.
     With the `model_type` "llama" the code of the model is not needed, and that of the tokenizer is.
     """
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    save_model(folder, model, make_tokenizer())
     classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     changes = {
         "config.json": {"model_type": model_type, "architectures": ["OwnModel"], "auto_map": classes},
@@ -52,8 +51,7 @@ def with_remote_code(folder: Path, trace: Path, model: PreTrainedModel, model_ty
 def with_pickled_weights(folder: Path, trace: Path | None = None) -> str:
     """Saves a model whose only weights are a pickle, one that makes the file `trace` if there is one."""
     model = make_model()
-    model.save_pretrained(folder)
+    save_model(folder, model, make_tokenizer())
     (folder / "model.safetensors").unlink()
-    make_tokenizer().save_pretrained(folder)
     torch.save(model.state_dict() if trace is None else {"lm_head.weight": Bomb(trace)}, folder / "pytorch_model.bin")
     return str(folder)

@@ -7,10 +7,9 @@ import sys
 
 import pytest
 import torch
-from helpers import make_args, make_dataset, make_model, make_teacher, make_tokenizer, run
+from helpers import make_dataset, make_model, make_teacher, make_trainer
 from hostile import Bomb, with_pickled_weights
 
-from trl_cmdp import ConstrainedDistillTrainer
 from trl_cmdp.cli import main
 from trl_cmdp.teachers import load_teacher
 
@@ -55,11 +54,9 @@ def test_the_audit_sees_a_pickle(unpickled, tmp_path):
     assert "pathlib.Path.touch" in unpickled
 
 
-SETTINGS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-
-
-def trained(folder, **kwargs):
-    return run(folder, trainer_kwargs={"teacher_model": make_teacher()}, **{**SETTINGS, **kwargs})
+def build(folder, **kwargs):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, **kwargs}
+    return make_trainer(folder, reward_funcs=None, teacher_model=make_teacher(), **settings)
 
 
 def test_a_run_that_is_saved_resumed_and_evaluated_unpickles_nothing(tmp_path, unpickled, loads):
@@ -67,11 +64,11 @@ def test_a_run_that_is_saved_resumed_and_evaluated_unpickles_nothing(tmp_path, u
     The Trainer of transformers reads optimizer.pt, scheduler.pt and rng_state.pth as tensors alone; training_args.bin,
     which is a whole pickle, is read by nobody.
     """
-    trained(tmp_path)
+    build(tmp_path).train()
     checkpoint = tmp_path / "checkpoint-1"
     trace = tmp_path / "it ran"
     plant(trace, checkpoint / "training_args.bin")
-    resumed = trainer_for(tmp_path)
+    resumed = build(tmp_path)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.state.global_step == 2
     resumed.save_model(str(tmp_path / "student"))
@@ -85,25 +82,14 @@ def test_a_run_that_is_saved_resumed_and_evaluated_unpickles_nothing(tmp_path, u
     assert {weights_only for _, weights_only in loads} == {True}
 
 
-def trainer_for(folder):
-    return ConstrainedDistillTrainer(
-        make_model(),
-        None,
-        make_args(folder, **SETTINGS),
-        make_dataset(),
-        processing_class=make_tokenizer(),
-        teacher_model=make_teacher(),
-    )
-
-
 def plant(trace, path):
     """In place of a file of a checkpoint, a pickle that runs code; not smaller, as a cut file would be."""
     torch.save([Bomb(trace), torch.zeros(path.stat().st_size)], path)
 
 
 def test_a_checkpoint_with_a_pickle_in_place_of_tensors_is_refused(tmp_path, unpickled):
-    trained(tmp_path, max_steps=1)
-    trace, trainer = tmp_path / "it ran", trainer_for(tmp_path)
+    build(tmp_path, max_steps=1).train()
+    trace, trainer = tmp_path / "it ran", build(tmp_path)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         checkpoint = tmp_path / name / "checkpoint-1"
         shutil.copytree(tmp_path / "checkpoint-1", checkpoint)
@@ -130,11 +116,10 @@ def test_a_teacher_is_read_from_safetensors_unless_asked_otherwise(tmp_path, unp
 
 def test_a_student_by_path_is_tensors_alone(tmp_path, unpickled, loads):
     """A trainer loads it as TRL does: a pickle of tensors is read, and nothing else in one."""
-    args = {"args": make_args(tmp_path / "out"), "train_dataset": make_dataset(), "teacher_model": make_teacher()}
     trace = tmp_path / "it ran"
-    ConstrainedDistillTrainer(with_pickled_weights(tmp_path / "plain"), None, **args)
+    build(tmp_path / "out", model=with_pickled_weights(tmp_path / "plain"))
     with pytest.raises(pickle.UnpicklingError):
-        ConstrainedDistillTrainer(with_pickled_weights(tmp_path / "bomb", trace), None, **args)
+        build(tmp_path / "out", model=with_pickled_weights(tmp_path / "bomb", trace))
     assert {weights_only for _, weights_only in loads} == {True}
     assert unpickled == []
     assert not trace.exists()
@@ -144,23 +129,11 @@ def test_commands_read_students_from_safetensors(tmp_path, loads, capfd):
     student = with_pickled_weights(tmp_path / "student")
     make_dataset(1).to_json(tmp_path / "data.jsonl")
     data, out = str(tmp_path / "data.jsonl"), str(tmp_path / "out")
-    commands = (
-        [
-            "constrained",
-            "--model_name_or_path",
-            student,
-            "--teacher_model",
-            student,
-            "--dataset_name",
-            data,
-            "--use_cpu",
-            "True",
-            "--bf16",
-            "False",
-        ],
+    models = ["--model_name_or_path", student, "--teacher_model", student]
+    for command in (
+        ["constrained", *models, "--dataset_name", data, "--use_cpu", "True", "--bf16", "False"],
         ["evaluate", "--student", student, "--dataset", data, "--split", "train", "--num_problems", "2"],
-    )
-    for command in commands:
+    ):
         assert main([*command, "--output_dir", out]) == 2
         assert "no file named model.safetensors" in capfd.readouterr().err
     assert loads == []

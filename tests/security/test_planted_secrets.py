@@ -8,7 +8,7 @@ import fake_openai
 import fake_vllm
 import yaml
 from fake_server import serving
-from helpers import make_dataset, make_model, make_teacher, make_tokenizer
+from helpers import make_dataset, make_model, make_teacher, make_tokenizer, save_model
 
 from trl_cmdp.cli import main
 
@@ -36,12 +36,6 @@ def found(folder):
     return [(str(path), s) for path in files for s in SECRETS if any(s.encode() in part for part in contents(path))]
 
 
-def test_the_search_finds_what_is_packed(tmp_path):
-    with zipfile.ZipFile(tmp_path / "packed.bin", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a", b"x" * 999 + HUB.encode())
-    assert found(tmp_path) == [(str(tmp_path / "packed.bin"), HUB)]
-
-
 def says_it_again(messages):
     return f"Your key is {JUDGE}.\nVerdict: A"
 
@@ -54,14 +48,12 @@ def test_no_secret_is_written_or_printed(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("HF_TOKEN", ENVIRONMENT)
     monkeypatch.setenv("TRL_CMDP_JUDGE_API_KEY", JUDGE)
     out = tmp_path / "out"
-    student, teacher = tmp_path / "student", tmp_path / "teacher"
-    for folder, model in ((student, make_model()), (teacher, make_teacher())):
-        model.save_pretrained(folder)
-        make_tokenizer().save_pretrained(folder)
+    student = save_model(tmp_path / "student", make_model(), make_tokenizer())
+    teacher = save_model(tmp_path / "teacher", make_teacher(), make_tokenizer())
     make_dataset(1).to_json(tmp_path / "data.jsonl")
     config = tmp_path / "run.yaml"  # the user's own file: the one place where a key may stand
     settings = {
-        "model_name_or_path": str(student),
+        "model_name_or_path": student,
         "dataset_name": str(tmp_path / "data.jsonl"),
         "reward_funcs": ["helpers.length_reward"],
         "teacher_model_server_api_key": TEACHER,
@@ -77,7 +69,7 @@ def test_no_secret_is_written_or_printed(tmp_path, monkeypatch, capfd):
         "gradient_checkpointing": False,
     }
     config.write_text(yaml.safe_dump(settings))
-    pooling = fake_vllm.FakeServer(make_teacher().eval(), str(teacher), key=TEACHER)
+    pooling = fake_vllm.FakeServer(make_teacher().eval(), teacher, key=TEACHER)
     judge = fake_openai.FakeOpenAI(says_it_again, key=JUDGE)
     with serving(pooling), serving(judge):
 
@@ -92,7 +84,7 @@ def test_no_secret_is_written_or_printed(tmp_path, monkeypatch, capfd):
 
         assert train("--max_steps", "1") == 0
         for name, model in (("trained", out / "run"), ("teacher", teacher)):
-            assert evaluate(name, "--student", str(model), "--teacher", str(teacher)) == 0
+            assert evaluate(name, "--student", str(model), "--teacher", teacher) == 0
         records = ["--records", *(str(out / name / "records.jsonl") for name in ("trained", "teacher"))]
         asked = ["--judge", judge.url, "--judge_model", "judge", "--output_dir", str(out / "judged")]
         assert main(["evaluate", *records, *asked]) == 0
@@ -101,7 +93,7 @@ def test_no_secret_is_written_or_printed(tmp_path, monkeypatch, capfd):
 
         hidden = f"http://{USER}:{PASSWORD}@127.0.0.1:{pooling.server_port}"
         assert train("--max_steps", "1", url=hidden) != 0
-        assert evaluate("url", "--student", str(student), "--teacher_model_server_url", hidden) == 2
+        assert evaluate("url", "--student", student, "--teacher_model_server_url", hidden) == 2
         asked[1] = f"http://{USER}:{PASSWORD}@127.0.0.1/v1"
         assert main(["evaluate", *records, *asked]) == 2
         pooling.key = judge.key = "another"
@@ -113,19 +105,11 @@ def test_no_secret_is_written_or_printed(tmp_path, monkeypatch, capfd):
     assert sent == {f"Bearer {TEACHER}"}
     assert {headers.get("Authorization") for _, _, headers in judge.requests} == {f"Bearer {JUDGE}"}
     names = {path.name for path in out.rglob("*")}
-    written = {
-        "training_args.bin",
-        "README.md",
-        "trainer_state.json",
-        "optimizer.pt",
-        "report.html",
-        "judgements.jsonl",
-    }
-    assert written | {"judge_replies.jsonl", "completions"} <= names
+    written = {"training_args.bin", "README.md", "trainer_state.json", "optimizer.pt", "report.html"}
+    assert written | {"judgements.jsonl", "judge_replies.jsonl", "completions"} <= names
     replies = (out / "judged" / "judge_replies.jsonl").read_text().splitlines()
     assert "***" in json.loads(replies[0])["reply"]
     assert found(out) == []
     printed = capfd.readouterr()
     assert [secret for secret in SECRETS for text in printed if secret in text] == []
-    config.unlink()
-    assert found(tmp_path) == []
+    assert found(tmp_path) == [(str(config), TEACHER)]

@@ -3,10 +3,9 @@
 import io
 
 import pytest
-from helpers import make_args, make_dataset, make_model, make_teacher, make_tokenizer
+from helpers import make_dataset, make_model, make_teacher, make_tokenizer, make_trainer, save_model
 from hostile import with_remote_code
 
-from trl_cmdp import ConstrainedDistillTrainer
 from trl_cmdp.cli import main
 from trl_cmdp.teachers import load_teacher
 
@@ -25,15 +24,7 @@ def hostile(tmp_path, trace):
 
 
 def build(tmp_path, model, teacher, **args):
-    tokenizer = {} if isinstance(model, str) else {"processing_class": make_tokenizer()}
-    return ConstrainedDistillTrainer(
-        model,
-        None,
-        make_args(tmp_path / "out", **args),
-        make_dataset(),
-        teacher_model=teacher,
-        **tokenizer,
-    )
+    return make_trainer(tmp_path / "out", model=model, teacher_model=teacher, **args)
 
 
 def test_a_teacher_is_refused(tmp_path, trace, hostile):
@@ -67,16 +58,25 @@ def test_trust_in_the_student_is_none_in_the_teacher(tmp_path, trace, hostile):
     assert trace.exists()
 
 
-@pytest.mark.parametrize("model_type", ["own", "llama"])
-@pytest.mark.parametrize("who", ["student", "teacher"])
-@pytest.mark.parametrize("command", ["constrained", "evaluate"])
+@pytest.mark.parametrize(
+    ("command", "who", "model_type"),
+    [
+        ("constrained", "student", "own"),
+        ("constrained", "student", "llama"),
+        ("constrained", "teacher", "own"),
+        ("constrained", "teacher", "llama"),
+        ("evaluate", "student", "llama"),
+        ("evaluate", "teacher", "own"),
+        ("evaluate", "teacher", "llama"),
+    ],
+)
 def test_commands_refuse_it(command, who, model_type, tmp_path, trace, capfd):
     """With a mistake's exit code, and the word to say where transformers gives it (its processors do not). A teacher whose
     tokenizer alone has code serves without it."""
     folders = {
         name: with_remote_code(tmp_path / name, trace, model, model_type)
         if name == who
-        else save(tmp_path / name, model)
+        else save_model(tmp_path / name, model, make_tokenizer())
         for name, model in (("student", make_model()), ("teacher", make_teacher()))
     }
     make_dataset(1).to_json(tmp_path / "data.jsonl")
@@ -101,9 +101,3 @@ def test_commands_refuse_it(command, who, model_type, tmp_path, trace, capfd):
         assert code == 2
         error = capfd.readouterr().err
         assert "trust_remote_code=True" in error or "Can't instantiate a processor" in error
-
-
-def save(folder, model):
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)

@@ -23,8 +23,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import make_dataset, make_teacher, make_trainer, weights
-from peft import LoraConfig
+from helpers import make_dataset, make_lora, make_teacher, make_trainer, weights
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
@@ -100,13 +99,13 @@ for name in ("step_begin", "substep_end", "pre_optimizer_step", "optimizer_step"
 def train(folder: Path, trainer_class, setting: dict, counts: Counts) -> None:
     """One run to its end, from the newest whole checkpoint if there is one."""
     setting = {"save_steps": 1, **setting}
-    trainer_kwargs = {"teacher_model": make_teacher(), "callbacks": [counts]}
-    if setting.pop("lora", False):
-        trainer_kwargs["peft_config"] = LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
+    lora = setting.pop("lora", False)
     trainer = make_trainer(
         folder,
         trainer_class,
-        trainer_kwargs=trainer_kwargs,
+        teacher_model=make_teacher(),
+        callbacks=[counts],
+        peft_config=make_lora(lora_dropout=0.1) if lora else None,
         train_dataset=make_dataset(copies=2).add_column("completion", ["3", "7", "11", "15"] * 2),
         max_steps=STEPS,
         learning_rate=0.02,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from helpers import CHARACTERS, FIRST, PAD, make_args, make_model, make_teacher, random_completions
+from helpers import FIRST, PAD, VOCAB, make_args, make_model, make_teacher, random_completions
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -21,7 +21,6 @@ from trl_cmdp.trainers.engine.forward import DivergenceRequest, StudentForward
 from trl_cmdp.trainers.engine.scoring import RolloutScorer
 
 
-VOCAB = FIRST + len(CHARACTERS)
 ROLLOUTS, PROMPT, LENGTH, STEPS = 8, 4, 6, 2
 
 SETTINGS = {

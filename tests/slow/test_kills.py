@@ -1,12 +1,10 @@
 """kill -9 at random points of a run, twice each: what is resumed ends at the same weights, bit for bit."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import run_python
 
 
 SCRIPT = Path(__file__).parent / "kill_runs.py"
@@ -15,9 +13,7 @@ pytestmark = pytest.mark.slow
 
 def test_every_kill_is_survived(tmp_path, capsys):
     """20 kills of each trainer: from outside, at a forward, at an event, and while a checkpoint is written."""
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = run_python(SCRIPT, tmp_path)
     assert done.returncode == 0, done.stderr
     with capsys.disabled():
         print(f"\n{done.stdout}", end="")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -10,7 +9,6 @@ import tempfile
 import time
 import urllib.request
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from vllm_server import free_port
@@ -22,7 +20,6 @@ from trl_cmdp.evaluation.judges.llm import parse_verdict
 
 pytestmark = pytest.mark.slow
 
-DEMO_LLM = Path(__file__).parents[2] / "examples" / "scripts" / "demo_llm.py"
 START_TIMEOUT = 300  # seconds
 PAIRS = [
     Pair(i, True, 0, f"What is {i} + 3?", f"{i} + 3 = {i + 3}\n#### {i + 3}", f"{i} + 3 = {i + 4}\n#### {i + 4}")
@@ -62,21 +59,12 @@ def is_healthy(port):
         return False
 
 
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    if "SMOLLM2" in os.environ:
-        return os.environ["SMOLLM2"]
-    folder = tmp_path_factory.mktemp("models") / "smollm2"
-    runpy.run_path(str(DEMO_LLM))["save_teacher"](folder)
-    return str(folder)
-
-
 def test_every_pair_is_judged_in_both_orders_or_counted(smollm2, tmp_path):
     cache = tmp_path / "replies.jsonl"
     with transformers_server(smollm2) as url:
         chat = ChatEndpoint(
             url,
-            smollm2,
+            str(smollm2),
             sampling_params={"temperature": 0, "max_tokens": 24},
             concurrency=1,  # an answer may take long on a busy machine; several at a time only longer
             timeout=600,

@@ -1,14 +1,12 @@
 """A remote teacher against vLLM itself, on the CPU. Makes `.venv-vllm` on its first run; a server takes a minute to start."""
 
-import runpy
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_model, make_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from helpers import make_model
+from transformers import AutoModelForCausalLM
 from vllm_server import free_port, vllm_server
 
 from trl_cmdp.core import token_divergence
@@ -19,39 +17,8 @@ from trl_cmdp.teachers.remote import RemoteTeacher
 
 pytestmark = pytest.mark.slow
 
-DEMO_LLM = Path(__file__).parents[2] / "examples" / "scripts" / "demo_llm.py"
 # vLLM computes a float32 checkpoint in half precision unless told.
 EXACTLY = ("--dtype", "float32", "--max-model-len", "2048")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """Folder of a random Llama, of the smallest heads that vLLM's attention for CPUs has."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        head_dim=32,
-        max_position_embeddings=2048,
-        initializer_range=0.2,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "smollm2"
-    runpy.run_path(str(DEMO_LLM))["save_teacher"](folder)
-    return folder
 
 
 def load(folder):
@@ -88,11 +55,11 @@ def assert_exact(teacher, model, lengths, tolerance):
     print(f"largest error: {error:.1e} in hidden states, {(costs[0] - costs[1]).abs().max():.1e} nats")
 
 
-def test_exact_teacher_and_its_restart(tiny):
-    model, port = load(tiny), free_port()
+def test_exact_teacher_and_its_restart(llamas):
+    model, port = load(llamas[0]), free_port()
     # Long sequences are prefilled in chunks.
     arguments = (*EXACTLY, "--api-key", "key", "--max-num-batched-tokens", "256")
-    with vllm_server("pooling", tiny, *arguments, port=port) as url:
+    with vllm_server("pooling", llamas[0], *arguments, port=port) as url:
         teacher = RemoteTeacher(url, "key")
         assert teacher.exact
         assert teacher.dtype == torch.float32
@@ -103,15 +70,15 @@ def test_exact_teacher_and_its_restart(tiny):
         client.start()
         time.sleep(0.5)
     assert not results  # killed under way
-    with vllm_server("pooling", tiny, *arguments, port=port):
+    with vllm_server("pooling", llamas[0], *arguments, port=port):
         client.join(timeout=120)
         assert len(results) == 100
         torch.testing.assert_close(results[7], teacher.hidden_states([sequences[7]], [num_last[7]])[0])
 
 
-def test_a_half_precision_server_says_so(tiny):
-    model = load(tiny)
-    with vllm_server("pooling", tiny, "--dtype", "bfloat16") as url:
+def test_a_half_precision_server_says_so(llamas):
+    model = load(llamas[0])
+    with vllm_server("pooling", llamas[0], "--dtype", "bfloat16") as url:
         teacher = RemoteTeacher(url)
         assert teacher.dtype == teacher.head.weight.dtype == torch.bfloat16
         sequences, num_last = random_sequences(teacher.vocab_size, [30, 50])
@@ -127,9 +94,9 @@ def test_exact_language_model(smollm2):
 
 
 @torch.no_grad()
-def test_log_probabilities(tiny):
-    model = load(tiny)
-    with vllm_server("completion", tiny, *EXACTLY) as url:
+def test_log_probabilities(llamas):
+    model = load(llamas[0])
+    with vllm_server("completion", llamas[0], *EXACTLY) as url:
         teacher = RemoteTeacher(url)
         assert not teacher.exact
         sequences, num_last = random_sequences(teacher.vocab_size, [5, 40, 200, 30])

@@ -1,21 +1,15 @@
 """Student and teacher sharded by FSDP2 over two CPU processes give what they give whole in one."""
 
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import relative_error
+from helpers import relative_error, run_processes
 
 
 SCRIPT = Path(__file__).parent / "sharded_run.py"
-SETTINGS = [
-    "fused", "unexpected", "separate", "recomputed", "in_tiles", "one_process_violates", "resharded",
-    "resharded_separate", "tied", "several_teachers", "several_recomputed"
-]  # fmt: skip
+SETTINGS = runpy.run_path(str(SCRIPT))["SETTINGS"]
 pytestmark = pytest.mark.slow
 
 
@@ -24,11 +18,7 @@ def results(tmp_path_factory):
     """What one process and two made of it."""
     paths = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
     runpy.run_path(str(SCRIPT))["main"](str(paths[0]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(SCRIPT), str(paths[1])]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
+    run_processes(2, SCRIPT, paths[1])
     return [torch.load(path / "results.pt") for path in paths]
 
 

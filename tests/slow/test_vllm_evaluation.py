@@ -2,11 +2,8 @@
 
 import importlib.util
 import json
-import os
-import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,18 +18,8 @@ HAS_VLLM = importlib.util.find_spec("vllm") is not None
 pytestmark = pytest.mark.slow
 needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="run by test_beside_vllm")
 
-DEMO_LLM = Path(__file__).parents[2] / "examples" / "scripts" / "demo_llm.py"
 QUESTIONS = [f"What is {first} + {second}?" for first in range(1, 7) for second in (2, 5, 9, 30)]
 PROMPTS = [[{"role": "user", "content": question}] for question in QUESTIONS]
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    if "SMOLLM2" in os.environ:
-        return Path(os.environ["SMOLLM2"])
-    folder = tmp_path_factory.mktemp("models") / "smollm2"
-    runpy.run_path(str(DEMO_LLM))["save_teacher"](folder)
-    return folder
 
 
 @pytest.mark.skipif(HAS_VLLM, reason="vLLM is here")

@@ -21,7 +21,7 @@ from helpers import (
     relative_error,
     weights,
 )
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 from vllm_server import run_tests_beside_vllm
 
 from trl_cmdp import (
@@ -40,34 +40,6 @@ needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="run by test_beside_vllm")
 @pytest.mark.skipif(HAS_VLLM, reason="vLLM is here")
 def test_beside_vllm():
     run_tests_beside_vllm(__file__)
-
-
-def save_model(folder, seed):
-    """Random Llama, of the smallest heads that vLLM's attention for CPUs has."""
-    torch.manual_seed(seed)
-    tokenizer = make_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        head_dim=32,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Folders of a student and a teacher."""
-    folder = tmp_path_factory.mktemp("models")
-    return save_model(folder / "student", 0), save_model(folder / "teacher", 1)
 
 
 @functools.cache
@@ -93,8 +65,8 @@ def dtype(request, monkeypatch):
     return request.param
 
 
-def build(tmp_path, models, trainer_class=ConstrainedDistillTrainer, **kwargs):
-    student, teacher = models
+def build(tmp_path, llamas, trainer_class=ConstrainedDistillTrainer, **kwargs):
+    student, teacher = llamas
     args = make_args(
         tmp_path,
         trainer_class._config_class,
@@ -131,11 +103,11 @@ def dense_logps(model, batch):
 
 @needs_vllm
 @pytest.mark.parametrize("dtype", ["float32"], indirect=True)
-def test_costs_and_log_probs_are_those_of_the_student_as_it_is_now(tmp_path, models, monkeypatch, dtype):
+def test_costs_and_log_probs_are_those_of_the_student_as_it_is_now(tmp_path, llamas, monkeypatch, dtype):
     """Over steps that change the student much: vLLM samples from its new weights, and costs are exact on its tokens."""
-    trainer = build(tmp_path, models, learning_rate=0.02, max_steps=4)
+    trainer = build(tmp_path, llamas, learning_rate=0.02, max_steps=4)
     captured = capture_rollouts(trainer, monkeypatch)
-    before = AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.float32)
+    before = AutoModelForCausalLM.from_pretrained(llamas[0], dtype=torch.float32)
     drifts = []
     generate = trainer._generate_and_score_completions
 
@@ -165,9 +137,9 @@ def test_costs_and_log_probs_are_those_of_the_student_as_it_is_now(tmp_path, mod
 
 @needs_vllm
 @pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
-def test_the_correction_reaches_the_policy_loss_alone(tmp_path, models, dtype, mode):
+def test_the_correction_reaches_the_policy_loss_alone(tmp_path, llamas, dtype, mode):
     """A sampler in half precision is corrected: by the same loss and gradients as with two projections."""
-    trainer = build(tmp_path, models, vllm_importance_sampling_mode=mode)
+    trainer = build(tmp_path, llamas, vllm_importance_sampling_mode=mode)
     (batch,) = micro_batches(trainer, make_rows(4))
     ratio, mask = batch["importance_sampling_ratio"], batch["completion_mask"]
     spread = (ratio - 1).abs().max()
@@ -206,8 +178,8 @@ def test_the_correction_reaches_the_policy_loss_alone(tmp_path, models, dtype, m
     ],
     ids=["lagrangian", "gkd", "minillm", "reused"],
 )
-def test_every_method_trains(tmp_path, models, dtype, trainer_class, settings):
-    trainer = build(tmp_path, models, trainer_class, max_steps=2, **settings)
+def test_every_method_trains(tmp_path, llamas, dtype, trainer_class, settings):
+    trainer = build(tmp_path, llamas, trainer_class, max_steps=2, **settings)
     before = weights(trainer)
     trainer.train()
     assert all(math.isfinite(loss) for loss in history(trainer, "loss"))

@@ -6,180 +6,130 @@ import pytest
 import torch
 from helpers import (
     CHARACTERS,
-    FIRST,
+    VOCAB,
     dense_costs,
+    gradients_of,
     history,
     loss_and_gradients,
-    make_args,
     make_dataset,
+    make_lora,
     make_model,
     make_rows,
+    make_scripted_trainer,
     make_teacher,
     make_tokenizer,
     make_trainer,
+    metrics,
     micro_batches,
     random_completions,
     relative_error,
     run,
+    save_model,
     scripted,
 )
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
-
-from trl_cmdp import ConstrainedDistillConfig
-
-
-VOCAB = FIRST + len(CHARACTERS)
-
-
-def save(path, model, tokenizer=None) -> str:
-    model.save_pretrained(path)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(path)
-    return str(path)
 
 
 class TestVocabulary:
-    def test_unequal_tokenizers(self, tmp_path):
-        """Same size, other meaning."""
-        teacher = save(tmp_path / "teacher", make_teacher(), make_tokenizer(CHARACTERS[::-1]))
-        with pytest.raises(ValueError, match="different tokenizers: 14 tokens differ"):
-            make_trainer(tmp_path, trainer_kwargs={"teacher_model": teacher})
-
-    def test_unequal_tokenizers_of_unequal_size(self, tmp_path):
-        teacher = save(tmp_path / "teacher", make_teacher(vocab_size=VOCAB + 1), make_tokenizer(CHARACTERS + "*"))
-        with pytest.raises(ValueError, match=r"different tokenizers.*'\*'"):
-            make_trainer(tmp_path, trainer_kwargs={"teacher_model": teacher})
+    @pytest.mark.parametrize(
+        ("characters", "message"),
+        [
+            (CHARACTERS[::-1], "different tokenizers: 14 tokens differ"),
+            (CHARACTERS + "*", r"different tokenizers.*'\*'"),
+        ],
+        ids=["same-size", "another-size"],
+    )
+    def test_unequal_tokenizers(self, tmp_path, characters, message):
+        teacher = make_teacher(vocab_size=2 + len(characters))
+        path = save_model(tmp_path / "teacher", teacher, make_tokenizer(characters))
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, teacher_model=path)
 
     @pytest.mark.parametrize("on_disk", [True, False])
-    def test_unequal_size_without_tokenizer(self, tmp_path, on_disk):
-        """Without the teacher's tokenizer nobody can tell padding from another vocabulary."""
-        teacher = make_teacher(vocab_size=VOCAB + 8)
+    def test_without_tokenizer(self, tmp_path, on_disk, caplog):
+        """
+        Without the teacher's tokenizer nobody can tell padding from another vocabulary. Equal sizes are accepted, and
+        that is said.
+        """
+        larger, equal = make_teacher(vocab_size=VOCAB + 8), make_teacher()
         if on_disk:
-            teacher = save(tmp_path / "teacher", teacher)
+            larger, equal = save_model(tmp_path / "larger", larger), save_model(tmp_path / "equal", equal)
         with pytest.raises(ValueError, match=f"{VOCAB} tokens and the teacher of {VOCAB + 8}"):
-            make_trainer(tmp_path, trainer_kwargs={"teacher_model": teacher})
-
-    @pytest.mark.parametrize("on_disk", [True, False])
-    def test_equal_size_without_tokenizer(self, tmp_path, on_disk, caplog):
-        """Accepted, and said."""
-        teacher = make_teacher()
-        if on_disk:
-            teacher = save(tmp_path / "teacher", teacher)
-        make_trainer(tmp_path, trainer_kwargs={"teacher_model": teacher})
+            make_trainer(tmp_path, teacher_model=larger)
+        make_trainer(tmp_path, teacher_model=equal)
         assert "Assuming that the teacher uses the student's tokenizer" in caplog.text
 
     @pytest.mark.parametrize(("student_vocab", "teacher_vocab"), [(VOCAB, VOCAB + 8), (VOCAB + 8, VOCAB)])
     def test_padded_vocabularies(self, tmp_path, student_vocab, teacher_vocab):
         """One tokenizer, heads padded to different sizes (Qwen2.5): costs and gradients on the shared tokens."""
-        path = save(tmp_path / "teacher", make_teacher(vocab_size=teacher_vocab), make_tokenizer())
-        model = make_model(spread=0.4, vocab_size=student_vocab)
-        trainer = make_trainer(
+        path = save_model(tmp_path / "teacher", make_teacher(vocab_size=teacher_vocab), make_tokenizer())
+        trainer = make_scripted_trainer(
             tmp_path,
-            model=model,
-            trainer_kwargs={"teacher_model": path, "rollout_func": scripted(random_completions(4))},
+            completions=random_completions(4),
+            model=make_model(spread=0.4, vocab_size=student_vocab),
+            teacher_model=path,
             cost_limit=1e-9,
         )
-        batches = micro_batches(trainer, make_rows(4))
-        logged = torch.tensor(trainer._logs["extra"]["cost"], dtype=torch.float64)
-        batches[0]["advantages"] = torch.zeros(4)
-        _, gradients = loss_and_gradients(trainer, batches)
-
-        batch = trainer._generate_and_score_completions(make_rows(4))
+        (batch,) = micro_batches(trainer, make_rows(4))
+        batch["advantages"] = torch.zeros(4)
+        _, gradients = loss_and_gradients(trainer, [batch])
         mask = batch["completion_mask"]
-        costs = dense_costs(model, AutoModelForCausalLM.from_pretrained(path), batch) * mask
-        torch.testing.assert_close(logged, (costs.sum(1) / mask.sum(1)).detach(), rtol=1e-5, atol=1e-6)
-        (costs.sum() / mask.sum()).backward()
-        reference = {name: parameter.grad for name, parameter in model.named_parameters()}
-        assert relative_error(gradients, reference) < 1e-5
+        costs = dense_costs(trainer.model, AutoModelForCausalLM.from_pretrained(path), batch) * mask
+        torch.testing.assert_close(batch["costs"].double(), costs.detach(), rtol=1e-5, atol=1e-6)
+        assert relative_error(gradients, gradients_of(costs.sum() / mask.sum(), trainer.model)) < 1e-5
         trainer.train()
 
     def test_token_beyond_the_teacher(self, tmp_path):
         """A padding id that the student sampled and the teacher lacks is an error that names the way out."""
-        path = save(tmp_path / "teacher", make_teacher(), make_tokenizer())
-        trainer = make_trainer(
+        trainer = make_scripted_trainer(
             tmp_path,
+            completions=[[2, VOCAB + 3]] * 4,
             model=make_model(vocab_size=VOCAB + 8),
-            trainer_kwargs={"teacher_model": path, "rollout_func": scripted([[2, VOCAB + 3]] * 4)},
+            teacher_model=save_model(tmp_path / "teacher", make_teacher(), make_tokenizer()),
         )
         with pytest.raises(ValueError, match="suppress_tokens"):
             trainer.train()
 
 
-class TestConfig:
-    @pytest.mark.parametrize(
-        ("field", "value"),
-        [
-            ("cost_limit", 0.0),
-            ("cost_limit", -1.0),
-            ("cost_limit", math.nan),
-            ("violation_penalty", 0.0),
-            ("violation_distill_coef", -0.5),
-            ("cost_scope", "median"),
-            ("credit_assignment", "rollout"),
-            ("constraint_aggregation", "normalize_then_sum"),
-            ("teacher_beta", 1.5),
-            ("teacher_prob_floor", 1.0),
-            ("divergence_memory_mb", 0),
-        ],
-    )
-    def test_refused_value(self, tmp_path, field, value):
-        with pytest.raises(ValueError, match=f"`{field}`"):
-            make_args(tmp_path, ConstrainedDistillConfig, **{field: value})
-
+class TestArguments:
     def test_normalize_then_sum(self, tmp_path):
+        settings = {"multi_objective_aggregation": "normalize_then_sum"}
         with pytest.raises(ValueError, match="multi_objective_aggregation='normalize_then_sum'"):
-            make_trainer(
-                tmp_path,
-                trainer_kwargs={"teacher_model": make_teacher()},
-                multi_objective_aggregation="normalize_then_sum",
-            )
-        make_trainer(tmp_path, multi_objective_aggregation="normalize_then_sum")  # without a teacher it is TRL's
+            make_trainer(tmp_path, teacher_model=make_teacher(), **settings)
+        make_trainer(tmp_path, **settings)  # without a teacher it is TRL's
 
     @pytest.mark.parametrize(
         "field", [{"teacher_model_init_kwargs": {"dtype": "bfloat16"}}, {"teacher_model_revision": "main"}]
     )
     def test_loading_arguments_with_an_instance(self, tmp_path, field):
         with pytest.raises(ValueError, match="is an instance"):
-            make_trainer(tmp_path, trainer_kwargs={"teacher_model": make_teacher()}, **field)
+            make_trainer(tmp_path, teacher_model=make_teacher(), **field)
 
     def test_loading_arguments_with_a_path(self, tmp_path):
-        path = save(tmp_path / "teacher", make_teacher(), make_tokenizer())
-        trainer = make_trainer(
-            tmp_path, trainer_kwargs={"teacher_model": path}, teacher_model_init_kwargs={"dtype": "bfloat16"}
-        )
+        path = save_model(tmp_path / "teacher", make_teacher(), make_tokenizer())
+        trainer = make_trainer(tmp_path, teacher_model=path, teacher_model_init_kwargs={"dtype": "bfloat16"})
         assert trainer.teacher_model.dtype == torch.bfloat16
-        assert make_trainer(tmp_path, trainer_kwargs={"teacher_model": path}).teacher_model.dtype == torch.float32
+        assert make_trainer(tmp_path, teacher_model=path).teacher_model.dtype == torch.float32
 
 
 class TestTeacherIsTheStudent:
-    def test_same_object(self, tmp_path):
+    @pytest.mark.parametrize("lora", [False, True], ids=["same", "base-of-the-adapter"])
+    def test_same_object(self, tmp_path, lora):
         model = make_model()
         with pytest.raises(ValueError, match="shares parameters with the model being trained"):
-            make_trainer(tmp_path, model=model, trainer_kwargs={"teacher_model": model})
-
-    def test_base_of_the_adapter(self, tmp_path):
-        model = make_model()
-        peft_config = LoraConfig(r=2, target_modules=["q_proj"])
-        with pytest.raises(ValueError, match="shares parameters"):
-            make_trainer(tmp_path, model=model, trainer_kwargs={"teacher_model": model, "peft_config": peft_config})
+            make_trainer(tmp_path, model=model, teacher_model=model, peft_config=make_lora() if lora else None)
+        if not lora:  # the caller may go on with it
+            assert all(parameter.requires_grad for parameter in model.parameters())
 
     def test_shared_layer(self, tmp_path):
         model, teacher = make_model(), make_model(1)
         teacher.lm_head.weight = model.lm_head.weight
         with pytest.raises(ValueError, match="shares parameters"):
-            make_trainer(tmp_path, model=model, trainer_kwargs={"teacher_model": teacher})
-
-    def test_the_student_stays_trainable(self, tmp_path):
-        """The refusal does not leave the model frozen: the caller may go on with it."""
-        model = make_model()
-        with pytest.raises(ValueError, match="shares parameters"):
-            make_trainer(tmp_path, model=model, trainer_kwargs={"teacher_model": model})
-        assert all(parameter.requires_grad for parameter in model.parameters())
+            make_trainer(tmp_path, model=model, teacher_model=teacher)
 
     def test_equal_weights_are_no_error(self, tmp_path):
         """A copy is a teacher at distance zero."""
-        trainer = run(tmp_path, trainer_kwargs={"teacher_model": make_model()}, learning_rate=0.0, max_steps=1)
+        trainer = run(tmp_path, teacher_model=make_model(), learning_rate=0.0, max_steps=1)
         assert history(trainer, "constraint/cost")[0] == pytest.approx(0.0, abs=1e-6)
 
 
@@ -192,7 +142,7 @@ class TestRewards:
             run(
                 tmp_path,
                 reward_funcs=lambda completions, **kwargs: [size] + [0.0] * (len(completions) - 1),
-                trainer_kwargs={"teacher_model": make_teacher()},
+                teacher_model=make_teacher(),
                 violation_penalty=penalty,
             )
 
@@ -203,18 +153,14 @@ class TestRewards:
         def exact_match(completions, answer, **kwargs):
             return [float(a == c) for a, c in zip(answer, completions, strict=True)]
 
-        trainer_kwargs = {"teacher_model": make_teacher()} if teacher else {}
+        arguments = {"reward_funcs": exact_match, "teacher_model": make_teacher() if teacher else None}
         dataset = make_dataset().rename_column("answer", "solution")
         with pytest.raises(ValueError, match=r"'exact_match' needs the column 'answer'.*training.*rename_column"):
-            make_trainer(tmp_path, reward_funcs=exact_match, train_dataset=dataset, trainer_kwargs=trainer_kwargs)
+            make_trainer(tmp_path, train_dataset=dataset, **arguments)
         for eval_dataset in (dataset, {"held_out": dataset}):
             with pytest.raises(ValueError, match=r"needs the column 'answer'.*(evaluation|held_out) dataset"):
-                make_trainer(
-                    tmp_path,
-                    reward_funcs=exact_match,
-                    trainer_kwargs={**trainer_kwargs, "eval_dataset": eval_dataset},
-                )
-        run(tmp_path, reward_funcs=exact_match, trainer_kwargs=trainer_kwargs)
+                make_trainer(tmp_path, eval_dataset=eval_dataset, **arguments)
+        run(tmp_path, **arguments)
 
     def test_arguments_that_are_no_columns(self, tmp_path):
         """What TRL passes itself, and arguments with a default, need no column."""
@@ -247,7 +193,8 @@ class TestNotFinite:
         weight = teacher.lm_head.weight if where == "head" else teacher.model.layers[0].mlp.up_proj.weight
         trainer = make_trainer(
             tmp_path,
-            trainer_kwargs={"teacher_model": teacher, "callbacks": [Poison(weight, 2)]},
+            teacher_model=teacher,
+            callbacks=[Poison(weight, 2)],
             max_steps=4,
             save_strategy="steps",
             save_steps=1,
@@ -262,10 +209,7 @@ class TestNotFinite:
 
     def test_nan_from_the_student(self, tmp_path):
         """Not blamed on the teacher."""
-        trainer = make_trainer(
-            tmp_path,
-            trainer_kwargs={"teacher_model": make_teacher(), "rollout_func": scripted(random_completions(4))},
-        )
+        trainer = make_scripted_trainer(tmp_path)
         with torch.no_grad():
             trainer.model.lm_head.weight.fill_(math.nan)
         with pytest.raises(ValueError, match=r"not finite at step 0, and it is not the teacher.*student diverged"):
@@ -277,23 +221,25 @@ class TestNotFinite:
         with torch.no_grad():
             teacher.lm_head.weight[5].fill_(-3e38)
             teacher.lm_head.weight[6].fill_(3e38)
-        arguments = {"teacher_model": teacher, "rollout_func": scripted(random_completions(4))}
         with pytest.raises(ValueError, match="not finite at step 0"):
-            run(tmp_path, trainer_kwargs=arguments)
+            make_scripted_trainer(tmp_path, teacher_model=teacher).train()
 
 
 class TestNothingToLearnFrom:
     COMPLETIONS = ([2, 3, 4], [5, 6], [7], [8, 9, 10, 11])
 
-    @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo", "dr_grpo"])
-    @pytest.mark.parametrize("credit_assignment", ["trajectory", "token"])
+    @pytest.mark.parametrize(
+        ("loss_type", "credit_assignment"),
+        [("dapo", "trajectory"), ("grpo", "token"), ("bnpo", "trajectory"), ("dr_grpo", "token")],
+    )
     def test_all_masked(self, tmp_path, loss_type, credit_assignment):
         """Rollouts of which no token counts are no error: they contribute zero and are counted."""
         mask = [[0] * len(ids) for ids in self.COMPLETIONS]
         before = dict(make_model().named_parameters())
         trainer = run(
             tmp_path,
-            trainer_kwargs={"teacher_model": make_teacher(), "rollout_func": scripted(self.COMPLETIONS, mask)},
+            teacher_model=make_teacher(),
+            rollout_func=scripted(self.COMPLETIONS, mask),
             loss_type=loss_type,
             credit_assignment=credit_assignment,
             cost_limit=0.01,
@@ -309,18 +255,17 @@ class TestNothingToLearnFrom:
         """Beside others that count, a masked rollout adds no gradient of its own and no NaN."""
         mask = [[1] * len(ids) for ids in self.COMPLETIONS]
         mask[1] = [0, 0]
-        trainer = make_trainer(
+        trainer = make_scripted_trainer(
             tmp_path,
-            model=make_model(spread=0.4),
-            trainer_kwargs={"teacher_model": make_teacher(), "rollout_func": scripted(self.COMPLETIONS, mask)},
+            completions=self.COMPLETIONS,
+            env_mask=mask,
             credit_assignment=credit_assignment,
             constraint_aggregation=aggregation,
-            cost_limit=2.4,
         )
         (batch,) = micro_batches(trainer, make_rows(4))
         loss, gradients = loss_and_gradients(trainer, [batch])
         assert math.isfinite(loss)
         assert all(gradient.isfinite().all() for gradient in gradients.values())
-        assert trainer._sums["train"]["constraint/unjudged_frac"] == [1.0, 4.0]
+        assert metrics(trainer)["constraint/unjudged_frac"] == 0.25
         masked_row = batch["tool_mask"].sum(1) == batch["tool_mask"].size(1) - 2
         assert (batch["divergence_weights"][masked_row] == 0).all()

@@ -1,15 +1,15 @@
 """`metric_for_best_model="constraint/feasible_reward"`: feasibility first, reward second, from the eval set."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import history, make_dataset, make_teacher, make_trainer, random_completions, scripted
+from helpers import history, make_dataset, make_scripted_trainer, make_teacher, make_trainer, random_completions
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import TrainerState
-from trl import GRPOTrainer
 
 from trl_cmdp import (
     ConstrainedDistillTrainer,
@@ -76,46 +76,42 @@ class TestOrder:
         assert verdicts == Verdicts(judged=6, violations=2, reward_sum=18.0)
 
 
-def staged(trainer_costs: dict[int, float], stage_rewards: dict[int, float]):
-    """Costs and rewards of every rollout, by optimizer step, in place of those measured."""
-
-    class Staged(ConstrainedDistillTrainer):
-        def _score(self, output, local_mask, mask):
-            scores, kept = super()._score(output, local_mask, mask)
-            if self._mode == "eval":
-                scores["costs"] = trainer_costs[self.state.global_step] * local_mask.float()
-            return scores, kept
-
-    def reward(completions, trainer_state, **kwargs):
-        return [stage_rewards.get(trainer_state.global_step, 0.0)] * len(completions)
-
-    return Staged, reward
-
-
+# Of every evaluated rollout, by optimizer step.
 COSTS = {1: 0.5, 2: 0.1, 3: 0.2, 4: 0.9}  # the limit is 0.35
 REWARDS = {1: 9.0, 2: -2.0, 3: -1.0, 4: 10.0}
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
+
+
+class Staged(ConstrainedDistillTrainer):
+    """With those costs in place of the ones that it measures in an evaluation."""
+
+    def _signal(self, rollouts):
+        if not self.model.training:
+            rollouts = replace(rollouts, costs=COSTS[self.state.global_step] * rollouts.mask.float())
+        return super()._signal(rollouts)
+
+
+def staged_reward(completions, trainer_state, **kwargs):
+    return [REWARDS.get(trainer_state.global_step, 0.0)] * len(completions)
 
 
 def select(folder, max_steps=4, **kwargs):
-    trainer_class, reward = staged(COSTS, REWARDS)
-    settings = {
-        "eval_strategy": "steps",
-        "eval_steps": 1,
+    defaults = {
         "save_strategy": "steps",
         "save_steps": 1,
         "load_best_model_at_end": True,
         "metric_for_best_model": FEASIBLE_REWARD,
-        "per_device_eval_batch_size": 4,
         "lr_scheduler_type": "constant",
-        **kwargs,
+        **EVALUATED,
     }
     return make_trainer(
         folder,
-        trainer_class,
-        reward_funcs=reward,
+        Staged,
+        reward_funcs=staged_reward,
         max_steps=max_steps,
-        trainer_kwargs={"teacher_model": make_teacher(), "eval_dataset": make_dataset(1)},
-        **settings,
+        teacher_model=make_teacher(),
+        eval_dataset=make_dataset(1),
+        **{**defaults, **kwargs},
     )
 
 
@@ -135,20 +131,18 @@ def test_the_feasible_checkpoint_is_loaded(tmp_path):
 
 
 def test_save_strategy_best(tmp_path):
-    """A checkpoint is written where the metric improves: the infeasible first, then two feasible ones."""
-    trainer = select(tmp_path, save_strategy="best", metric_for_best_model=f"eval_{FEASIBLE_REWARD}")
+    """
+    A checkpoint is written where the metric improves: the infeasible first, then two feasible ones, in which nothing
+    violates the limit and no tolerance is needed.
+    """
+    trainer = select(
+        tmp_path,
+        save_strategy="best",
+        metric_for_best_model=f"eval_{FEASIBLE_REWARD}",
+        tolerated_violation_rate=0.0,
+    )
     trainer.train()
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
-        "checkpoint-1",
-        "checkpoint-2",
-        "checkpoint-3",
-    ]
-
-
-def test_tolerated_violation_rate(tmp_path):
-    """With every rollout above the limit no tolerance below 1 helps; with none above it 0 does."""
-    trainer = select(tmp_path, tolerated_violation_rate=0.0, save_strategy="best")
-    trainer.train()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (1, 2, 3)}
     assert trainer.state.best_metric == -1.0
 
 
@@ -175,22 +169,17 @@ def test_before_an_automatic_limit_is_set(tmp_path):
 @pytest.mark.parametrize("trainer_class", [GKDDistillTrainer, LagrangianDistillTrainer, MiniLLMDistillTrainer])
 def test_siblings(tmp_path, trainer_class):
     """Measured by every method that has a limit, equal to the mean reward of its judged rollouts where feasible."""
-    trainer = make_trainer(
+    trainer = make_scripted_trainer(
         tmp_path,
         trainer_class,
+        completions=random_completions(4),
         max_steps=1,
         cost_limit=100.0,
-        eval_strategy="steps",
-        eval_steps=1,
         save_strategy="best",
         metric_for_best_model=FEASIBLE_REWARD,
-        per_device_eval_batch_size=4,
+        eval_dataset=make_dataset(1),
+        **EVALUATED,
         **({"teacher_mixed_alpha": 0.0} if trainer_class is MiniLLMDistillTrainer else {}),
-        trainer_kwargs={
-            "teacher_model": make_teacher(),
-            "eval_dataset": make_dataset(1),
-            "rollout_func": scripted(random_completions(4)),
-        },
     )
     trainer.train()
     assert history(trainer, f"eval_{FEASIBLE_REWARD}") == pytest.approx(history(trainer, "eval_reward"))
@@ -198,51 +187,24 @@ def test_siblings(tmp_path, trainer_class):
 
 
 def test_not_logged_unless_asked_for(tmp_path):
-    trainer = make_trainer(
-        tmp_path,
-        eval_strategy="steps",
-        eval_steps=1,
-        per_device_eval_batch_size=4,
-        trainer_kwargs={"teacher_model": make_teacher(), "eval_dataset": make_dataset(1)},
-    )
+    trainer = make_trainer(tmp_path, teacher_model=make_teacher(), eval_dataset=make_dataset(1), **EVALUATED)
     assert FEASIBLE_REWARD not in "".join(trainer.evaluate())
 
 
-class TestRefused:
-    ASKED = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": FEASIBLE_REWARD}
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher_model": None}, "needs a teacher"),
+        ({"eval_strategy": "no"}, "eval_strategy"),
+        ({"eval_dataset": {"one": make_dataset(1), "two": make_dataset(1)}}, "single dataset"),
+        ({"greater_is_better": False}, "greater"),
+    ],
+)
+def test_refused(tmp_path, changes, message):
+    asked = {"metric_for_best_model": FEASIBLE_REWARD, "eval_dataset": make_dataset(1), **EVALUATED}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **{"teacher_model": make_teacher(), **asked, **changes})
 
-    def test_without_a_teacher(self, tmp_path):
-        with pytest.raises(ValueError, match="needs a teacher"):
-            make_trainer(tmp_path, **self.ASKED, trainer_kwargs={"eval_dataset": make_dataset(1)})
 
-    def test_without_evaluation(self, tmp_path):
-        with pytest.raises(ValueError, match="eval_strategy"):
-            make_trainer(
-                tmp_path, metric_for_best_model=FEASIBLE_REWARD, trainer_kwargs={"teacher_model": make_teacher()}
-            )
-
-    def test_several_evaluation_sets(self, tmp_path):
-        datasets = {"one": make_dataset(1), "two": make_dataset(1)}
-        with pytest.raises(ValueError, match="single dataset"):
-            make_trainer(
-                tmp_path, **self.ASKED, trainer_kwargs={"teacher_model": make_teacher(), "eval_dataset": datasets}
-            )
-
-    def test_lesser_is_better(self, tmp_path):
-        with pytest.raises(ValueError, match="greater"):
-            make_trainer(
-                tmp_path,
-                **self.ASKED,
-                greater_is_better=False,
-                trainer_kwargs={"teacher_model": make_teacher(), "eval_dataset": make_dataset(1)},
-            )
-
-    @pytest.mark.parametrize("rate", [-0.1, 1.0, math.nan])
-    def test_tolerated_rate_outside_of_its_range(self, tmp_path, rate):
-        with pytest.raises(ValueError, match="tolerated_violation_rate"):
-            make_trainer(tmp_path, GKDDistillTrainer, tolerated_violation_rate=rate)
-
-    def test_other_metrics_are_as_ever(self, tmp_path):
-        kwargs = {**self.ASKED, "metric_for_best_model": "reward"}
-        trainer = make_trainer(tmp_path, GRPOTrainer, **kwargs, trainer_kwargs={"eval_dataset": make_dataset(1)})
-        assert trainer.args.metric_for_best_model == "reward"
+def test_other_metrics_are_as_ever(tmp_path):
+    make_trainer(tmp_path, metric_for_best_model="reward", eval_dataset=make_dataset(1), **EVALUATED)

@@ -12,10 +12,17 @@ from itertools import product
 import pytest
 import torch
 from datasets import Dataset
-from helpers import EOS, make_model, make_tokenizer, make_trainer, relative_error, scripted
+from helpers import EOS, gradients_of, make_model, make_tokenizer, make_trainer, relative_error, scripted
 
 import trl_cmdp.trainers.constrained_trainer as constrained_trainer
-from trl_cmdp.core import infeasible_steps, rollout_cost, token_divergence
+from trl_cmdp.core import (
+    infeasible_steps,
+    modified_reward,
+    rollout_cost,
+    token_divergence,
+    token_modified_rewards,
+    violation_weights,
+)
 
 
 VOCAB = 3  # <pad>, which is a token like any other here, <eos>, and one character
@@ -84,35 +91,11 @@ class Problem:
         self.cost_limit = (cost[widest] + cost[widest + 1]).item() / 2
 
     def returns(self, credit_assignment: str, costs: torch.Tensor) -> torch.Tensor:
-        """Modified return of each sequence, by the formulas of DESIGN section 1, step by step."""
-        returns = []
-        for row, length in enumerate(LENGTHS.tolist()):
-            step_costs = costs[row, :length]
-
-            def cost_of(prefix):
-                if len(prefix) == 0:
-                    return torch.zeros((), dtype=costs.dtype)
-                if self.scope == "sum":
-                    return prefix.sum()
-                if self.scope == "mean":
-                    return prefix.mean()
-                return torch.stack([prefix[:k].mean() for k in range(1, len(prefix) + 1)]).max()
-
-            total = cost_of(step_costs)
-            feasible = total.item() <= self.cost_limit
-            if credit_assignment == "trajectory":
-                returns.append(REWARDS[row] if feasible else -(PENALTY + total))
-                continue
-            value = torch.zeros((), dtype=costs.dtype)
-            for t in range(length):
-                if t == length - 1:
-                    value = value + (REWARDS[row] if feasible else -(PENALTY + step_costs[t]) / HORIZON)
-                elif cost_of(step_costs[:t]).item() > self.cost_limit:
-                    value = value - (PENALTY + step_costs[t]) / HORIZON
-            if not feasible:
-                value = value - (HORIZON - length) * (PENALTY + total) / HORIZON
-            returns.append(value)
-        return torch.stack(returns)
+        """Modified return of each sequence, by functions that tests/core holds to the formulas, step by step."""
+        arguments = (REWARDS, costs, MASK, self.cost_limit, PENALTY, self.scope)
+        if credit_assignment == "trajectory":
+            return modified_reward(*arguments)
+        return token_modified_rewards(*arguments, horizon=HORIZON).sum(1)
 
     def score_part(self, credit_assignment: str) -> torch.Tensor:
         return (self.probabilities * self.returns(credit_assignment, self.costs).detach()).sum()
@@ -122,25 +105,8 @@ class Problem:
 
     def surrogate(self, credit_assignment: str) -> torch.Tensor:
         """−Σ_y π(y) Σ_t w_t D_t with w_t of DESIGN: violating rollouts, or infeasible steps."""
-        total = torch.zeros((), dtype=torch.float64)
-        for row, length in enumerate(LENGTHS.tolist()):
-            costs, mask = self.costs[row : row + 1], MASK[row : row + 1]
-            violated = rollout_cost(costs, mask, self.scope).item() > self.cost_limit
-            for t in range(length):
-                prefix = torch.arange(HORIZON).unsqueeze(0) < t
-                prefix_violated = rollout_cost(costs, prefix, self.scope).item() > self.cost_limit
-                if violated if credit_assignment == "trajectory" or t == length - 1 else prefix_violated:
-                    total = total - self.probabilities[row].detach() * self.costs[row, t]
-        return total
-
-
-def gradient(value: torch.Tensor, model) -> dict[str, torch.Tensor]:
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-    return {
-        name: torch.zeros_like(parameter) if grad is None else grad
-        for name, parameter, grad in zip(names, parameters, gradients, strict=True)
-    }
+        weights = violation_weights(self.costs.detach(), MASK, self.cost_limit, self.scope, credit_assignment)
+        return -(self.probabilities.detach() * (weights * self.costs).sum(1)).sum()
 
 
 def trainer_gradient(tmp_path, student, teacher, problem, scope, credit_assignment, beta, coefficient):
@@ -154,7 +120,8 @@ def trainer_gradient(tmp_path, student, teacher, problem, scope, credit_assignme
         reward_funcs=lambda completion_ids, **kwargs: [table[tuple(ids)] for ids in completion_ids],
         train_dataset=Dataset.from_dict({"prompt": [PROMPT]}),
         tokenizer=make_tokenizer("0"),
-        trainer_kwargs={"teacher_model": teacher, "rollout_func": scripted([SEQUENCES[index] for index in rows])},
+        teacher_model=teacher,
+        rollout_func=scripted([SEQUENCES[index] for index in rows]),
         per_device_train_batch_size=len(rows),
         num_generations=2,
         max_completion_length=HORIZON,
@@ -208,8 +175,8 @@ def test_gradient_is_that_of_the_enumerated_objective(tmp_path, models, scope, c
     assert problem.gap > 1e-3  # no cost so close to the limit that rounding decides
     assert problem.probabilities.sum().item() == pytest.approx(1.0, abs=1e-9)  # every sequence is listed
 
-    score = gradient(problem.score_part(credit_assignment), student)
-    surrogate = gradient(problem.surrogate(credit_assignment), student)
+    score = gradients_of(problem.score_part(credit_assignment), student)
+    surrogate = gradients_of(problem.surrogate(credit_assignment), student)
     expected = add(score, surrogate, 0.5)
     ours = trainer_gradient(tmp_path, student, teacher, problem, scope, credit_assignment, beta, coefficient=1.0)
     assert relative_error(ours, expected) < 1e-4
@@ -226,8 +193,8 @@ def test_explicit_part_with_exact_weights(tmp_path, models, monkeypatch, scope, 
     problem = Problem(student, teacher, scope, 1.0)
     monkeypatch.setattr(constrained_trainer, "violation_weights", exact_weights)
     expected = add(
-        gradient(problem.score_part(credit_assignment), student),
-        gradient(problem.explicit_part(credit_assignment), student),
+        gradients_of(problem.score_part(credit_assignment), student),
+        gradients_of(problem.explicit_part(credit_assignment), student),
         0.5,
     )
     ours = trainer_gradient(tmp_path, student, teacher, problem, scope, credit_assignment, 1.0, coefficient=1.0)
@@ -238,15 +205,15 @@ def test_surrogate_is_exact_for_sum(models):
     """For scope "sum" in the trajectory form the surrogate is the explicit part itself."""
     student, teacher = models
     problem = Problem(student, teacher, "sum", 1.0)
-    surrogate = gradient(problem.surrogate("trajectory"), student)
-    assert relative_error(surrogate, gradient(problem.explicit_part("trajectory"), student)) < 1e-9
+    surrogate = gradients_of(problem.surrogate("trajectory"), student)
+    assert relative_error(surrogate, gradients_of(problem.explicit_part("trajectory"), student)) < 1e-9
 
 
 def test_coefficient_scales_the_explicit_part_alone(tmp_path, models):
     student, teacher = models
     problem = Problem(student, teacher, "mean", 1.0)
-    score = gradient(problem.score_part("trajectory"), student)
-    surrogate = gradient(problem.surrogate("trajectory"), student)
+    score = gradients_of(problem.score_part("trajectory"), student)
+    surrogate = gradients_of(problem.surrogate("trajectory"), student)
     for coefficient in (0.0, 0.25):
         ours = trainer_gradient(
             tmp_path / str(coefficient), student, teacher, problem, "mean", "trajectory", 1.0, coefficient

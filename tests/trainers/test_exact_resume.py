@@ -1,18 +1,12 @@
 """A run that stops anywhere goes on to the same weights and the same log, and cut-off checkpoints are passed over."""
 
 import json
-import logging
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 import transformers.trainer
-from helpers import length_reward, make_dataset, make_teacher, make_trainer, weights
-from peft import LoraConfig
+from helpers import length_reward, make_dataset, make_lora, make_teacher, make_trainer, run_processes, same_weights
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
@@ -23,9 +17,6 @@ from trl_cmdp import (
     MiniLLMDistillTrainer,
 )
 from trl_cmdp.trainers.engine.checkpoints import check_whole, last_whole_checkpoint
-
-
-SCRIPT = Path(__file__).parent / "scripts" / "resume_two_processes.py"
 
 
 class Stop(TrainerCallback):
@@ -39,11 +30,12 @@ class Stop(TrainerCallback):
 
 
 def build(folder, trainer_class=ConstrainedDistillTrainer, *, stop=None, lora=False, teacher=True, **kwargs):
-    trainer_kwargs = {} if trainer_class is GRPOTrainer else {"teacher_model": make_teacher() if teacher else None}
-    if lora:
-        trainer_kwargs["peft_config"] = LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
     fields = {"max_steps": 4, "learning_rate": 0.02, "save_strategy": "steps", "save_steps": 1, **kwargs}
-    trainer = make_trainer(folder, trainer_class, trainer_kwargs=trainer_kwargs, **fields)
+    if teacher and trainer_class is not GRPOTrainer:
+        fields["teacher_model"] = make_teacher()
+    if lora:
+        fields["peft_config"] = make_lora(lora_dropout=0.1)
+    trainer = make_trainer(folder, trainer_class, **fields)
     if stop is not None:
         trainer.add_callback(Stop(stop))
     return trainer
@@ -62,12 +54,25 @@ def logged(trainer):
 
 
 def assert_same_run(resumed, whole):
-    final = weights(whole)
-    assert all(torch.equal(value, final[name]) for name, value in weights(resumed).items())
+    assert resumed.state.global_step == whole.state.max_steps
+    assert same_weights(resumed, whole)
     assert logged(resumed) == logged(whole)
 
 
-PID = {"multiplier": "pid", "multiplier_init": 0.1}
+def check_resume(folder, stop, *, reward_funcs=length_reward, drop=(), **settings):
+    """
+    The run that is stopped and resumed, with that reward, ends as the one that was not. `drop` names what transformers
+    logs of its window alone.
+    """
+    whole = build(folder / "whole", **settings)
+    whole.train()
+    build(folder / "stopped", stop=stop, **settings).train()
+    resumed = build(folder / "stopped", reward_funcs=reward_funcs, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    for entry in [*whole.state.log_history, *resumed.state.log_history]:
+        for name in drop:
+            entry.pop(name, None)
+    assert_same_run(resumed, whole)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +83,7 @@ PID = {"multiplier": "pid", "multiplier_init": 0.1}
         (1, {"steps_per_generation": 4, "num_iterations": 2, "gradient_accumulation_steps": 2, "lora": True}),
         (3, {"steps_per_generation": 2, "cost_limit": 1.7, "use_adaptive_entropy": True, "entropy_target": 9.0}),
         (1, {"steps_per_generation": 2, "teacher": False, "lora": True, "beta": 0.1}),
-        (1, {"num_iterations": 2, "trainer_class": LagrangianDistillTrainer, **PID}),
+        (1, {"num_iterations": 2, "trainer_class": LagrangianDistillTrainer, "multiplier": "pid"}),
         (3, {"steps_per_generation": 2, "trainer_class": GKDDistillTrainer, "lmbda": 0.5, "seq_kd": True}),
         (1, {"steps_per_generation": 2, "trainer_class": MiniLLMDistillTrainer, "teacher_hidden_memory_mb": 1e-6}),
     ],
@@ -86,9 +91,6 @@ PID = {"multiplier": "pid", "multiplier_init": 0.1}
 )
 def test_in_the_middle_of_a_generation_cycle(tmp_path, stop, settings):
     """The rollouts left are those that were saved, so no one is asked to score others before the cycle ends."""
-    whole = build(tmp_path / "whole", **settings)
-    whole.train()
-    build(tmp_path / "stopped", stop=stop, **settings).train()
     scored = []
 
     def reward(completions, trainer_state, **kwargs):
@@ -96,43 +98,48 @@ def test_in_the_middle_of_a_generation_cycle(tmp_path, stop, settings):
         return length_reward(completions)
 
     reward.__name__ = "length_reward"
-    resumed = build(tmp_path / "stopped", reward_funcs=reward, **settings)
-    resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 4
+    check_resume(tmp_path, stop, reward_funcs=reward, **settings)
     assert stop not in scored
-    assert_same_run(resumed, whole)
+
+
+AUTO_LIMIT = {"cost_limit": "auto", "auto_limit_steps": 3, "max_steps": 5}
+COMPLETIONS = make_dataset().add_column("completion", ["3#3", "7", "1+1,11", "5#15#15"] * 8)
 
 
 @pytest.mark.parametrize(
     ("stop", "settings"),
     [
+        (2, {"gradient_accumulation_steps": 2, "cost_limit": 1.7}),
+        (2, {"steps_per_generation": 2, "num_iterations": 1, "credit_assignment": "token", "cost_limit": 1.7}),
+        (2, {"lora": True, "cost_limit": 1.7}),
+        (2, AUTO_LIMIT),  # in the imitation phase, at its end, and after it
+        (3, AUTO_LIMIT),
+        (4, AUTO_LIMIT),
+        (2, {"trainer_class": LagrangianDistillTrainer, "multiplier": "dual", "multiplier_init": 0.1}),
+        (4, {"trainer_class": GKDDistillTrainer, "train_dataset": COMPLETIONS, "lmbda": 0.5, "max_steps": 8}),
         (3, {"logging_steps": 2, "save_steps": 3}),  # metrics of step 3 are logged with those of step 4
-        (5, {"max_steps": 7}),  # in the second epoch of four prompts, which has an order of its own
-        (5, {"max_steps": 7, "num_iterations": 2, "gradient_accumulation_steps": 2, "teacher": False}),
-        (4, {"max_steps": 6}),  # between two epochs
+        (5, {"train_dataset": make_dataset(1), "max_steps": 7}),  # in the second epoch, which has an order of its own
+        (4, {"train_dataset": make_dataset(1), "max_steps": 6}),  # between two epochs
+        (
+            5,
+            {
+                "train_dataset": make_dataset(1),
+                "max_steps": 7,
+                "num_iterations": 2,
+                "gradient_accumulation_steps": 2,
+                "teacher": False,
+            },
+        ),
     ],
-    ids=["logging", "second-epoch", "second-epoch-cycle", "between-epochs"],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
 )
-def test_log_and_order_of_the_data(tmp_path, stop, settings):
-    settings = {"train_dataset": make_dataset(copies=1), **settings}
-    whole = build(tmp_path / "whole", **settings)
-    whole.train()
-    build(tmp_path / "stopped", stop=stop, **settings).train()
-    resumed = build(tmp_path / "stopped", **settings)
-    resumed.train(resume_from_checkpoint=True)
-    if "logging_steps" in settings:  # transformers' own, of its window alone
-        for entry in [*whole.state.log_history, *resumed.state.log_history]:
-            entry.pop("loss", None)
-    assert_same_run(resumed, whole)
+def test_between_generations(tmp_path, stop, settings):
+    """The same log, order of the data, limits and draws."""
+    check_resume(tmp_path, stop, drop=["loss"] if "logging_steps" in settings else [], **settings)
 
 
 def test_two_processes(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(SCRIPT), str(tmp_path)]
-    paths = os.pathsep.join([str(SCRIPT.parents[1]), str(SCRIPT.parents[2])])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    run_processes(2, Path(__file__).parent / "scripts" / "resume_two_processes.py", tmp_path)
     assert (tmp_path / "same_0").exists()
     assert (tmp_path / "same_1").exists()
 
@@ -158,28 +165,28 @@ def test_a_cycle_that_has_ended_leaves_no_rollouts(run_of_three):
     assert sorted(found) == ["checkpoint-1", "checkpoint-3"]
 
 
-def test_each_file_cut_off(run_of_three, tmp_path, caplog):
+@pytest.mark.parametrize("damage", ["missing", "cut off"])
+def test_each_file_cut_off(run_of_three, tmp_path, caplog, damage):
     """Whichever file is missing or cut short, the checkpoint before is used and the reason is said."""
-    names = [path.name for path in (run_of_three / "checkpoint-3").iterdir()]
-    assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "trl_cmdp_rollouts_0.safetensors"} < set(names)
-    for name in names:
-        for damage in ("missing", "cut off"):
-            if (name, damage) == ("trl_cmdp_progress.json", "missing"):
-                continue  # without a list and with a trainer state: another trainer's
-            folder = tmp_path / f"{name} {damage}"
-            shutil.copytree(run_of_three, folder)
-            path = folder / "checkpoint-3" / name
-            if damage == "missing":
-                path.unlink()
-            else:
-                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-            caplog.clear()
-            with caplog.at_level(logging.WARNING):
-                assert last_whole_checkpoint(folder) == str(folder / "checkpoint-2")
-            assert f"checkpoint-3 is not whole and is passed over: {name} is {damage}" in caplog.text
-            with pytest.raises(ValueError, match=f"checkpoint-3 cannot be resumed from: {name} is {damage}"):
-                check_whole(folder / "checkpoint-3")
-            shutil.rmtree(folder)
+    shutil.copytree(run_of_three, tmp_path, dirs_exist_ok=True)
+    paths = list((tmp_path / "checkpoint-3").iterdir())
+    names = {path.name for path in paths}
+    assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "trl_cmdp_rollouts_0.safetensors"} < names
+    for path in paths:
+        if (path.name, damage) == ("trl_cmdp_progress.json", "missing"):
+            continue  # without a list and with a trainer state: another trainer's
+        whole = path.read_bytes()
+        if damage == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(whole[: len(whole) // 2])
+        caplog.clear()
+        assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+        assert f"checkpoint-3 is not whole and is passed over: {path.name} is {damage}" in caplog.text
+        with pytest.raises(ValueError, match=f"checkpoint-3 cannot be resumed from: {path.name} is {damage}"):
+            check_whole(path.parent)
+        path.write_bytes(whole)
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
 
 
 def test_training_goes_on_from_the_one_before(run_of_three, tmp_path):
@@ -189,7 +196,6 @@ def test_training_goes_on_from_the_one_before(run_of_three, tmp_path):
     with pytest.raises(ValueError, match=r"trainer_state\.json is missing"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 4
     whole = build(tmp_path / "whole", num_iterations=2)
     whole.train()
     assert_same_run(resumed, whole)
@@ -204,8 +210,7 @@ def test_from_a_checkpoint_of_grpo_trainer(tmp_path, caplog, stop):
     whole.train()
     build(tmp_path / "stopped", GRPOTrainer, stop=stop, num_iterations=2).train()
     resumed = build(tmp_path / "stopped", **settings)
-    with caplog.at_level(logging.WARNING, logger="trl_cmdp"):
-        resumed.train(resume_from_checkpoint=True)
+    resumed.train(resume_from_checkpoint=True)
     assert "has no trl_cmdp_progress.json, so another trainer wrote it" in caplog.text
     assert resumed.state.global_step == 4
     if stop == 2:
@@ -252,8 +257,7 @@ def test_other_batches(run_of_three, tmp_path, caplog, stop, warns):
     for step in range(1, stop + 1):
         shutil.copytree(run_of_three / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     resumed = build(tmp_path, num_iterations=2, gradient_accumulation_steps=2, steps_per_generation=2)
-    with caplog.at_level(logging.WARNING, logger="trl_cmdp"):
-        resumed.train(resume_from_checkpoint=True)
+    resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 4
     assert ("gradient_accumulation_steps 1, now 2; steps_per_generation 1, now 2" in caplog.text) == warns
 
@@ -262,5 +266,3 @@ def test_a_checkpoint_holds_no_pickle_of_ours(run_of_three):
     """What we add is JSON and safetensors, whose structure is JSON too."""
     ours = sorted(path.name for path in (run_of_three / "checkpoint-3").glob("trl_cmdp_*"))
     assert ours == ["trl_cmdp_progress.json", "trl_cmdp_rollouts_0.safetensors"]
-    progress = json.loads((run_of_three / "checkpoint-3" / "trl_cmdp_progress.json").read_text())
-    assert set(progress) == {"step", "batches", "logging_window", "entropy", "files"}

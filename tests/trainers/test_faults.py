@@ -4,88 +4,81 @@ import math
 import os
 import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
-from helpers import history, length_reward, make_model, make_teacher, make_trainer, run, weights
+from helpers import length_reward, make_teacher, make_trainer, run_python, same_weights, weights
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from trl_cmdp import ConstrainedDistillTrainer
 from trl_cmdp.trainers import _forward
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "cost_limit": 1.7}
 
 
-def trained_to_the_end(folder: Path, **args) -> dict[str, torch.Tensor]:
-    """Weights of the run that nothing befell."""
-    return weights(run(folder, trainer_kwargs={"teacher_model": make_teacher()}, **{**SAVING, **args}))
+def build(folder: Path, **kwargs) -> ConstrainedDistillTrainer:
+    return make_trainer(folder, teacher_model=make_teacher(), **{**SAVING, **kwargs})
 
 
-def resume(folder: Path, **args) -> dict[str, torch.Tensor]:
-    """Weights of the run that went on from the last checkpoint."""
-    trainer = make_trainer(folder, trainer_kwargs={"teacher_model": make_teacher()}, **{**SAVING, **args})
+def train(folder: Path, **kwargs) -> ConstrainedDistillTrainer:
+    trainer = build(folder, **kwargs)
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> ConstrainedDistillTrainer:
+    """The run that nothing befell."""
+    return train(tmp_path_factory.mktemp("undisturbed"))
+
+
+def resume(folder: Path, **kwargs) -> ConstrainedDistillTrainer:
+    """The run that went on from the last checkpoint."""
+    trainer = build(folder, **kwargs)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == trainer.state.max_steps
-    return weights(trainer)
+    return trainer
 
 
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+@pytest.mark.parametrize(
+    ("third", "error", "message"),
+    [
+        (lambda completions: 1 / 0, ZeroDivisionError, "division by zero"),
+        (
+            lambda completions: [1.0] * (len(completions) - 1),
+            ValueError,
+            "returned 3 rewards, but 4 were expected",
+        ),
+        (lambda completions: [math.inf] * len(completions), ValueError, "reaches the violation penalty"),
+    ],
+    ids=["raises", "wrong-length", "infinite"],
+)
+def test_failing_reward(tmp_path, undisturbed, third, error, message):
+    """At its third call, after two checkpoints, of which the last is whole."""
+    calls = []
 
+    def reward(completions, **kwargs):
+        calls.append(None)
+        return third(completions) if len(calls) == 3 else length_reward(completions)
 
-class TestReward:
-    """A reward function that fails at its third call, after two checkpoints."""
-
-    @pytest.mark.parametrize(
-        ("third", "error", "message"),
-        [
-            (lambda completions: 1 / 0, ZeroDivisionError, "division by zero"),
-            (
-                lambda completions: [1.0] * (len(completions) - 1),
-                ValueError,
-                "returned 3 rewards, but 4 were expected",
-            ),
-            (lambda completions: [math.inf] * len(completions), ValueError, "reaches the violation penalty"),
-        ],
-        ids=["raises", "wrong-length", "infinite"],
-    )
-    def test_stops_with_the_checkpoint_whole(self, tmp_path, third, error, message):
-        calls = []
-
-        def reward(completions, **kwargs):
-            calls.append(None)
-            return third(completions) if len(calls) == 3 else length_reward(completions)
-
-        arguments = {"trainer_kwargs": {"teacher_model": make_teacher()}, **SAVING}
-        with pytest.raises(error, match=message):
-            run(tmp_path / "failed", reward_funcs=reward, **arguments)
-        assert get_last_checkpoint(tmp_path / "failed").endswith("checkpoint-2")
-        assert_equal(resume(tmp_path / "failed"), trained_to_the_end(tmp_path / "whole"))
-
-    def test_nan_counts_as_no_verdict(self, tmp_path):
-        """As TRL has it: such rollouts teach no reward, and are not judged."""
-
-        def reward(completions, **kwargs):
-            return [math.nan, *length_reward(completions[1:])]
-
-        trainer = run(tmp_path, reward_funcs=reward, trainer_kwargs={"teacher_model": make_teacher()}, cost_limit=1.7)
-        assert history(trainer, "constraint/unjudged_frac") == [0.25, 0.25]
-        assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    with pytest.raises(error, match=message):
+        train(tmp_path / "failed", reward_funcs=reward)
+    assert get_last_checkpoint(tmp_path / "failed").endswith("checkpoint-2")
+    assert same_weights(resume(tmp_path / "failed"), undisturbed)
 
 
 # The first file that is too large: the weights, and the optimizer's state, which is written after them.
 @pytest.mark.parametrize("size", [1000, 10_000])
-def test_disk_full_while_saving(tmp_path, monkeypatch, size):
+def test_disk_full_while_saving(tmp_path, monkeypatch, undisturbed, size):
     """
     The error says so; the run goes on from the checkpoint before. While the third one is written no file may grow beyond
     a size, which is how this process sees a disk that is full.
     """
-    trainer = make_trainer(tmp_path / "full", trainer_kwargs={"teacher_model": make_teacher()}, **SAVING)
+    trainer = build(tmp_path / "full")
     save, before = trainer._save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save_on_a_full_disk(model, trial):
@@ -100,7 +93,7 @@ def test_disk_full_while_saving(tmp_path, monkeypatch, size):
     with pytest.raises(RuntimeError, match=r"checkpoint-3 could not be written \(.*MiB are free .* make room"):
         trainer.train()
     AutoModelForCausalLM.from_pretrained(tmp_path / "full" / "checkpoint-2")
-    assert_equal(resume(tmp_path / "full"), trained_to_the_end(tmp_path / "whole"))
+    assert same_weights(resume(tmp_path / "full"), undisturbed)
 
 
 class TestOutOfMemory:
@@ -121,33 +114,30 @@ class TestOutOfMemory:
             monkeypatch.setattr(_forward, name, limited)
         return memory
 
-    def test_goes_on_in_smaller_tiles(self, tmp_path, memory, caplog):
-        expected = trained_to_the_end(tmp_path / "whole")
+    def test_goes_on_in_smaller_tiles(self, tmp_path, undisturbed, memory, caplog):
         memory["mb"] = 64  # a quarter of the default
-        found = trained_to_the_end(tmp_path / "scarce")
+        found = train(tmp_path / "scarce")
         assert caplog.text.count("memory ran out in the divergence") == 1  # and not at each step anew
-        for name, value in found.items():
-            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(weights(found), weights(undisturbed), rtol=1e-5, atol=1e-6)
 
     def test_ends_in_one_error(self, tmp_path, memory):
         memory["mb"] = 8
         with pytest.raises(
             torch.OutOfMemoryError, match=r"also in tiles of 64 MB\. Lower `per_device_train_batch_size`"
         ):
-            trained_to_the_end(tmp_path)
+            train(tmp_path)
 
 
 def test_two_runs_on_one_folder(tmp_path):
     """The second is refused before it trains; once the first has ended the folder is free."""
-    arguments = {"trainer_kwargs": {"teacher_model": make_teacher()}, **SAVING, "max_steps": 1}
     with (
         FileLock(tmp_path / "_run.lock"),
         pytest.raises(RuntimeError, match=r"Another run is training into .*give this one another `output_dir`"),
     ):
-        run(tmp_path, **arguments)
+        train(tmp_path)
     assert get_last_checkpoint(tmp_path) is None
-    run(tmp_path, **arguments)
-    run(tmp_path, **arguments)
+    for _ in range(2):
+        train(tmp_path, max_steps=1)
 
 
 class Terminate(TrainerCallback):
@@ -160,32 +150,20 @@ class Terminate(TrainerCallback):
 
 TERMINATED = """
 import sys
-from helpers import make_teacher, make_trainer
-from test_faults import SAVING, Terminate
+from test_faults import Terminate, build
 
-make_trainer(
-    sys.argv[1],
-    trainer_kwargs={"teacher_model": make_teacher(), "callbacks": [Terminate()]},
-    **{**SAVING, "save_steps": 100},
-).train()
+build(sys.argv[1], callbacks=[Terminate()], save_steps=100).train()
 print("went on after training")
 """
 
 
-def test_sigterm(tmp_path):
+def test_sigterm(tmp_path, undisturbed):
     """A checkpoint of the step under way, then the process ends by the signal; resumed, it is as if nothing was."""
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    done = subprocess.run(
-        [sys.executable, "-c", TERMINATED, str(tmp_path / "told")],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python("-c", TERMINATED, tmp_path / "told")
     assert done.returncode == -signal.SIGTERM, done.stderr
     assert "went on" not in done.stdout
     assert get_last_checkpoint(tmp_path / "told").endswith("checkpoint-3")
-    assert_equal(resume(tmp_path / "told", save_steps=100), trained_to_the_end(tmp_path / "whole"))
+    assert same_weights(resume(tmp_path / "told", save_steps=100), undisturbed)
 
 
 def test_a_program_that_handles_sigterm_itself_trains_again(tmp_path):
@@ -193,9 +171,7 @@ def test_a_program_that_handles_sigterm_itself_trains_again(tmp_path):
     told = []
     previous = signal.signal(signal.SIGTERM, lambda *_: told.append(True))
     try:
-        trainer = make_trainer(
-            tmp_path, trainer_kwargs={"teacher_model": make_teacher(), "callbacks": [Terminate()]}, **SAVING
-        )
+        trainer = build(tmp_path, callbacks=[Terminate()])
         trainer.train()
         assert (trainer.state.global_step, told) == (3, [True])
         trainer.remove_callback(Terminate)
@@ -213,6 +189,6 @@ def test_sigterm_is_handled_only_while_training(tmp_path):
         def on_step_begin(self, args, state, control, **kwargs):
             seen.append(signal.getsignal(signal.SIGTERM))
 
-    run(tmp_path, model=make_model(), trainer_kwargs={"teacher_model": make_teacher(), "callbacks": [Look()]})
+    train(tmp_path, callbacks=[Look()], max_steps=1)
     assert before not in seen
     assert signal.getsignal(signal.SIGTERM) == before

@@ -7,23 +7,25 @@ from helpers import (
     EOS,
     capture_rollouts,
     dense_costs,
+    dense_logps,
+    gradients_of,
     history,
     loss_and_gradients,
     make_dataset,
     make_rows,
+    make_scripted_trainer,
     make_teacher,
     make_tokenizer,
     make_trainer,
     micro_batches,
-    random_completions,
     relative_error,
     run,
-    scripted,
+    same_weights,
     weights,
 )
 from trl import GRPOTrainer
 
-from trl_cmdp import GKDDistillConfig, GKDDistillTrainer
+from trl_cmdp import ConstrainedDistillTrainer, GKDDistillTrainer, MiniLLMDistillTrainer
 
 
 COMPLETIONS = ["3#3", "7", "1+1,11", "5#15#15"]  # the last one is longer than a completion may be
@@ -34,8 +36,7 @@ def completion_dataset() -> Dataset:
 
 
 def build(folder, **kwargs):
-    trainer_kwargs = {"teacher_model": make_teacher(), **kwargs.pop("trainer_kwargs", {})}
-    return make_trainer(folder, GKDDistillTrainer, trainer_kwargs=trainer_kwargs, **kwargs)
+    return make_trainer(folder, GKDDistillTrainer, **{"teacher_model": make_teacher(), **kwargs})
 
 
 def completion_texts(trainer, batch) -> list[str]:
@@ -43,29 +44,45 @@ def completion_texts(trainer, batch) -> list[str]:
     return [trainer.processing_class.decode(ids[mask], skip_special_tokens=True) for ids, mask in rows]
 
 
-@pytest.mark.parametrize("beta", [1.0, 0.5, 0.0])
-def test_gradient_is_the_divergence_alone(tmp_path, beta):
-    """Mean over tokens of the batch (dapo's normaliser) of the dense generalised JSD, whatever the rewards."""
-    trainer = build(
-        tmp_path, teacher_beta=beta, loss_type="dapo", trainer_kwargs={"rollout_func": scripted(random_completions(4))}
+@pytest.mark.parametrize(
+    ("trainer_class", "beta"),
+    [
+        (GKDDistillTrainer, 1.0),
+        (GKDDistillTrainer, 0.5),
+        (GKDDistillTrainer, 0.0),
+        (ConstrainedDistillTrainer, 1.0),
+        (ConstrainedDistillTrainer, 0.5),
+    ],
+)
+def test_gradient_is_the_divergence_alone(tmp_path, trainer_class, beta):
+    """
+    Mean over tokens of the batch (dapo's normaliser) of the dense generalised JSD, whatever the rewards. Of the
+    constrained trainer too, without its advantages, under a limit that no rollout meets (oracle 4).
+    """
+    trainer = make_scripted_trainer(
+        tmp_path,
+        trainer_class,
+        teacher_beta=beta,
+        cost_limit=1e-9,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
     )
-    batches = micro_batches(trainer, make_rows(4))
-    loss, gradients = loss_and_gradients(trainer, batches)
-    batch = batches[0]
+    (batch,) = micro_batches(trainer, make_rows(8))
+    if trainer_class is ConstrainedDistillTrainer:
+        batch["advantages"] = torch.zeros(8)
+    loss, gradients = loss_and_gradients(trainer, [batch])
     costs = dense_costs(trainer.model, trainer.teacher_model, batch, beta=beta)
     expected = (costs * batch["completion_mask"]).sum() / batch["completion_mask"].sum()
-    expected.backward()
-    reference = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
     assert loss == pytest.approx(expected.item(), rel=1e-5)
-    assert relative_error(gradients, reference) < 1e-5
+    assert relative_error(gradients, gradients_of(expected, trainer.model)) < 1e-5
 
 
-def test_rewards_do_not_enter(tmp_path):
-    plain = run(tmp_path / "a", GKDDistillTrainer, reward_funcs=None, trainer_kwargs={"teacher_model": make_teacher()})
-    rewarded = run(tmp_path / "b", GKDDistillTrainer, trainer_kwargs={"teacher_model": make_teacher()})
+@pytest.mark.parametrize("trainer_class", [GKDDistillTrainer, MiniLLMDistillTrainer])
+def test_rewards_do_not_enter(tmp_path, trainer_class):
+    plain = run(tmp_path / "a", trainer_class, reward_funcs=None, teacher_model=make_teacher())
+    rewarded = run(tmp_path / "b", trainer_class, teacher_model=make_teacher())
     assert history(rewarded, "reward") != history(plain, "reward")
-    expected = weights(plain)
-    assert all(torch.equal(value, expected[name]) for name, value in weights(rewarded).items())
+    assert same_weights(rewarded, plain)
 
 
 def test_lmbda_zero_trains_on_dataset_completions_only(tmp_path, monkeypatch):
@@ -108,7 +125,7 @@ def test_lmbda_between_mixes_batches(tmp_path):
         lmbda=0.5,
         max_steps=12,
         log_completions=True,
-        trainer_kwargs={"teacher_model": make_teacher()},
+        teacher_model=make_teacher(),
     )
     fractions = history(trainer, "on_policy_frac")
     assert set(fractions) == {0.0, 1.0}
@@ -137,7 +154,7 @@ def test_conversational_completions_continue_the_prompt(tmp_path):
 def test_seq_kd_samples_from_the_teacher(tmp_path, monkeypatch):
     """The completions are the teacher's own; the student generates nothing."""
     teacher = make_teacher(spread=1.0)
-    trainer = build(tmp_path, lmbda=0.0, seq_kd=True, trainer_kwargs={"teacher_model": teacher})
+    trainer = build(tmp_path, lmbda=0.0, seq_kd=True, teacher_model=teacher)
     captured = capture_rollouts(trainer, monkeypatch)
     generators = []
     generate = type(teacher).generate
@@ -154,24 +171,17 @@ def test_seq_kd_samples_from_the_teacher(tmp_path, monkeypatch):
     assert not teacher.training
     assert len(captured) == 1
     # Its own completions are likely under the teacher, and unlikely under a fresh student.
-    logps = []
-    for model in (teacher, trainer.model):
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        logits = model(input_ids=ids, attention_mask=mask).logits
-        length = batch["completion_ids"].size(1)
-        per_token = logits[:, -length - 1 : -1].log_softmax(-1).gather(-1, batch["completion_ids"][..., None])
-        logps.append((per_token.squeeze(-1) * batch["completion_mask"]).sum().item())
+    logps = [(dense_logps(model, batch) * batch["completion_mask"]).sum() for model in (teacher, trainer.model)]
     assert logps[0] > logps[1] + 10
 
 
-def test_evaluation_is_on_policy(tmp_path, monkeypatch):
+def test_evaluation_is_on_policy(tmp_path):
     trainer = build(
         tmp_path,
         train_dataset=completion_dataset(),
         lmbda=0.0,
         per_device_eval_batch_size=4,
-        trainer_kwargs={"eval_dataset": make_dataset(1)},  # which needs no completions
+        eval_dataset=make_dataset(1),  # which needs no completions
     )
     metrics = trainer.evaluate()
     assert metrics["eval_constraint/cost"] > 0
@@ -186,44 +196,3 @@ def test_a_stream_without_completions_is_an_error_at_the_first_batch(tmp_path):
     trainer = build(tmp_path, train_dataset=make_dataset().to_iterable_dataset(), lmbda=0.0)
     with pytest.raises(ValueError, match="`completion` column"):
         trainer.train()
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"lmbda": 1.5}, r"`lmbda` must lie in \[0, 1\]"),
-        ({"cost_limit": 0.0}, "`cost_limit` must be positive"),
-        ({"cost_scope": "max"}, "`cost_scope` must be one of"),
-        ({"lmbda": 0.5, "use_vllm": True}, "vllm_importance_sampling_correction=False"),
-        (
-            {"lmbda": 0.5, "seq_kd": True, "use_vllm": True, "vllm_importance_sampling_correction": False},
-            "`use_vllm=False`",
-        ),
-    ],
-)
-def test_bad_fields_are_errors(tmp_path, fields, message):
-    with pytest.raises(ValueError, match=message):
-        GKDDistillConfig(str(tmp_path), use_cpu=True, bf16=False, **fields)
-
-
-def test_resume_draws_as_the_whole_run(tmp_path):
-    def resumable(name, max_steps):
-        return build(
-            tmp_path / name,
-            train_dataset=completion_dataset(),
-            lmbda=0.5,
-            max_steps=max_steps,
-            lr_scheduler_type="constant",
-            save_strategy="steps",
-            save_steps=4,
-        )
-
-    whole = resumable("whole", 8)
-    whole.train()
-    resumable("stopped", 4).train()
-    resumed = resumable("stopped", 8)
-    resumed.train(resume_from_checkpoint=True)
-    assert set(history(whole, "on_policy_frac")) == {0.0, 1.0}
-    assert history(resumed, "on_policy_frac") == history(whole, "on_policy_frac")
-    expected = weights(whole)
-    assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())

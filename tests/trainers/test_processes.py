@@ -1,24 +1,17 @@
 """Two and four processes over gloo on the CPU give what one gives on the same global batch (oracle 5)."""
 
-import math
-import os
+import json
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import run_processes
 
 
 SCRIPT = Path(__file__).parent / "scripts" / "several_processes.py"
-CONSTRAINED = [
-    "trajectory", "token", "recomputed", "one_process_violates", "one_process_masked", "uneven_evaluation",
-    "group_across_processes", "sampled_cost", "several_teachers", "several_recomputed", "adapter"
-]  # fmt: skip
-# Their metrics differ: the limit is not known from the start, λ is logged, or off-policy data has no constraint.
-OTHERS = ["auto_limit", "dual", "minillm", "gkd"]
+SETTINGS = runpy.run_path(str(SCRIPT))["SETTINGS"]
 OF_SOME = ["lagrange_multiplier", "constraint/satisfaction_rate/first", "constraint/satisfaction_rate/second"]
 METRICS = [
     "constraint/cost",
@@ -33,22 +26,6 @@ METRICS = [
     "grad_norm",
     "frac_reward_zero_std",
 ]
-
-
-def launch(output: Path, processes: int) -> None:
-    """The script in several processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(SCRIPT), str(output)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=150 * processes,  # a process that waits for another for ever fails here
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def load(path: Path, processes: int) -> dict:
@@ -68,7 +45,7 @@ def of_one_process(tmp_path_factory):
 def output(request, tmp_path_factory):
     """Folder with what several processes made of it, and how many they were."""
     path = tmp_path_factory.mktemp("several")
-    launch(path, request.param)
+    run_processes(request.param, SCRIPT, path)
     return path, request.param
 
 
@@ -77,7 +54,7 @@ def results(of_one_process, output):
     return of_one_process, load(*output)
 
 
-@pytest.mark.parametrize("setting", CONSTRAINED + OTHERS)
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_same_metrics_and_weights(results, setting):
     one, several = (result[setting] for result in results)
     if setting != "gkd":
@@ -97,21 +74,19 @@ def test_same_metrics_and_weights(results, setting):
         torch.testing.assert_close(several["weights"][name], value, rtol=1e-5, atol=1e-5)
 
 
-def test_multiplier_and_limit_moved(results):
-    """λ and the auto limit are functions of global costs, and these runs do move them."""
-    multipliers = [entry["lagrange_multiplier"] for entry in results[1]["dual"]["history"][:3]]
-    assert len(set(multipliers)) == 3
+def test_limit_is_found(results):
+    """The auto limit is a function of global costs, and this run does find it."""
     limits = [entry.get("constraint/limit") for entry in results[1]["auto_limit"]["history"][:3]]
     assert limits[:2] == [None, None]
     assert limits[2] > 0
 
 
-def test_multiplier_is_the_same_on_every_process(results, output):
+def test_multiplier_is_the_same_on_every_process(output):
+    """Digit for digit, and it does move."""
     path, processes = output
-    values = {(path / f"multiplier_{rank}.txt").read_text() for rank in range(processes)}
-    assert len(values) == 1
-    # What the last step left, of which the step before is logged.
-    assert float(values.pop()) != pytest.approx(results[1]["dual"]["history"][2]["lagrange_multiplier"], abs=1e-6)
+    logged = {(path / f"multiplier_{rank}.txt").read_text() for rank in range(processes)}
+    assert len(logged) == 1
+    assert len(set(json.loads(logged.pop()))) == 3
 
 
 def test_each_process_had_one_teacher(results):
@@ -154,11 +129,3 @@ def test_error_of_one_process_is_raised_on_every_process(output, name, message):
     path, processes = output
     for rank in range(processes):
         assert re.search(message, (path / f"{name}_{rank}.txt").read_text())
-
-
-def test_metrics_are_finite(results):
-    for setting in CONSTRAINED:
-        for entry in results[1][setting]["history"][:3]:
-            assert all(math.isfinite(entry[name]) for name in METRICS)
-        evaluation = results[1][setting]["evaluation"]
-        assert all(math.isfinite(evaluation[f"eval_{name}"]) for name in METRICS if name != "grad_norm")

@@ -4,25 +4,26 @@ import shutil
 import socket
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from fake_server import KEY, fail_first, serving
 from fake_vllm import FakeServer
 from helpers import (
+    VOCAB,
     capture_rollouts,
-    history,
     loss_and_gradients,
     make_model,
     make_rows,
+    make_scripted_trainer,
     make_teacher,
     make_tokenizer,
     make_trainer,
+    metrics,
     micro_batches,
     random_completions,
     relative_error,
-    scripted,
+    save_model,
     weights,
 )
 from transformers import TrainerCallback
@@ -31,16 +32,12 @@ from trl_cmdp import ConstrainedDistillTrainer, GKDDistillTrainer, LagrangianDis
 from trl_cmdp.teachers import TeacherServerError
 
 
-LIMIT = 2.4  # about half of the scripted rollouts violate it
 LOG_PROBS_ONLY = {"cost": "log_ratio", "violation_distill_coef": 0.0}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("teacher")
-    make_teacher().save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
-    return str(path)
+    return save_model(tmp_path_factory.mktemp("teacher"), make_teacher(), make_tokenizer())
 
 
 @pytest.fixture
@@ -55,25 +52,16 @@ def completion_server(folder):
         yield server
 
 
-def build(tmp_path, server, trainer_class=ConstrainedDistillTrainer, *, trainer_kwargs=None, **kwargs):
+def build(tmp_path, server, trainer_class=ConstrainedDistillTrainer, **kwargs):
     """Trainer on scripted rollouts. Without a server the same teacher is in this process."""
-    if server is None:
-        trainer_kwargs = {"teacher_model": make_teacher(), **(trainer_kwargs or {})}
-    else:
-        kwargs = {"teacher_model_server_url": server.url, "teacher_model_server_api_key": server.key, **kwargs}
-    return make_trainer(
-        tmp_path,
-        trainer_class,
-        model=make_model(spread=0.4),
-        trainer_kwargs={"rollout_func": scripted(random_completions(8)), **(trainer_kwargs or {})},
-        **{
-            "cost_limit": LIMIT,
-            "gradient_accumulation_steps": 2,
-            "teacher_model_server_timeout": 5,
-            "teacher_model_server_max_wait": 2,
-            **kwargs,
-        },
-    )
+    settings = {"teacher_model_server_timeout": 5, "teacher_model_server_max_wait": 2}
+    if server is not None:
+        settings |= {
+            "teacher_model": None,
+            "teacher_model_server_url": server.url,
+            "teacher_model_server_api_key": server.key,
+        }
+    return make_scripted_trainer(tmp_path, trainer_class, **{**settings, **kwargs})
 
 
 @pytest.mark.parametrize(
@@ -109,7 +97,7 @@ def test_tool_tokens_are_not_scored(tmp_path, monkeypatch, exact_server):
     env_mask = [[index % 3 != 1 for index, _ in enumerate(completion)] for completion in completions]
     costs = []
     for server in (None, exact_server):
-        trainer = build(tmp_path, server, trainer_kwargs={"rollout_func": scripted(completions, env_mask)})
+        trainer = build(tmp_path, server, env_mask=env_mask)
         captured = capture_rollouts(trainer, monkeypatch)
         micro_batches(trainer, make_rows(8))
         costs.append(captured[0].costs[captured[0].mask])
@@ -136,18 +124,23 @@ def test_completion_server(tmp_path, monkeypatch, completion_server, cost):
 
 
 def test_lower_bound_is_logged_and_below_the_divergence(tmp_path, completion_server):
-    bounds = []
-    for k in (1, 5, 16):
-        trainer = build(tmp_path, completion_server, **LOG_PROBS_ONLY, teacher_model_server_top_k=k, max_steps=1)
-        trainer.train()
-        assert not history(trainer, "teacher/divergence")
-        bounds.append(history(trainer, "teacher/divergence_lower_bound")[0])
-    local = build(tmp_path, None, max_steps=1)
-    local.train()
-    exact = history(local, "teacher/divergence")[0]
+    def logged(server, name, **settings):
+        trainer = build(tmp_path, server, **settings)
+        trainer._generate_and_score_completions(make_rows(8))
+        measured = metrics(trainer)
+        assert ("teacher/divergence" in measured) == (server is None)
+        return measured[name]
+
+    bounds = [
+        logged(
+            completion_server, "teacher/divergence_lower_bound", **LOG_PROBS_ONLY, teacher_model_server_top_k=tokens
+        )
+        for tokens in (1, 5, VOCAB)
+    ]
+    exact = logged(None, "teacher/divergence")
     assert 0 < bounds[0] < bounds[1] < bounds[2]
-    assert bounds[2] == pytest.approx(exact, rel=1e-5)  # all 16 tokens of the vocabulary
     assert bounds[1] < exact
+    assert bounds[2] == pytest.approx(exact, rel=1e-5)
 
 
 class AtStep(TrainerCallback):
@@ -175,62 +168,53 @@ def restarted(server, folder):
     return other
 
 
-def train(tmp_path, server, action=None, **kwargs):
-    callbacks = [] if action is None else [AtStep(2, action)]
+def train(tmp_path, server, action=None, *, resume=False, **kwargs):
+    """Trained for four steps, with an action after the second."""
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "teacher_model_server_max_wait": 10}
-    return build(tmp_path, server, trainer_kwargs={"callbacks": callbacks}, **{**settings, **kwargs})
+    callbacks = [] if action is None else [AtStep(2, action)]
+    trainer = build(tmp_path, server, callbacks=callbacks, **{**settings, **kwargs})
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
 
 
 def test_training_goes_on_after_the_server_was_away(tmp_path, folder, exact_server):
     """Killed between two steps and started again, or failing for a while: the weights are those of a quiet run."""
     quiet = train(tmp_path / "quiet", exact_server)
-    quiet.train()
 
     def fail():
         exact_server.fault = fail_first(3, 503)
 
     failing = train(tmp_path / "failing", exact_server, fail)
-    failing.train()
     others = []
     killed = train(tmp_path / "killed", exact_server, lambda: others.append(restarted(exact_server, folder)))
-    killed.train()
     others[0].shutdown()
     assert others[0].requests
     for trainer in (failing, killed):
         assert relative_error(weights(trainer), weights(quiet)) < 1e-6
 
 
-def test_a_server_that_is_gone_ends_training_with_a_whole_checkpoint(tmp_path, folder):
+def test_a_server_that_is_gone_ends_training_with_a_whole_checkpoint(tmp_path, folder, exact_server):
     """One error that says what to do; the last checkpoint resumes to the weights of the run never interrupted."""
+    quiet = train(tmp_path / "quiet", exact_server)
     server = FakeServer(make_teacher().eval(), folder, key=KEY)
-    with serving(server):
-        quiet = train(tmp_path / "quiet", server)
-        quiet.train()
-
-    server = FakeServer(make_teacher().eval(), folder, key=KEY)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
 
     def kill():
         server.shutdown()
         server.server_close()
 
-    broken = train(tmp_path / "broken", server, kill, teacher_model_server_max_wait=1)
     with pytest.raises(TeacherServerError, match=r"did not answer for .* resume with") as error:
-        broken.train()
+        train(tmp_path / "broken", server, kill, teacher_model_server_max_wait=1)
     assert KEY not in str(error.value)
     assert (tmp_path / "broken" / "checkpoint-2").is_dir()
-    with serving(FakeServer(make_teacher().eval(), folder, key=KEY)) as server:
-        resumed = train(tmp_path / "broken", server)
-        resumed.train(resume_from_checkpoint=True)
+    resumed = train(tmp_path / "broken", exact_server, resume=True)
     assert resumed.state.global_step == 4
     assert relative_error(weights(resumed), weights(quiet)) < 1e-6
 
 
-def test_the_key_is_written_nowhere(tmp_path, caplog, capfd, exact_server):
-    """Not in a checkpoint, the arguments, a card, a log, or what is printed."""
-    trainer = train(tmp_path, exact_server, report_to=["tensorboard"] if has_tensorboard() else [])
-    trainer.train()
+def test_key_and_teacher_are_written_nowhere(tmp_path, caplog, capfd, exact_server):
+    """Not in a checkpoint, the arguments, a card, a log, or what is printed; only the head is in this process."""
+    trainer = train(tmp_path, exact_server)
     trainer.save_model(str(tmp_path / "final"))
     trainer.create_model_card()
     args = trainer.args
@@ -238,16 +222,9 @@ def test_the_key_is_written_nowhere(tmp_path, caplog, capfd, exact_server):
     assert not [text for text in texts if KEY in text]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.name == "training_args.bin" for path in files)
-    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+    assert not [path for path in files if KEY.encode() in path.read_bytes() or "teacher" in path.name]
     assert any(headers.get("Authorization") == f"Bearer {KEY}" for _, _, headers in exact_server.requests)
-
-
-def has_tensorboard():
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    assert trainer.teacher_model is None
 
 
 class TestBadInput:
@@ -258,71 +235,66 @@ class TestBadInput:
         with pytest.raises(TeacherServerError, match="vllm serve MODEL --runner pooling"):
             make_trainer(tmp_path, teacher_model_server_url=url)
 
-    def test_wrong_key(self, tmp_path, exact_server):
-        with pytest.raises(TeacherServerError, match="does not accept the API key"):
-            build(tmp_path, exact_server, teacher_model_server_api_key="another")
-
-    def test_another_vocabulary(self, tmp_path, exact_server):
-        with pytest.raises(ValueError, match="different tokenizers"):
-            make_trainer(
-                tmp_path,
-                model=make_model(vocab_size=5),
-                tokenizer=make_tokenizer("abc"),
-                teacher_model_server_url=exact_server.url,
-                teacher_model_server_api_key=KEY,
-            )
+    @pytest.mark.parametrize(
+        ("error", "message", "settings"),
+        [
+            (TeacherServerError, "does not accept the API key", {"teacher_model_server_api_key": "another"}),
+            (
+                ValueError,
+                "different tokenizers",
+                {"model": make_model(vocab_size=5), "tokenizer": make_tokenizer("abc")},
+            ),
+            (ValueError, "the server runs the teacher", {"teacher_model": make_teacher()}),
+            (
+                ValueError,
+                "leave out `teacher_model` and `teacher_model_server_url`, or it",
+                {"teacher_adapter_name": "base"},
+            ),
+            (
+                ValueError,
+                "leaves no room for a prompt in the teacher server's 32 tokens",
+                {"max_completion_length": 32},
+            ),
+            (
+                ValueError,
+                "samples completions from the teacher",
+                {"trainer_class": MiniLLMDistillTrainer, "rollout_func": None},
+            ),
+        ],
+    )
+    def test_refused(self, tmp_path, exact_server, error, message, settings):
+        with pytest.raises(error, match=message):
+            build(tmp_path, exact_server, **settings)
 
     def test_head_of_another_model(self, tmp_path, exact_server):
-        other = tmp_path / "other"
-        make_teacher(hidden_size=20).save_pretrained(other)
-        make_tokenizer().save_pretrained(other)
+        other = save_model(tmp_path / "other", make_teacher(hidden_size=20), make_tokenizer())
         with pytest.raises(TeacherServerError, match="they are different models"):
-            build(tmp_path, exact_server, trainer_kwargs={"teacher_model": str(other)})
+            build(tmp_path, exact_server, teacher_model=other)
 
     def test_checkpoint_by_path(self, tmp_path, folder, exact_server):
         """Where the server's own path cannot be read here."""
         exact_server.models["data"][0]["root"] = "/not/here"
         with pytest.raises(ValueError, match=r"config cannot be read from '/not/here'.* Pass the checkpoint"):
             build(tmp_path, exact_server)
-        copy = shutil.copytree(folder, tmp_path / "copy")
-        trainer = build(tmp_path, exact_server, trainer_kwargs={"teacher_model": str(copy)})
+        trainer = build(tmp_path, exact_server, teacher_model=str(shutil.copytree(folder, tmp_path / "copy")))
         assert micro_batches(trainer, make_rows(8))
 
-    def test_teacher_as_instance(self, tmp_path, exact_server):
-        with pytest.raises(ValueError, match="the server runs the teacher"):
-            build(tmp_path, exact_server, trainer_kwargs={"teacher_model": make_teacher()})
-
-    def test_beside_an_adapter(self, tmp_path, exact_server):
-        with pytest.raises(ValueError, match="leave out `teacher_model` and `teacher_model_server_url`, or it"):
-            build(tmp_path, exact_server, teacher_adapter_name="base")
-
     @pytest.mark.parametrize(
-        ("trainer_class", "settings"),
+        ("trainer_class", "settings", "message"),
         [
-            (ConstrainedDistillTrainer, {}),
-            (ConstrainedDistillTrainer, {"cost": "log_ratio"}),
-            (ConstrainedDistillTrainer, {**LOG_PROBS_ONLY, "cost_limit": "auto"}),
-            (LagrangianDistillTrainer, {}),
-            (GKDDistillTrainer, {}),
-            (MiniLLMDistillTrainer, {"teacher_mixed_alpha": 0.0}),
+            (ConstrainedDistillTrainer, {}, "needs the divergence"),
+            (ConstrainedDistillTrainer, {"cost": "log_ratio"}, "needs the divergence"),
+            (ConstrainedDistillTrainer, {**LOG_PROBS_ONLY, "cost_limit": "auto"}, "needs the divergence"),
+            (LagrangianDistillTrainer, {}, "needs the divergence"),
+            (GKDDistillTrainer, {}, "needs the divergence"),
+            (MiniLLMDistillTrainer, {"teacher_mixed_alpha": 0.0}, "needs the divergence"),
+            (ConstrainedDistillTrainer, {**LOG_PROBS_ONLY, "temperature": 0.7}, "at temperature 1 and no more"),
+            (ConstrainedDistillTrainer, {**LOG_PROBS_ONLY, "teacher_prob_floor": 0.1}, "at temperature 1 and no more"),
         ],
     )
-    def test_divergence_from_a_completion_server(self, tmp_path, completion_server, trainer_class, settings):
-        with pytest.raises(ValueError, match=r"log-probabilities of tokens only, .* needs the divergence"):
+    def test_refused_of_a_completion_server(self, tmp_path, completion_server, trainer_class, settings, message):
+        with pytest.raises(ValueError, match=message):
             build(tmp_path, completion_server, trainer_class, **settings)
-
-    @pytest.mark.parametrize("settings", [{"temperature": 0.7}, {"teacher_prob_floor": 0.1}])
-    def test_temperature_of_a_completion_server(self, tmp_path, completion_server, settings):
-        with pytest.raises(ValueError, match="at temperature 1 and no more"):
-            build(tmp_path, completion_server, **LOG_PROBS_ONLY, **settings)
-
-    def test_too_long(self, tmp_path, exact_server):
-        with pytest.raises(ValueError, match="leaves no room for a prompt in the teacher server's 32 tokens"):
-            build(tmp_path, exact_server, max_completion_length=32)
-
-    def test_sampling_from_a_server(self, tmp_path, exact_server):
-        with pytest.raises(ValueError, match="samples completions from the teacher"):
-            build(tmp_path, exact_server, MiniLLMDistillTrainer, trainer_kwargs={"rollout_func": None})
 
     def test_nan_from_the_server(self, tmp_path, exact_server):
         trainer = build(tmp_path, exact_server)
@@ -330,13 +302,3 @@ class TestBadInput:
             exact_server.model.model.norm.weight.fill_(torch.nan)
         with pytest.raises(ValueError, match="The teacher returned NaN or infinite values at step 0"):
             micro_batches(trainer, make_rows(8))
-
-
-def test_nothing_is_left_in_the_folder(tmp_path, exact_server):
-    """Only the head is in this process, and nothing of the teacher is saved."""
-    trainer = train(tmp_path, exact_server)
-    trainer.train()
-    (teacher,) = trainer.teachers.values()
-    assert set(vars(teacher.head())) == {"weight", "bias", "logit_scale", "final_logit_softcapping"}
-    assert trainer.teacher_model is None
-    assert not list(Path(tmp_path).rglob("*teacher*"))

@@ -6,21 +6,19 @@ from datasets import Dataset, IterableDataset
 from helpers import (
     capture_rollouts,
     dense_costs,
+    gradients_of,
     history,
     loss_and_gradients,
     make_dataset,
-    make_model,
+    make_scripted_trainer,
     make_teacher,
-    make_trainer,
     micro_batches,
     random_completions,
     relative_error,
     run,
-    scripted,
 )
-from trl import TrlParser
 
-from trl_cmdp import ConstrainedDistillConfig, LagrangianDistillTrainer
+from trl_cmdp import LagrangianDistillTrainer
 from trl_cmdp.core import rollout_cost
 
 
@@ -42,22 +40,12 @@ def rows():
     return [data[index // 4] for index in range(8)]
 
 
-def build(tmp_path, *args, teacher_model=None, train_dataset=None, **kwargs):
-    return make_trainer(
-        tmp_path,
-        *args,
-        model=make_model(spread=0.4),
-        train_dataset=dataset() if train_dataset is None else train_dataset,
-        trainer_kwargs={
-            "teacher_model": teachers() if teacher_model is None else teacher_model,
-            "rollout_func": scripted(random_completions(8)),
-        },
-        **{"gradient_accumulation_steps": 2, "cost_limit": 1.0, **kwargs},
-    )
+def build(tmp_path, *args, **kwargs):
+    settings = {"teacher_model": teachers(), "train_dataset": dataset(), "cost_limit": 1.0, **kwargs}
+    return make_scripted_trainer(tmp_path, *args, **settings)
 
 
-@pytest.mark.parametrize("batch_size", [4, 8])
-@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(("recomputed", "batch_size"), [(False, 8), (True, 4), (True, 8)])
 def test_each_rollout_has_its_own_teacher(tmp_path, monkeypatch, recomputed, batch_size):
     """Costs, and the divergence's gradient, against the dense divergence from the teacher that the prompt names."""
     trainer = build(
@@ -92,9 +80,7 @@ def test_each_rollout_has_its_own_teacher(tmp_path, monkeypatch, recomputed, bat
             scored.append(single["costs"][mask].double())
             expected.append(costs.detach())
     torch.testing.assert_close(torch.cat(scored), torch.cat(expected), rtol=1e-4, atol=1e-6)
-    parameters = dict(trainer.model.named_parameters())
-    reference = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
-    assert relative_error(gradients, reference) < 1e-4
+    assert relative_error(gradients, gradients_of(total, trainer.model)) < 1e-4
 
 
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
@@ -104,11 +90,9 @@ def test_a_rollout_without_tokens_that_count(tmp_path, recomputed):
     env_mask = [[index not in (1, 6)] * len(completion) for index, completion in enumerate(completions)]
     results = []
     for batch_size in (8, 4):
-        trainer = make_trainer(
+        trainer = build(
             tmp_path,
-            model=make_model(spread=0.4),
-            train_dataset=dataset(),
-            trainer_kwargs={"teacher_model": teachers(), "rollout_func": scripted(completions, env_mask)},
+            env_mask=env_mask,
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=8 // batch_size,
             cost_limit=1e-9,
@@ -119,7 +103,7 @@ def test_a_rollout_without_tokens_that_count(tmp_path, recomputed):
     assert relative_error(results[1][1], results[0][1]) < 1e-5
 
 
-def test_a_limit_for_each(tmp_path, monkeypatch):
+def test_a_limit_for_each(tmp_path):
     """With limits between the teachers' costs, all rollouts of one teacher violate and none of the other does."""
     trainer = build(tmp_path, cost_limit={"far": 1e-6, "near": 1e3})
     batches = micro_batches(trainer, rows())
@@ -129,7 +113,7 @@ def test_a_limit_for_each(tmp_path, monkeypatch):
     trainer = run(
         tmp_path,
         train_dataset=dataset(),
-        trainer_kwargs={"teacher_model": teachers()},
+        teacher_model=teachers(),
         cost_limit={"far": 1e-6, "near": 1e3},
         gradient_accumulation_steps=4,
         max_steps=3,
@@ -137,15 +121,6 @@ def test_a_limit_for_each(tmp_path, monkeypatch):
     assert set(history(trainer, "constraint/satisfaction_rate/near")) <= {1.0}
     assert set(history(trainer, "constraint/satisfaction_rate/far")) <= {0.0}
     assert history(trainer, "constraint/satisfaction_rate/near")
-
-
-def test_equal_limits_are_one_limit(tmp_path):
-    results = []
-    for limit in (1.0, {"near": 1.0, "far": 1.0}):
-        trainer = build(tmp_path, cost_limit=limit)
-        results.append(loss_and_gradients(trainer, micro_batches(trainer, rows())))
-    assert results[0][0] == results[1][0]
-    assert relative_error(results[1][1], results[0][1]) == 0
 
 
 @pytest.mark.parametrize("credit_assignment", ["trajectory", "token"])
@@ -171,57 +146,33 @@ def test_limits_apart_are_limits_of_separate_batches(tmp_path, monkeypatch, cred
 
 
 def test_evaluation(tmp_path):
-    trainer = build(tmp_path, per_device_eval_batch_size=4)
-    trainer.rollout_func = None
+    trainer = build(tmp_path, per_device_eval_batch_size=4, rollout_func=None)
     metrics = trainer.evaluate(dataset().select(range(4)))
     assert {"eval_constraint/satisfaction_rate/near", "eval_constraint/satisfaction_rate/far"} <= metrics.keys()
 
 
-class TestBadInput:
-    def test_no_column(self, tmp_path):
-        with pytest.raises(ValueError, match=r"column `teacher` chooses one .* found no such column"):
-            build(tmp_path, train_dataset=make_dataset())
-
-    def test_unknown_name(self, tmp_path):
-        with pytest.raises(ValueError, match="of 'near', 'far'; found 'wrong'"):
-            build(tmp_path, train_dataset=dataset(("near", "wrong")))
-
-    def test_unknown_name_in_a_stream(self, tmp_path):
-        stream = IterableDataset.from_generator(lambda: iter(dataset(("wrong",))))
-        trainer = build(tmp_path, train_dataset=stream)
-        with pytest.raises(ValueError, match="found 'wrong'"):
-            micro_batches(trainer, [{"prompt": "1+2=", "teacher": "wrong"}] * 8)
-
-    def test_no_teacher(self, tmp_path):
-        with pytest.raises(ValueError, match="empty dict"):
-            build(tmp_path, teacher_model={})
-
-    def test_limits_of_others(self, tmp_path):
-        with pytest.raises(ValueError, match=r"limits for \['near'\], and the teachers are \['far', 'near'\]"):
-            build(tmp_path, cost_limit={"near": 1.0})
-
-    @pytest.mark.parametrize("limit", [{"near": 1.0, "far": 0.0}, {"near": "auto", "far": 1.0}, {}])
-    def test_limits(self, tmp_path, limit):
-        with pytest.raises(ValueError, match="`cost_limit` must be"):
-            ConstrainedDistillConfig(str(tmp_path), bf16=False, cost_limit=limit)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_dataset": make_dataset()}, r"column `teacher` chooses one .* found no such column"),
+        ({"train_dataset": dataset(("near", "wrong"))}, "of 'near', 'far'; found 'wrong'"),
+        ({"teacher_model": {}}, "empty dict"),
+        ({"cost_limit": {"near": 1.0}}, r"limits for \['near'\], and the teachers are \['far', 'near'\]"),
+    ],
+)
+def test_bad_input(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, **changes)
 
 
-def test_limits_on_the_command_line(tmp_path):
-    (args,) = TrlParser(ConstrainedDistillConfig).parse_args_and_config(
-        ["--output_dir", str(tmp_path), "--bf16", "False", "--cost_limit", '{"near": 0.2, "far": 1}']
-    )
-    assert args.cost_limit == {"near": 0.2, "far": 1.0}
-
-
-def test_limits_in_yaml(tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text(f"output_dir: {tmp_path}\nbf16: false\ncost_limit:\n  near: 0.2\n  far: 1\n")
-    (args,) = TrlParser(ConstrainedDistillConfig).parse_args_and_config(["--config", str(path)])
-    assert args.cost_limit == {"near": 0.2, "far": 1.0}
+def test_unknown_name_in_a_stream(tmp_path):
+    trainer = build(tmp_path, train_dataset=IterableDataset.from_generator(lambda: iter(dataset(("wrong",)))))
+    with pytest.raises(ValueError, match="found 'wrong'"):
+        micro_batches(trainer, [{"prompt": "1+2=", "teacher": "wrong"}] * 8)
 
 
 def test_one_dataset_for_one_teacher(tmp_path):
     """A column `teacher` means nothing with a single teacher."""
     data = Dataset.from_dict({"prompt": ["1+2="] * 8, "teacher": ["any"] * 8})
-    trainer = run(tmp_path, train_dataset=data, trainer_kwargs={"teacher_model": make_teacher()}, max_steps=1)
+    trainer = run(tmp_path, train_dataset=data, teacher_model=make_teacher(), max_steps=1)
     assert history(trainer, "constraint/cost")

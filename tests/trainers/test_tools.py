@@ -9,17 +9,23 @@ from datasets import Dataset
 from helpers import (
     capture_rollouts,
     dense_costs,
+    dense_logps,
+    gradients_of,
+    history,
     loss_and_gradients,
     make_model,
+    make_rows,
+    make_scripted_trainer,
     make_teacher,
     make_trainer,
+    metrics,
     micro_batches,
     random_completions,
     relative_error,
     scripted,
 )
 
-from trl_cmdp import GKDDistillTrainer, LagrangianDistillTrainer
+from trl_cmdp import ConstrainedDistillTrainer, GKDDistillTrainer, LagrangianDistillTrainer
 from trl_cmdp.core import constrained_advantages, rollout_cost, violation_weights
 
 
@@ -58,13 +64,13 @@ def expected_rollouts(budget: int) -> list[tuple[list[int], list[int]]]:
 
 
 def script_generation(model) -> None:
-    """Make `model.generate` write the turns, whichever rollouts it is asked to continue."""
+    """Make `model.generate` write the turns, whichever rollouts it is asked to continue, and from the first again."""
     turn = 0
 
     def generate(input_ids, **kwargs):
         nonlocal turn
         turns = [ids_of(turns[turn]) for turns in TURNS if len(turns) > turn][: len(input_ids)]
-        turn = turn + 1
+        turn = (turn + 1) % 3
         width = max(map(len, turns))
         padded = [ids + [TOKENIZER.pad_token_id] * (width - len(ids)) for ids in turns]
         return torch.cat([input_ids, torch.tensor(padded)], dim=1)
@@ -91,20 +97,26 @@ class Environment:
         return SCRIPT["calculate"](expression)
 
 
-def build(folder, *, by="tools", scripted_turns=True, **kwargs):
-    sources = {"tools": {"tools": [SCRIPT["calculate"]]}, "environment": {"environment_factory": Environment}}
+SOURCES = {"tools": {"tools": [SCRIPT["calculate"]]}, "environment": {"environment_factory": Environment}}
+
+
+def build(folder, trainer_class=ConstrainedDistillTrainer, *, by="tools", **kwargs):
     model = make_model(vocab_size=len(TOKENIZER), spread=0.4)
-    if scripted_turns:
-        script_generation(model)
-    arguments = {"teacher_model": make_teacher(vocab_size=len(TOKENIZER)), **sources[by]}
-    defaults = {"cost_limit": LIMIT, "max_completion_length": 20, "beta": 0.0}
+    script_generation(model)
+    defaults = {
+        "teacher_model": make_teacher(vocab_size=len(TOKENIZER)),
+        "cost_limit": LIMIT,
+        "max_completion_length": 20,
+        "beta": 0.0,
+        **SOURCES[by],
+    }
     return make_trainer(
         folder,
+        trainer_class,
         model=model,
         reward_funcs=lambda completions, **_: REWARDS[: len(completions)],
         train_dataset=SCRIPT["make_dataset"](),
         tokenizer=TOKENIZER,
-        trainer_kwargs={**arguments, **kwargs.pop("trainer_kwargs", {})},
         **{**defaults, **kwargs},
     )
 
@@ -123,21 +135,20 @@ def mask_of(rollouts) -> torch.Tensor:
 def dense_loss(trainer, batch, mask, weights, advantages) -> torch.Tensor:
     """The whole loss, from full logits over the whole sequence, tool tokens in the context (dapo's normaliser)."""
     costs = dense_costs(trainer.model, trainer.teacher_model, batch)
-    input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-    logits = trainer.model(input_ids=input_ids, attention_mask=attention_mask).logits.double()
-    length = batch["completion_ids"].size(1)
-    logps = logits[:, -length - 1 : -1].log_softmax(-1).gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
+    logps = dense_logps(trainer.model, batch)
     advantages = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
     policy = -((logps - logps.detach()).exp() * advantages * mask).sum()
     return (policy + (costs * weights).sum()) / mask.sum()
 
 
-@pytest.mark.parametrize("by", ["tools", "environment"])
-@pytest.mark.parametrize("budget", [24, 20, 16], ids=["whole", "answer-cut", "result-dropped"])
+@pytest.mark.parametrize(
+    ("by", "budget"),
+    [("tools", 24), ("environment", 24), ("tools", 20), ("environment", 16)],
+    ids=["tools-whole", "environment-whole", "answer-cut", "result-dropped"],
+)
 def test_tool_loop(tmp_path, monkeypatch, by, budget):
     """TRL's own loop: ids, mask, costs, verdicts, weights and the gradient of the whole loss."""
-    trainer = build(tmp_path, by=by, max_completion_length=budget)
+    trainer = build(tmp_path, by=by, max_completion_length=budget, violation_distill_coef=1.0)
     captured = capture_rollouts(trainer, monkeypatch)
     batch = micro_batches(trainer, rows_of(trainer))[0]
     # TRL shuffles a generation batch: put its rows back in the order of the turns.
@@ -154,17 +165,14 @@ def test_tool_loop(tmp_path, monkeypatch, by, budget):
     costs = dense_costs(trainer.model, trainer.teacher_model, batch).detach()[order]
     torch.testing.assert_close(rollouts.costs.double(), costs * mask, rtol=1e-4, atol=1e-6)
     cost = (costs * mask).sum(1) / mask.sum(1)
-    logged = trainer._logs["extra"]
-    torch.testing.assert_close(torch.tensor(logged["cost"], dtype=torch.float64), cost, rtol=1e-4, atol=1e-6)
-    assert list(logged["feasible"]) == (cost <= LIMIT).tolist()
-    assert 0 < sum(logged["feasible"]) < 4
+    logged = metrics(trainer)
+    assert logged["constraint/cost"] == pytest.approx(cost.mean().item(), rel=1e-4)
+    assert logged["constraint/satisfaction_rate"] == (cost <= LIMIT).double().mean()
+    assert 0 < logged["constraint/satisfaction_rate"] < 1
     everything = rollout_cost(costs, batch["completion_mask"][order])
     assert not torch.allclose(everything, cost, rtol=1e-2), "with the tool's tokens the costs are others"
-    tool_tokens, tokens = trainer._sums["train"]["tools/token_frac"]
-    assert (tool_tokens, tokens) == (
-        sum(own.count(0) for _, own in expected),
-        sum(len(own) for _, own in expected),
-    )
+    tool_tokens, tokens = sum(own.count(0) for _, own in expected), sum(len(own) for _, own in expected)
+    assert logged["tools/token_frac"] == pytest.approx(tool_tokens / tokens)
 
     weights = violation_weights(costs, mask, LIMIT)
     advantages = constrained_advantages(torch.tensor(REWARDS), costs, mask, 4, LIMIT, 20.0)
@@ -173,16 +181,17 @@ def test_tool_loop(tmp_path, monkeypatch, by, budget):
     loss, gradients = loss_and_gradients(trainer, [batch])
     ordered = {name: batch[name][order] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")}
     reference = dense_loss(trainer, ordered, mask, weights, advantages)
-    reference.backward()
     assert loss == pytest.approx(reference.item(), rel=1e-4, abs=1e-6)
-    assert relative_error(gradients, {name: p.grad for name, p in trainer.model.named_parameters()}) < 1e-5
+    assert relative_error(gradients, gradients_of(reference, trainer.model)) < 1e-5
 
 
 @pytest.mark.parametrize("scope", ["mean", "sum", "worst_prefix"])
 def test_token_credit_with_gaps(tmp_path, monkeypatch, scope):
     """Per-token advantages are those of the own tokens written without gaps: what a tool says moves nothing."""
     limit = {"mean": LIMIT, "worst_prefix": 2.33, "sum": 20.0}[scope]
-    trainer = build(tmp_path, credit_assignment="token", cost_scope=scope, cost_limit=limit)
+    trainer = build(
+        tmp_path, credit_assignment="token", cost_scope=scope, cost_limit=limit, violation_distill_coef=1.0
+    )
     captured = capture_rollouts(trainer, monkeypatch)
     batch = trainer._generate_and_score_completions(rows_of(trainer))
     mask = captured[0].mask.bool()
@@ -200,26 +209,12 @@ def test_token_credit_with_gaps(tmp_path, monkeypatch, scope):
     assert batch["divergence_weights"][~mask].abs().max() == 0
 
 
-def test_sampled_rollouts_train(tmp_path):
-    """Nothing scripted: whatever the student samples, training goes through."""
-    trainer = build(tmp_path, scripted_turns=False)
-    trainer.train()
-    assert trainer.state.global_step == 2
-
-
 class TestRolloutFunc:
     COMPLETIONS = random_completions(4)
 
-    def run(self, folder, env_mask, **kwargs):
-        trainer = make_trainer(
-            folder,
-            trainer_kwargs={
-                "teacher_model": make_teacher(),
-                "rollout_func": scripted(self.COMPLETIONS, env_mask),
-            },
-            **kwargs,
-        )
-        return trainer._generate_and_score_completions([trainer.train_dataset[0]] * 4), trainer
+    def run(self, folder, env_mask=None, **kwargs):
+        trainer = make_scripted_trainer(folder, completions=self.COMPLETIONS, env_mask=env_mask, **kwargs)
+        return trainer._generate_and_score_completions(make_rows(4))
 
     def test_mask_of_another_length(self, tmp_path):
         """TRL would pad it with 1, and count the environment's last tokens as the student's."""
@@ -232,26 +227,12 @@ class TestRolloutFunc:
         def rollout(prompts, trainer):
             return {**scripted(self.COMPLETIONS)(prompts, trainer), "logprobs": [[0.0]] * 4}
 
-        trainer = make_trainer(tmp_path, trainer_kwargs={"teacher_model": make_teacher(), "rollout_func": rollout})
         with pytest.raises(ValueError, match="`logprobs` of lengths"):
-            trainer._generate_and_score_completions([trainer.train_dataset[0]] * 4)
-
-    def test_a_rollout_without_own_tokens_is_not_judged(self, tmp_path):
-        env_mask = [[1] * len(ids) for ids in self.COMPLETIONS]
-        env_mask[2] = [0] * len(env_mask[2])
-        _, trainer = self.run(tmp_path, env_mask, cost_limit=1e3)
-        assert trainer._sums["train"]["constraint/satisfaction_rate"] == [3.0, 3.0]
-        assert list(trainer._logs["extra"]["feasible"]) == [True, True, None, True]
+            self.run(tmp_path, rollout_func=rollout)
 
     def test_longer_than_the_horizon(self, tmp_path):
         """A rollout of one's own may be longer than `max_completion_length`; nothing falls after its end then."""
-        output, _ = self.run(
-            tmp_path,
-            [[1] * len(ids) for ids in self.COMPLETIONS],
-            max_completion_length=2,
-            credit_assignment="token",
-            cost_limit=0.01,
-        )
+        output = self.run(tmp_path, max_completion_length=2, credit_assignment="token", cost_limit=0.01)
         assert output["advantages"].isfinite().all()
 
 
@@ -269,7 +250,7 @@ class TestGKDCompletions:
             tokenizer=TOKENIZER,
             lmbda=0.0,
             max_completion_length=20,
-            trainer_kwargs={"teacher_model": make_teacher(vocab_size=len(TOKENIZER))},
+            teacher_model=make_teacher(vocab_size=len(TOKENIZER)),
         )
 
     def test_other_roles_are_refused(self, tmp_path):
@@ -294,26 +275,16 @@ class TestGKDCompletions:
 
 def test_lagrangian_counts_own_tokens(tmp_path, monkeypatch):
     """A multiplier moves by the cost of the student's own tokens."""
-    model = make_model(vocab_size=len(TOKENIZER), spread=0.4)
-    script_generation(model)
-    trainer = make_trainer(
+    trainer = build(
         tmp_path,
         LagrangianDistillTrainer,
-        model=model,
-        reward_funcs=lambda completions, **_: REWARDS,
-        train_dataset=SCRIPT["make_dataset"](),
-        tokenizer=TOKENIZER,
-        max_completion_length=20,
         multiplier="dual",
         multiplier_lr=0.01,
         cost_limit=1.0,
-        max_steps=1,
-        trainer_kwargs={
-            "teacher_model": make_teacher(vocab_size=len(TOKENIZER)),
-            "tools": [SCRIPT["calculate"]],
-        },
+        max_completion_length=24,
     )
     captured = capture_rollouts(trainer, monkeypatch)
     trainer.train()
-    cost = rollout_cost(captured[0].costs, mask_of(expected_rollouts(20))).mean().item()
-    assert trainer._multiplier.value == pytest.approx(0.01 + 0.01 * (cost - 1.0), rel=1e-4)
+    first, second = history(trainer, "lagrange_multiplier")
+    cost = rollout_cost(captured[0].costs, mask_of(expected_rollouts(24))).mean().item()
+    assert second == pytest.approx(first + 0.01 * (cost - 1.0), rel=1e-4)

@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from helpers import make_args, make_dataset, make_model, make_teacher, make_tokenizer
+from helpers import history, make_dataset, make_teacher, run
 
 from trl_cmdp import ConstrainedDistillTrainer
 from trl_cmdp.trainers.telemetry.shading import shade_tokens
@@ -26,8 +26,9 @@ METRICS = {
 
 
 def train(folder, tracker: str, **kwargs) -> ConstrainedDistillTrainer:
-    args = make_args(
+    trainer = run(
         folder,
+        teacher_model=make_teacher(),
         report_to=tracker,
         log_completions=True,
         cost_limit=1.75,
@@ -35,21 +36,8 @@ def train(folder, tracker: str, **kwargs) -> ConstrainedDistillTrainer:
         run_name="run",
         **kwargs,
     )
-    trainer = ConstrainedDistillTrainer(
-        make_model(),
-        lambda completions, **_: [float(len(completion) % 3 == 0) for completion in completions],
-        args,
-        make_dataset(),
-        processing_class=make_tokenizer(),
-        teacher_model=make_teacher(),
-    )
-    trainer.train()
     trainer.end()
     return trainer
-
-
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def test_tokens_are_the_redder_the_more_they_cost():
@@ -62,9 +50,6 @@ def test_tokens_are_the_redder_the_more_they_cost():
     assert opacities[1] == pytest.approx(opacities[2] / 2, abs=0.01)
     assert 'title="4.000 nats"' in shaded
     assert "rgba(214,69,65,0.00)" in shade_tokens(["x"], [0.0], 0.0)
-
-
-# ------------------------------------------------------------------------------------------------ Weights & Biases
 
 
 def wandb_records(path: Path) -> list:
@@ -105,7 +90,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
     ]
     for metric in METRICS:
         assert [row[f"train/{metric}"] for row in rows if f"train/{metric}" in row] == pytest.approx(
-            logged(trainer, metric)
+            history(trainer, metric)
         )
     tables = {
         name: [row[f"{name}/path"] for row in rows if f"{name}/path" in row]
@@ -135,9 +120,6 @@ def test_wandb_offline(tmp_path, monkeypatch):
     assert b"PlantedTokenOfTheTests" not in stored
 
 
-# --------------------------------------------------------------------------------------------------------- trackio
-
-
 @pytest.mark.slow
 def test_trackio_local(tmp_path, monkeypatch):
     from trackio import sqlite_storage, utils
@@ -150,11 +132,8 @@ def test_trackio_local(tmp_path, monkeypatch):
         rows = [json.loads(row[0]) for row in database.execute("SELECT metrics FROM metrics ORDER BY id")]
     for metric in METRICS:
         values = [row[name] for row in rows for name in (metric, f"train/{metric}") if name in row]
-        assert values == pytest.approx(logged(trainer, metric))
+        assert values == pytest.approx(history(trainer, metric))
     assert any("completions" in row for row in rows)
-
-
-# ----------------------------------------------------------------------------------------------------- TensorBoard
 
 
 @pytest.mark.slow
@@ -166,7 +145,7 @@ def test_tensorboard(tmp_path):
     events = EventAccumulator(str(path.parent)).Reload()
     for metric in METRICS:
         scalars = events.Scalars(f"train/{metric}")
-        assert [scalar.value for scalar in scalars] == pytest.approx(logged(trainer, metric), rel=1e-5)
+        assert [scalar.value for scalar in scalars] == pytest.approx(history(trainer, metric), rel=1e-5)
         assert [scalar.step for scalar in scalars] == [1, 2]
 
 

@@ -4,30 +4,27 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from helpers import (
-    CHARACTERS,
-    dense_costs,
+    VOCAB,
+    assert_gradient_is_dense,
     history,
-    loss_and_gradients,
-    make_model,
     make_rows,
+    make_scripted_trainer,
     make_teacher,
     make_tokenizer,
     make_trainer,
     micro_batches,
-    relative_error,
     run,
+    save_model,
 )
 from transformers import (
     MllamaConfig,
     MllamaForCausalLM,
     MllamaForConditionalGeneration,
-    PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
 
 
-VOCAB = 2 + len(CHARACTERS)  # padding and EOS before the characters
 TEXT = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
@@ -73,52 +70,32 @@ def make_mllama() -> MllamaForConditionalGeneration:
     return MllamaForConditionalGeneration(config)
 
 
-def check_against_dense(trainer, reference_teacher: PreTrainedModel) -> None:
-    """The divergence part of the loss has the gradient of the dense divergence from the whole models' own logits."""
-    batch = micro_batches(trainer, make_rows(4))[0]
-    batch["advantages"] = torch.zeros(4)
-    _, gradients = loss_and_gradients(trainer, [batch])
-    mask = batch["completion_mask"]
-    ((dense_costs(trainer.model, reference_teacher, batch) * mask).sum() / mask.sum()).backward()
-    reference = {
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for name, parameter in trainer.model.named_parameters()
-    }
-    assert relative_error(gradients, reference) < 1e-5
-
-
 @pytest.mark.parametrize("make", [make_qwen, make_mllama])
-def test_as_student(tmp_path, make):
-    trainer = make_trainer(tmp_path, model=make(), cost_limit=1e-9, trainer_kwargs={"teacher_model": make_teacher()})
-    check_against_dense(trainer, trainer.teacher_model)
-
-
-@pytest.mark.parametrize("make", [make_qwen, make_mllama])
-def test_as_teacher(tmp_path, make):
-    teacher = make()
-    trainer = make_trainer(tmp_path, cost_limit=1e-9, trainer_kwargs={"teacher_model": teacher})
-    check_against_dense(trainer, teacher)
+@pytest.mark.parametrize("role", ["model", "teacher_model"])
+def test_gradient(tmp_path, make, role):
+    """As student and as teacher: of the whole models' own logits."""
+    trainer = make_scripted_trainer(tmp_path, cost_limit=1e-9, **{role: make()})
+    assert_gradient_is_dense(trainer, micro_batches(trainer, make_rows(8)))
 
 
 def test_mllama_teacher_from_its_path(tmp_path):
     """The paper's 11B teacher: of the checkpoint the text part alone is loaded, and it has the whole's logits."""
     whole = make_mllama()
-    whole.save_pretrained(tmp_path / "teacher")
-    make_tokenizer().save_pretrained(tmp_path / "teacher")
-    trainer = make_trainer(tmp_path, cost_limit=1e-9, trainer_kwargs={"teacher_model": str(tmp_path / "teacher")})
+    path = save_model(tmp_path / "teacher", whole, make_tokenizer())
+    trainer = make_scripted_trainer(tmp_path, cost_limit=1e-9, teacher_model=path)
     assert isinstance(trainer.teacher_model, MllamaForCausalLM)
-    check_against_dense(trainer, whole)
+    input_ids = torch.tensor([[2, 3, 4, 5]])
+    torch.testing.assert_close(trainer.teacher_model(input_ids).logits, whole.eval()(input_ids).logits)
+    assert_gradient_is_dense(trainer, micro_batches(trainer, make_rows(8)))
 
 
 def test_qwen_teacher_from_its_path_says_what_to_do(tmp_path):
-    make_qwen().save_pretrained(tmp_path / "teacher")
     with pytest.raises(ValueError, match="AutoModelForImageTextToText"):
-        make_trainer(tmp_path, trainer_kwargs={"teacher_model": str(tmp_path / "teacher")})
+        make_trainer(tmp_path, teacher_model=save_model(tmp_path / "teacher", make_qwen(), make_tokenizer()))
 
 
 def test_qwen_student_from_its_path(tmp_path):
-    make_qwen().save_pretrained(tmp_path / "student")
-    trainer = run(tmp_path, model=str(tmp_path / "student"), trainer_kwargs={"teacher_model": make_teacher()})
+    trainer = run(tmp_path, model=save_model(tmp_path / "student", make_qwen()), teacher_model=make_teacher())
     assert isinstance(trainer.model, Qwen2_5_VLForConditionalGeneration)
     assert len(history(trainer, "constraint/cost")) == 2
 
@@ -133,28 +110,23 @@ def with_message() -> Dataset:
 
 
 class TestImagesAreRefused:
-    @pytest.mark.parametrize("dataset", [with_column("image"), with_column("images"), with_message()])
-    @pytest.mark.parametrize("kind", ["training", "evaluation", "named"])
-    def test_before_training(self, tmp_path, dataset, kind):
-        datasets = {
-            "training": {"train_dataset": dataset},
-            "evaluation": {"trainer_kwargs": {"eval_dataset": dataset}},
-            "named": {"trainer_kwargs": {"eval_dataset": {"charts": dataset}}},
-        }[kind]
-        kwargs = {"teacher_model": make_teacher(), **datasets.pop("trainer_kwargs", {})}
+    @pytest.mark.parametrize(
+        ("argument", "dataset"),
+        [
+            ("train_dataset", with_column("image")),
+            ("train_dataset", with_message()),
+            ("eval_dataset", with_column("images")),
+            ("eval_dataset", {"charts": with_message()}),
+        ],
+    )
+    def test_before_training(self, tmp_path, argument, dataset):
         with pytest.raises(ValueError, match="only text is supported"):
-            make_trainer(tmp_path, **datasets, trainer_kwargs=kwargs)
+            make_trainer(tmp_path, teacher_model=make_teacher(), **{argument: dataset})
 
     def test_in_a_stream(self, tmp_path):
-        def rows():
-            yield {"prompt": "1+2=", "image": None}
-
+        stream = IterableDataset.from_generator(lambda: iter([{"prompt": "1+2=", "image": None}]))
         with pytest.raises(ValueError, match="column 'image'"):
-            make_trainer(
-                tmp_path,
-                train_dataset=IterableDataset.from_generator(rows),
-                trainer_kwargs={"teacher_model": make_teacher()},
-            )
+            make_trainer(tmp_path, train_dataset=stream, teacher_model=make_teacher())
 
     def test_a_stream_of_text_is_not_consumed(self, tmp_path):
         prompts = ["1+2=", "3+4=", "5+6=", "7+8="]
@@ -169,9 +141,9 @@ class TestImagesAreRefused:
             reward_funcs=reward,
             train_dataset=IterableDataset.from_generator(lambda: ({"prompt": prompt} for prompt in prompts)),
             shuffle_dataset=False,
-            trainer_kwargs={"teacher_model": make_teacher()},
+            teacher_model=make_teacher(),
         )
         assert seen == ["1+2="] * 4 + ["3+4="] * 4
 
     def test_not_without_a_teacher(self, tmp_path):
-        assert make_trainer(tmp_path, model=make_model(), train_dataset=with_column("images")).teachers == {}
+        assert make_trainer(tmp_path, train_dataset=with_column("images")).teachers == {}

@@ -12,17 +12,20 @@ from pathlib import Path
 
 import torch
 from helpers import (
-    CHARACTERS,
     EOS,
     FIRST,
+    VOCAB,
+    history,
     make_dataset,
+    make_lora,
     make_model,
     make_teacher,
     make_tokenizer,
     make_trainer,
+    save_model,
     weights,
 )
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import TrainerCallback
 
 from trl_cmdp import (
@@ -33,7 +36,6 @@ from trl_cmdp import (
 )
 
 
-VOCAB = FIRST + len(CHARACTERS)
 ROLLOUTS = 16  # per step, over all processes
 
 
@@ -125,7 +127,7 @@ def name_teachers(dataset):
 
 
 def with_adapter():
-    model = get_peft_model(make_model(spread=0.4), LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    model = get_peft_model(make_model(spread=0.4), make_lora(target_modules=["q_proj", "up_proj"]))
     for name, parameter in model.named_parameters():
         if "lora" in name:
             torch.nn.init.normal_(parameter, std=0.7, generator=torch.Generator().manual_seed(len(name)))
@@ -159,12 +161,10 @@ def build(
         model=model,
         reward_funcs=reward,
         train_dataset=name_teachers(dataset.add_column("completion", ["3", "1#1,77", "", "5"] * 4)),
-        trainer_kwargs={
-            "teacher_model": teacher,
-            "rollout_func": masked if rollout == "masked" else rollout,
-            "callbacks": list(callbacks),
-            "eval_dataset": name_teachers(make_dataset(1).select(evaluated)),
-        },
+        teacher_model=teacher,
+        rollout_func=masked if rollout == "masked" else rollout,
+        callbacks=list(callbacks),
+        eval_dataset=name_teachers(make_dataset(1).select(evaluated)),
         shuffle_dataset=False,
         per_device_train_batch_size=ROLLOUTS // processes,
         per_device_eval_batch_size=ROLLOUTS // processes,
@@ -184,7 +184,8 @@ def main(output: str) -> None:
         trainer.train()
         cost = list(trainer._logs["extra"]["cost"])  # of the last step: the order of an evaluation is shuffled
         if name == "dual":
-            (path / f"multiplier_{trainer.accelerator.process_index}.txt").write_text(repr(trainer._multiplier.value))
+            multipliers = repr(history(trainer, "lagrange_multiplier"))
+            (path / f"multiplier_{trainer.accelerator.process_index}.txt").write_text(multipliers)
         evaluation = trainer.evaluate()
         results[name] = {
             "history": trainer.state.log_history,
@@ -200,8 +201,7 @@ def main(output: str) -> None:
         expect_error(path, "poisoned", build(path / "poisoned", teacher=teacher, callbacks=[Poison(teacher)]))
         teacher_path = path / "teacher"
         if trainer.accelerator.is_main_process:
-            make_teacher().save_pretrained(teacher_path)
-            make_tokenizer().save_pretrained(teacher_path)
+            save_model(teacher_path, make_teacher(), make_tokenizer())
         trainer.accelerator.wait_for_everyone()
         model = make_model(vocab_size=VOCAB + 8)
         expect_error(path, "beyond", build(path / "beyond", model=model, teacher=str(teacher_path), rollout=beyond))

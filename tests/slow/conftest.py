@@ -1,0 +1,44 @@
+import os
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_tokenizer, save_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+DEMO_LLM = Path(__file__).parents[2] / "examples" / "scripts" / "demo_llm.py"
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Path:
+    """Folder of SmolLM2-135M-Instruct, or the one that is named by the environment."""
+    if "SMOLLM2" in os.environ:
+        return Path(os.environ["SMOLLM2"])
+    folder = tmp_path_factory.mktemp("models") / "smollm2"
+    runpy.run_path(str(DEMO_LLM))["save_teacher"](folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llamas(tmp_path_factory) -> list[str]:
+    """Folders of two random Llamas, of the smallest heads that vLLM's attention for CPUs has."""
+    folders = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=len(make_tokenizer()),
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            head_dim=32,
+            max_position_embeddings=2048,
+            initializer_range=0.2,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+        folder = tmp_path_factory.mktemp("llama")
+        folders.append(save_model(folder, LlamaForCausalLM(config), make_tokenizer()))
+    return folders
