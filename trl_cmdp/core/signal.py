@@ -1,6 +1,7 @@
 """What a method is made of: rollouts in, a signal out (docs/math.md, "A method is a signal")."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -59,4 +60,4 @@ class Signal:
 
     advantages: torch.Tensor
     divergence_weights: torch.Tensor | None
-    columns: dict[str, list]
+    columns: dict[str, list[Any]]
