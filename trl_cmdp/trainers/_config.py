@@ -6,6 +6,8 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from ..core import Comparison
+
 
 @dataclass
 class DistillConfig(GRPOConfig):
@@ -40,8 +42,9 @@ class DistillConfig(GRPOConfig):
             between. The convention of TRL's `DistillationConfig.beta`.
         teacher_prob_floor (`float`, *optional*, defaults to `0.0`):
             ε of the mixture of the teacher with the uniform distribution, which bounds the cost by log(V/ε).
-        divergence_memory_mb (`float`, *optional*, defaults to `256`):
-            Memory, in MiB per process, that vocabulary-sized tiles of the divergence may take.
+        divergence_memory_mb (`float`, *optional*):
+            Memory, in MiB per process, that vocabulary-sized tiles of the divergence may take. By default 256, and on a
+            CUDA device a share of the memory that is free.
         teacher_hidden_memory_mb (`float`, *optional*, defaults to `256`):
             Memory, in MiB per process, in which the teacher's hidden states are kept from scoring to the loss. Where
             they do not fit they are computed once more; the loss is the same.
@@ -107,10 +110,13 @@ class DistillConfig(GRPOConfig):
         kw_only=True,
         metadata={"help": "Weight of the uniform distribution mixed into the teacher, which bounds the cost."},
     )
-    divergence_memory_mb: float = field(
-        default=256,
+    divergence_memory_mb: float | None = field(
+        default=None,
         kw_only=True,
-        metadata={"help": "Memory, in MiB per process, for vocabulary-sized tiles of the divergence."},
+        metadata={
+            "help": "Memory, in MiB per process, for vocabulary-sized tiles of the divergence. By default 256, and on a "
+            "CUDA device a share of the memory that is free."
+        },
     )
     teacher_hidden_memory_mb: float = field(
         default=256,
@@ -159,11 +165,17 @@ class DistillConfig(GRPOConfig):
         if not 0.0 <= self.tolerated_violation_rate < 1.0:
             raise ValueError(f"`tolerated_violation_rate` must lie in [0, 1), got {self.tolerated_violation_rate}.")
         self._check_positive(
-            "divergence_memory_mb",
             "teacher_hidden_memory_mb",
             "teacher_model_server_timeout",
             "teacher_model_server_max_wait",
         )
+        if self.divergence_memory_mb is not None:
+            self._check_positive("divergence_memory_mb")
+
+    @property
+    def comparison(self) -> Comparison:
+        """What is compared with the teacher at each token."""
+        return Comparison(self.teacher_beta, self.temperature, self.teacher_prob_floor)
 
     # What is written anywhere (logs, cards, `training_args.bin`) comes from one of these: none has the key.
 
