@@ -223,7 +223,7 @@ class TestArguments:
             "constraint_aggregation": "lexicographic",
             "teacher_beta": 1.0,
             "teacher_prob_floor": 0.0,
-            "divergence_memory_mb": 256,
+            "divergence_memory_mb": None,
             "teacher_model_init_kwargs": None,
             "teacher_model_revision": None,
         }.items() <= defaults.items()

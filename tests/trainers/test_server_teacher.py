@@ -336,6 +336,6 @@ def test_nothing_is_left_in_the_folder(tmp_path, exact_server):
     trainer = train(tmp_path, exact_server)
     trainer.train()
     (teacher,) = trainer.teachers.values()
-    assert set(vars(teacher.head())) == {"weight", "bias", "logit_scale", "final_logit_softcapping"}
+    assert set(vars(teacher.head())) == {"weight", "bias", "logit_scale", "softcap"}
     assert trainer.teacher_model is None
     assert not list(Path(tmp_path).rglob("*teacher*"))
