@@ -158,7 +158,7 @@ def timed_training(trainer_class, config_class, models, batch, length, steps, te
         trainer.remove_callback(transformers.PrinterCallback)
         timer.watch(trainer)
         # What the kernels of both heads take, out of the student's forward.
-        names = ("head_divergence", "head_policy_divergence", "head_scores")
+        names = ("chunked_divergence", "chunked_policy_divergence", "chunked_scores")
         with ExitStack() as patches:
             for name in names:
                 timed = timer.timed("divergence", getattr(_forward, name))

@@ -32,14 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from trl_cmdp import ConstrainedDistillConfig, ConstrainedDistillTrainer
 from trl_cmdp.evaluation import Rollout, score_rollouts
-from trl_cmdp.teachers import (
-    RemoteTeacher,
-    TeacherServerError,
-    base_model,
-    head_divergence,
-    last_hidden_state,
-    lm_head,
-)
+from trl_cmdp.teachers import RemoteTeacher, TeacherServerError
 
 
 ROOT = Path(__file__).parents[1]
@@ -144,18 +137,12 @@ def compare_costs(folder: Path, server: Server, number: int) -> dict:
     local = score_rollouts(rollouts, student, teacher, batch_size=8)
     remote_teacher = RemoteTeacher(server.url)
     start = time.perf_counter()
-    states = remote_teacher.hidden_states(
+    remote_teacher.hidden_states(
         [rollout.prompt_ids + rollout.completion_ids for rollout in rollouts],
         [len(rollout.completion_ids) for rollout in rollouts],
     )
     seconds = time.perf_counter() - start
-    remote = []
-    for rollout, hidden in zip(rollouts, states, strict=True):
-        length = len(rollout.completion_ids)
-        input_ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
-        student_hidden = last_hidden_state(base_model(student), length, input_ids=input_ids)[0]
-        _, costs = head_divergence(student_hidden, lm_head(student), hidden, remote_teacher.head)
-        remote.append(costs)
+    remote = score_rollouts(rollouts, student, remote_teacher, batch_size=8)
     rollout_differences = torch.stack([(a.mean() - b.mean()).abs() for a, b in zip(remote, local, strict=True)])
     return {
         "rollouts": number,

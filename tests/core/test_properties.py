@@ -1,16 +1,20 @@
 """What holds for any input of the mathematics: bounds, order, and what must not matter. Examples are drawn, seeded."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 from core_reference import SCOPES, batches, tensors
+from head_reference import logits_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from trl_cmdp.core import (
     AutoLimit,
+    Comparison,
     DualMultiplier,
+    Head,
     PIDMultiplier,
     bootstrap_interval,
     chunked_divergence,
@@ -57,10 +61,10 @@ def logit_pairs(draw, impossible=False):
 
 
 def head_of(logits):
-    """Hidden states, head and bias whose projection is exactly these logits; what is −inf in the first row is in all."""
+    """Hidden states and head whose projection is exactly these logits; what is −inf in the first row is in all."""
     weight = logits.T.masked_fill(logits.T.isneginf(), 0.0).contiguous()
     bias = torch.where(logits[0].isneginf(), logits[0], 0.0)
-    return torch.eye(len(logits), dtype=logits.dtype), weight, bias
+    return torch.eye(len(logits), dtype=logits.dtype), Head(weight, bias)
 
 
 # ------------------------------------------------------------------------------------------------- the divergences
@@ -128,7 +132,7 @@ def test_a_floor_under_the_teacher_bounds_the_cost(pair, floor, beta):
 
 @st.composite
 def head_problems(draw):
-    """Arguments of the chunked functions, in float64, with unequal widths, biases that exclude tokens, and any tile."""
+    """Heads in float64 with unequal widths and biases that exclude tokens; a comparison; and a bound for any tile."""
     generator = torch.Generator().manual_seed(draw(seeds))
     rows, vocab = draw(st.integers(0, 9)), draw(st.integers(1, 40))
     problem = {}
@@ -137,39 +141,35 @@ def head_problems(draw):
         bias = draw(st.sampled_from([0.0, 1.0, 1e4])) * torch.randn(vocab, generator=generator, dtype=torch.float64)
         bias[torch.rand(vocab, generator=generator) < draw(st.sampled_from([0.0, 0.3]))] = -torch.inf
         bias[draw(st.integers(0, vocab - 1))] = 0.0
-        problem |= {
-            f"{who}_hidden": torch.randn(rows, width, generator=generator, dtype=torch.float64),
-            f"{who}_weight": torch.randn(vocab, width, generator=generator, dtype=torch.float64),
-            f"{who}_bias": bias,
-        }
+        problem[f"{who}_hidden"] = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+        problem[f"{who}_head"] = Head(torch.randn(vocab, width, generator=generator, dtype=torch.float64), bias)
     row_mb = 5 * vocab * 8 / 2**20
-    problem["memory_mb"] = row_mb * draw(st.sampled_from([1e-3, 1.5, 2.7, 5.2, 1e4]))
-    problem["teacher_prob_floor"] = draw(st.sampled_from([0.0, 0.05]))
-    problem["beta"], problem["temperature"] = draw(betas), draw(st.sampled_from([0.6, 1.0]))
-    return problem
-
-
-def dense_logits(problem, who):
-    return problem[f"{who}_hidden"] @ problem[f"{who}_weight"].T + problem[f"{who}_bias"]
+    memory_mb = row_mb * draw(st.sampled_from([1e-3, 1.5, 2.7, 5.2, 1e4]))
+    comparison = Comparison(draw(betas), draw(st.sampled_from([0.6, 1.0])), draw(st.sampled_from([0.0, 0.05])))
+    return problem, comparison, memory_mb
 
 
 @few
 @given(head_problems())
-def test_chunked_equals_dense(problem):
+def test_chunked_equals_dense(drawn):
     """Any shape, tile size, divergence and support: the same costs, infinities included, and the same gradient."""
+    problem, comparison, memory_mb = drawn
     hidden = problem["student_hidden"].requires_grad_()
-    options = {name: problem[name] for name in ("beta", "temperature", "teacher_prob_floor")}
-    dense = token_divergence(dense_logits(problem, "student"), dense_logits(problem, "teacher"), **options)
+    logits = (logits_of(problem[f"{who}_hidden"], problem[f"{who}_head"]) for who in ("student", "teacher"))
+    options = {"teacher_prob_floor": comparison.teacher_prob_floor}
+    dense = token_divergence(*logits, comparison.beta, comparison.temperature, **options)
     finite = dense.isfinite()
     (expected,) = torch.autograd.grad(dense[finite].sum(), hidden, allow_unused=True, materialize_grads=True)
-    loss, costs = chunked_divergence(**problem, weights=finite.double())
+    loss, costs = chunked_divergence(**problem, weights=finite.double(), **asdict(comparison), memory_mb=memory_mb)
     (grad,) = torch.autograd.grad(loss, hidden)
     torch.testing.assert_close(costs, dense.detach(), rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(grad, expected, rtol=1e-8, atol=1e-10)
     *_, of_policy = chunked_policy_divergence(
         **problem,
+        comparison=comparison,
         token_ids=torch.zeros(len(hidden), dtype=torch.int64),
         weights=torch.ones(len(hidden)),
+        memory_mb=memory_mb,
     )
     torch.testing.assert_close(of_policy, costs, rtol=1e-9, atol=1e-11)
 
@@ -178,11 +178,10 @@ def test_chunked_equals_dense(problem):
 @given(logit_pairs(impossible=True), betas)
 def test_chunked_is_never_nan_either(pair, beta):
     """Half precision and logits of 1e4, as the trainers compute it: no NaN; finite, infinite and size as dense."""
-    (hidden, weight, bias), (teacher_hidden, teacher_weight, teacher_bias) = map(head_of, pair)
-    _, costs = chunked_divergence(
-        *(hidden, weight, teacher_hidden, teacher_weight), beta=beta, student_bias=bias, teacher_bias=teacher_bias
+    _, costs = chunked_divergence(*head_of(pair[0]), *head_of(pair[1]), beta=beta)
+    student, teacher = (
+        hidden.double() @ head.weight.double().T + head.bias.double() for hidden, head in map(head_of, pair)
     )
-    student, teacher = (h.double() @ w.double().T + b.double() for h, w, b in map(head_of, pair))
     assert not costs.isnan().any()
     if pair[0].dtype != torch.float64:  # float32's notion of a probability of 0
         student, teacher = student.float(), teacher.float()

@@ -9,9 +9,9 @@ from helpers import make_model
 from transformers import AutoModelForCausalLM
 from vllm_server import free_port, vllm_server
 
-from trl_cmdp.core import token_divergence
+from trl_cmdp.core import chunked_divergence, token_divergence
 from trl_cmdp.core.lower_bound import top_k_divergence_lower_bound
-from trl_cmdp.teachers import head_divergence, lm_head
+from trl_cmdp.teachers import lm_head
 from trl_cmdp.teachers.remote import RemoteTeacher
 
 
@@ -47,7 +47,7 @@ def assert_exact(teacher, model, lengths, tolerance):
     student = make_model(seed=5, vocab_size=teacher.vocab_size, hidden_size=16, spread=0.5)
     student_hidden = torch.randn(sum(num_last), 16, generator=torch.Generator().manual_seed(1))
     costs = [
-        head_divergence(student_hidden, lm_head(student), torch.cat(hidden), head, temperature=0.8)[1]
+        chunked_divergence(student_hidden, lm_head(student), torch.cat(hidden), head, temperature=0.8)[1]
         for hidden, head in ((remote, teacher.head), (local, lm_head(model)))
     ]
     assert costs[1].mean() > 0.1

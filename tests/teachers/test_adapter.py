@@ -24,6 +24,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
 from trl_cmdp import GKDDistillTrainer, MiniLLMDistillTrainer
+from trl_cmdp.teachers import AdapterTeacher
 
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.5}
@@ -44,13 +45,12 @@ def student(
     return model
 
 
-def build(tmp_path, model, adapter_name, **kwargs):
-    return make_trainer(
-        tmp_path,
-        model=model,
-        trainer_kwargs={"rollout_func": scripted(random_completions(8))},
-        **{"teacher_adapter_name": adapter_name, "cost_limit": 0.2, "gradient_accumulation_steps": 2, **kwargs},
-    )
+ROLLOUTS = scripted(random_completions(8))
+
+
+def build(tmp_path, model, **kwargs):
+    settings = {"trainer_kwargs": {"rollout_func": ROLLOUTS}, "cost_limit": 0.2, "gradient_accumulation_steps": 2}
+    return make_trainer(tmp_path, model=model, **{**settings, **kwargs})
 
 
 def separate_copy(model: PeftModel, adapter_name: str) -> torch.nn.Module:
@@ -64,44 +64,28 @@ def separate_copy(model: PeftModel, adapter_name: str) -> torch.nn.Module:
 
 @pytest.mark.parametrize("modules_to_save", [None, ["lm_head"]], ids=["lora", "and-head"])
 @pytest.mark.parametrize("adapter_name", ["base", "expert"])
-def test_costs_are_those_of_a_separate_copy(tmp_path, monkeypatch, adapter_name, modules_to_save):
-    """Against the dense divergence from a teacher made of the same weights; dropout does not touch the teacher."""
+def test_it_is_as_good_as_a_separate_copy(tmp_path, monkeypatch, adapter_name, modules_to_save):
+    """Costs, against the dense divergence from a teacher made of the same weights; loss and gradients, against it."""
     model = student("expert", dropout=0.0, modules_to_save=modules_to_save)
     teacher, student_copy = separate_copy(model, adapter_name), separate_copy(model, "default")
-    trainer = build(tmp_path, model, adapter_name)
-    captured = capture_rollouts(trainer, monkeypatch)
-    batches = micro_batches(trainer, make_rows(8))
+    results = []
+    for settings in (
+        {"teacher_adapter_name": adapter_name},
+        {"trainer_kwargs": {"rollout_func": ROLLOUTS, "teacher_model": teacher}},
+    ):
+        trainer = build(tmp_path, copy.deepcopy(model), **settings)
+        captured = capture_rollouts(trainer, monkeypatch)
+        batches = micro_batches(trainer, make_rows(8))
+        assert any(batch["divergence_weights"].any() for batch in batches)
+        results.append((captured[0].costs[captured[0].mask], *loss_and_gradients(trainer, batches)))
+    (costs, loss, gradients), (_, expected_loss, expected_gradients) = results
     expected = torch.cat(
         [dense_costs(student_copy, teacher, batch)[batch["completion_mask"].bool()] for batch in batches]
     )
-    costs = captured[0].costs[captured[0].mask]
     assert costs.max() > 0.1
     torch.testing.assert_close(costs.double().sort().values, expected.sort().values, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("adapter_name", ["base", "expert"])
-def test_loss_and_gradients_are_those_of_a_separate_copy(tmp_path, adapter_name):
-    results = []
-    for separate in (False, True):
-        model = student("expert", dropout=0.0)
-        if separate:
-            trainer = make_trainer(
-                tmp_path,
-                model=model,
-                trainer_kwargs={
-                    "rollout_func": scripted(random_completions(8)),
-                    "teacher_model": separate_copy(model, adapter_name),
-                },
-                cost_limit=0.2,
-                gradient_accumulation_steps=2,
-            )
-        else:
-            trainer = build(tmp_path, model, adapter_name)
-        batches = micro_batches(trainer, make_rows(8))
-        assert any(batch["divergence_weights"].any() for batch in batches)
-        results.append(loss_and_gradients(trainer, batches))
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
-    assert relative_error(results[0][1], results[1][1]) < 1e-5
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert relative_error(gradients, expected_gradients) < 1e-5
 
 
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
@@ -111,7 +95,8 @@ def test_everything_is_put_back(tmp_path, adapter_name, recomputed):
     model = student("expert")
     frozen = next(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     model.get_parameter(frozen).requires_grad_(False)
-    trainer = build(tmp_path, model, adapter_name, teacher_hidden_memory_mb=1e-6 if recomputed else 256)
+    memory = {"teacher_hidden_memory_mb": 1e-6} if recomputed else {}
+    trainer = build(tmp_path, model, teacher_adapter_name=adapter_name, **memory)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     loss_and_gradients(trainer, micro_batches(trainer, make_rows(8)))
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
@@ -123,14 +108,13 @@ def test_everything_is_put_back(tmp_path, adapter_name, recomputed):
 
 
 @pytest.mark.parametrize("adapter_name", ["base", "expert"])
-def test_the_teacher_has_no_dropout(tmp_path, adapter_name):
+def test_the_teacher_has_no_dropout(adapter_name):
     """Its hidden states are the same each time, while the student trains with dropout."""
-    trainer = build(tmp_path, student("expert"), adapter_name)
-    trainer.model.train()
-    (teacher,) = trainer.teachers.values()
+    model = student("expert").train()
+    teacher = AdapterTeacher(model, None, adapter_name)
     inputs = torch.randint(2, 16, (2, 6))
-    rows = torch.ones(2, 3, dtype=torch.bool)
-    hidden = [teacher.hidden_states(inputs, torch.ones_like(inputs), rows) for _ in range(2)]
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    hidden = [teacher.hidden_states(inputs, torch.ones_like(inputs), mask) for _ in range(2)]
     assert torch.equal(*hidden)
 
 
@@ -169,33 +153,30 @@ def test_peft_config(tmp_path):
     assert history(trainer, "constraint/satisfaction_rate") == [1.0]
 
 
-class TestBadInput:
-    def test_without_an_adapter(self, tmp_path):
-        with pytest.raises(ValueError, match="must train an adapter: pass `peft_config`"):
-            make_trainer(tmp_path, teacher_adapter_name="base")
+@pytest.mark.parametrize(
+    ("adapters", "adapter_name", "match"),
+    [
+        (None, "base", "must train an adapter: pass `peft_config`"),
+        (("expert",), "judge", r"no adapter 'judge', only \['default', 'expert'\]"),
+        (("expert",), "default", "the adapter that is being trained"),
+    ],
+)
+def test_an_adapter_that_cannot_teach_is_refused(tmp_path, adapters, adapter_name, match):
+    model = make_model() if adapters is None else student(*adapters)
+    with pytest.raises(ValueError, match=match):
+        build(tmp_path, model, teacher_adapter_name=adapter_name)
 
-    def test_unknown(self, tmp_path):
-        with pytest.raises(ValueError, match=r"no adapter 'judge', only \['default', 'expert'\]"):
-            build(tmp_path, student("expert"), "judge")
 
-    def test_the_one_that_is_trained(self, tmp_path):
-        with pytest.raises(ValueError, match="the adapter that is being trained"):
-            build(tmp_path, student("expert"), "default")
+def test_beside_another_teacher_it_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="leave out `teacher_model`"):
+        build(tmp_path, student(), teacher_adapter_name="base", trainer_kwargs={"teacher_model": make_teacher()})
 
-    def test_beside_another_teacher(self, tmp_path):
-        with pytest.raises(ValueError, match="leave out `teacher_model`"):
-            make_trainer(
-                tmp_path,
-                model=student(),
-                teacher_adapter_name="base",
-                trainer_kwargs={"teacher_model": make_teacher()},
-            )
 
-    @pytest.mark.parametrize(
-        ("trainer_class", "kwargs"),
-        [(MiniLLMDistillTrainer, {}), (GKDDistillTrainer, {"lmbda": 0.5, "seq_kd": True})],
-        ids=["minillm", "gkd"],
-    )
-    def test_it_cannot_be_sampled_from(self, tmp_path, trainer_class, kwargs):
-        with pytest.raises(ValueError, match="samples completions from the teacher"):
-            make_trainer(tmp_path, trainer_class, model=student(), teacher_adapter_name="base", **kwargs)
+@pytest.mark.parametrize(
+    ("trainer_class", "kwargs"),
+    [(MiniLLMDistillTrainer, {}), (GKDDistillTrainer, {"lmbda": 0.5, "seq_kd": True})],
+    ids=["minillm", "gkd"],
+)
+def test_it_cannot_be_sampled_from(tmp_path, trainer_class, kwargs):
+    with pytest.raises(ValueError, match="samples completions from the teacher"):
+        make_trainer(tmp_path, trainer_class, model=student(), teacher_adapter_name="base", **kwargs)

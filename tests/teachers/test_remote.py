@@ -13,13 +13,13 @@ import torch
 from fake_server import KEY, answer, fail_first, in_turn, serving, silence
 from fake_vllm import DTYPES, FakeServer
 from helpers import make_teacher
-from test_heads import MODELS, build
+from test_models import MODELS, build
 from transformers import PhiConfig, PhiForCausalLM
 
-from trl_cmdp.core import token_divergence
+from trl_cmdp.core import chunked_divergence, token_divergence
 from trl_cmdp.core.lower_bound import top_k_divergence_lower_bound
 from trl_cmdp.teachers import _checkpoint as checkpoint
-from trl_cmdp.teachers import head_divergence, lm_head
+from trl_cmdp.teachers import lm_head
 from trl_cmdp.teachers._checkpoint import load_config, load_head
 from trl_cmdp.teachers._server import TeacherServer, TeacherServerError
 from trl_cmdp.teachers.remote import RemoteTeacher
@@ -97,8 +97,8 @@ def test_exact_divergence_equals_the_local_one(pooling, model):
     student_head = lm_head(make_teacher(seed=2))
     local = torch.cat([expected_hidden(model, *pair) for pair in zip(SEQUENCES, NUM_LAST, strict=True)])
     remote = torch.cat(teacher.hidden_states(SEQUENCES, NUM_LAST))
-    _, expected = head_divergence(student_hidden, student_head, local, lm_head(model), temperature=0.7)
-    _, costs = head_divergence(student_hidden, student_head, remote, teacher.head, temperature=0.7)
+    _, expected = chunked_divergence(student_hidden, student_head, local, lm_head(model), temperature=0.7)
+    _, costs = chunked_divergence(student_hidden, student_head, remote, teacher.head, temperature=0.7)
     torch.testing.assert_close(costs, expected)
 
 
@@ -469,7 +469,7 @@ def test_head_alone_is_the_loaded_models_head(name, shard_size, tmp_path, monkey
     assert (head.bias is None) == (expected.bias is None)
     assert head.bias is None or torch.equal(head.bias, expected.bias)
     assert head.logit_scale == expected.logit_scale
-    assert head.final_logit_softcapping == expected.final_logit_softcapping
+    assert head.softcap == expected.softcap
 
 
 def test_only_the_heads_shard_is_fetched(tmp_path, monkeypatch):

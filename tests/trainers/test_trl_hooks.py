@@ -93,10 +93,10 @@ def test_signature(owner, name, expected):
 def test_forward_redirection():
     """Called as `(wrapper_module, original_module, method, *args, **kwargs)`."""
     redirection = getattr(model_utils, "_ForwardRedirection", None)
-    assert redirection is not None, moved("`_ForwardRedirection`", "`hidden_states_inside`")
+    assert redirection is not None, moved("`_ForwardRedirection`", "`LocalTeacher`")
     names = list(inspect.signature(redirection.__call__).parameters)
     assert names[:4] == ["self", "wrapper_module", "original_module", "method"], moved(
-        "`_ForwardRedirection.__call__`", "`hidden_states_inside`"
+        "`_ForwardRedirection.__call__`", "`LocalTeacher`"
     )
 
 

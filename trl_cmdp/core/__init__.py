@@ -13,7 +13,16 @@ from .budget import (
     suggested_limit_range,
     violation_weights,
 )
-from .divergence import chunked_divergence, chunked_log_probs, chunked_scores, token_divergence
+from .comparison import Comparison
+from .divergence import (
+    Scores,
+    chunked_divergence,
+    chunked_log_probs,
+    chunked_policy_divergence,
+    chunked_scores,
+    token_divergence,
+)
+from .head import Head
 from .intervals import (
     bootstrap_interval,
     clopper_pearson_interval,
@@ -21,18 +30,21 @@ from .intervals import (
     two_level_bootstrap_interval,
     wilson_interval,
 )
+from .kernels.memory import default_memory_mb
 from .lower_bound import top_k_divergence_lower_bound
 from .multipliers import DualMultiplier, FixedMultiplier, PIDMultiplier
-from .policy_divergence import chunked_policy_divergence
 from .rewards import modified_reward, returns_to_go, token_modified_rewards
 
 
 __all__ = [
     "AutoLimit",
+    "Comparison",
     "DualMultiplier",
     "FixedMultiplier",
+    "Head",
     "LimitRange",
     "PIDMultiplier",
+    "Scores",
     "bootstrap_interval",
     "candidate_limits",
     "chunked_divergence",
@@ -43,6 +55,7 @@ __all__ = [
     "clustered_rate_interval",
     "constrained_advantages",
     "cost_quantiles",
+    "default_memory_mb",
     "group_advantages",
     "infeasible_steps",
     "minillm_advantages",

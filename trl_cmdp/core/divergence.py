@@ -1,14 +1,37 @@
-"""Per-token divergences between student and teacher: dense, and from hidden states in tiles of bounded memory."""
+"""Per-token divergences between student and teacher: dense, and from hidden states and heads in bounded memory."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from ._fused import FusedHeads
-from ._head import Head, OnlineSoftmax, Workspace, accumulation_dtype, compute_dtype
-from ._measures import check_divergence, with_prob_floor
-from ._tiles import Tile, make_heads
+from .comparison import Comparison
+from .head import Head, as_head
+from .kernels.autograd import fused_heads
+from .kernels.measures import with_prob_floor
+from .kernels.memory import Workspace, default_memory_mb, slices
+from .kernels.projection import Projection, accumulation_dtype, compute_dtype
+from .kernels.softmax import OnlineSoftmax
+from .kernels.tiles import make_pair
+
+
+class Scores(NamedTuple):
+    """
+    What [`chunked_scores`] says of N positions, `(N,)` each, in nats.
+
+    Args:
+        costs (`torch.Tensor`):
+            Divergences.
+        student_logps (`torch.Tensor`, *optional*):
+            Student's log-probabilities of the tokens, if there were any.
+        teacher_logps (`torch.Tensor`, *optional*):
+            Teacher's, its probability floor included.
+    """
+
+    costs: torch.Tensor
+    student_logps: torch.Tensor | None = None
+    teacher_logps: torch.Tensor | None = None
 
 
 def token_divergence(
@@ -31,19 +54,13 @@ def token_divergence(
             Student logits of shape `(..., V)`.
         teacher_logits (`torch.Tensor`):
             Teacher logits of shape `(..., V)`.
-        beta (`float`, *optional*, defaults to `1.0`):
-            `1.0` is the reverse KL(π‖μ), `0.0` the forward KL(μ‖π), anything between the generalised JSD with mixture
-            (1 − beta)·π + beta·μ. The convention of TRL's `DistillationConfig.beta`.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature that both logits are divided by.
-        teacher_prob_floor (`float`, *optional*, defaults to `0.0`):
-            ε of the mixture (1 − ε)·μ + ε/V that replaces the teacher. A positive value bounds the reverse KL by
-            log(V/ε).
+        beta, temperature, teacher_prob_floor:
+            As in [`Comparison`].
 
     Returns:
         `torch.Tensor`: Divergence of shape `(...)`, in float32 (float64 if an input is float64).
     """
-    check_divergence(beta, temperature, teacher_prob_floor)
+    Comparison(beta, temperature, teacher_prob_floor)  # checks them
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"Student logits of shape {tuple(student_logits.shape)} and teacher logits of shape "
@@ -65,22 +82,16 @@ def token_divergence(
 
 def chunked_divergence(
     student_hidden: torch.Tensor,
-    student_weight: torch.Tensor,
+    student_head: Head | torch.Tensor,
     teacher_hidden: torch.Tensor,
-    teacher_weight: torch.Tensor,
+    teacher_head: Head | torch.Tensor,
     weights: torch.Tensor | None = None,
+    *,
     beta: float = 1.0,
     temperature: float = 1.0,
-    student_bias: torch.Tensor | None = None,
-    teacher_bias: torch.Tensor | None = None,
-    memory_mb: float = 256,
-    *,
-    student_logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,
-    student_final_logit_softcapping: float | None = None,
-    teacher_final_logit_softcapping: float | None = None,
     teacher_prob_floor: float = 0.0,
     cross_entropy: bool = False,
+    memory_mb: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Weighted exact divergence from hidden states and language-model heads, without either model's full logits.
@@ -93,163 +104,173 @@ def chunked_divergence(
     Args:
         student_hidden (`torch.Tensor`):
             Student hidden states of shape `(N, H_s)`: the positions that count, and no others.
-        student_weight (`torch.Tensor`):
-            Weight of the student's head, of shape `(V, H_s)`.
+        student_head ([`Head`] or `torch.Tensor`):
+            Student's head, or its weight of shape `(V, H_s)` alone.
         teacher_hidden (`torch.Tensor`):
             Teacher hidden states of shape `(N, H_t)`.
-        teacher_weight (`torch.Tensor`):
-            Weight of the teacher's head, of shape `(V, H_t)`.
+        teacher_head ([`Head`] or `torch.Tensor`):
+            Teacher's head, or its weight of shape `(V, H_t)` alone. Of two [`Head`]s the longer one may pad its
+            vocabulary: the tokens that both have are compared.
         weights (`torch.Tensor`, *optional*):
             Weight of each position in the loss, of shape `(N,)`. 1 if `None`. Treated as a constant. A position of
             weight 0 contributes nothing to the loss and its gradient, also where its values are not finite.
-        beta (`float`, *optional*, defaults to `1.0`):
-            Divergence, as in [`token_divergence`].
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature of both models.
-        student_bias (`torch.Tensor`, *optional*):
-            Bias of the student's head, of shape `(V,)`.
-        teacher_bias (`torch.Tensor`, *optional*):
-            Bias of the teacher's head, of shape `(V,)`.
-        memory_mb (`float`, *optional*, defaults to `256`):
-            Bound in MiB on what is vocabulary-sized beyond inputs and returned gradients. At least one row is processed
-            at a time, and on a CPU no more than are of use.
-        student_logit_scale (`float`, *optional*, defaults to `1.0`):
-            Factor on the student's logits (Cohere, Granite, Falcon-H1).
-        teacher_logit_scale (`float`, *optional*, defaults to `1.0`):
-            Factor on the teacher's logits.
-        student_final_logit_softcapping (`float`, *optional*):
-            Soft cap c of c·tanh(logits/c), applied to the student's logits after the scale (Gemma).
-        teacher_final_logit_softcapping (`float`, *optional*):
-            Soft cap of the teacher's logits.
-        teacher_prob_floor (`float`, *optional*, defaults to `0.0`):
-            Mixture of the teacher with the uniform distribution, as in [`token_divergence`].
-        cross_entropy (`bool`, *optional*, defaults to `False`):
-            Take −Σ_a π(a|s)·log μ(a|s) in place of the divergence, whatever `beta`: the teacher's expected negative
-            log-likelihood of the student's next token (2610.00332), reverse KL plus the student's entropy.
+        beta, temperature, teacher_prob_floor, cross_entropy:
+            As in [`Comparison`].
+        memory_mb (`float`, *optional*):
+            Bound in MiB on what is vocabulary-sized beyond inputs and returned gradients. 256 if `None`, and on a CUDA
+            device a share of the memory that is free. At least one row is processed at a time, and on a CPU no more
+            than are of use.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: The loss Σ weights·costs, a scalar with gradient to the student's hidden
         states, head weight and head bias; and the costs of shape `(N,)`, in nats, without gradient. Both in float32
         (float64 if the hidden states are), accumulated in that precision also for half-precision inputs.
+
+    Raises:
+        ValueError: If shapes do not fit, a value lies outside its range, or a plain weight has another number of tokens
+            than the other head.
     """
-    heads = make_heads(
-        student_hidden,
-        student_weight,
-        student_bias,
-        student_logit_scale,
-        student_final_logit_softcapping,
-        teacher_hidden,
-        teacher_weight,
-        teacher_bias,
-        teacher_logit_scale,
-        teacher_final_logit_softcapping,
-        beta,
-        temperature,
-        teacher_prob_floor,
-        cross_entropy,
-        memory_mb,
-    )
-    _check_same_tokens(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    comparison = Comparison(beta, temperature, teacher_prob_floor, cross_entropy)
+    student, teacher = _on_shared_tokens(student_head, teacher_head)
+    _check_same_positions(student_hidden, teacher_hidden)
     if weights is None:
         weights = torch.ones(student_hidden.shape[0], device=student_hidden.device)
-    elif weights.shape != student_hidden.shape[:1]:
-        raise ValueError(
-            f"`weights` must have one entry for each of the {student_hidden.shape[0]} positions, got shape "
-            f"{tuple(weights.shape)}."
-        )
-    _, _, loss, costs = FusedHeads.apply(  # type: ignore[no-untyped-call]
-        student_hidden,
-        student_weight,
-        student_bias,
-        teacher_hidden,
-        torch.arange(student_hidden.shape[0], device=student_hidden.device),
-        weights.detach(),
-        None,
-        None,
-        heads,
-    )
+    _check_one_per_position(student_hidden, weights=weights)
+    pair = make_pair(student_hidden, student, teacher_hidden, teacher, comparison, memory_mb)
+    rows = torch.arange(student_hidden.shape[0], device=student_hidden.device)
+    _, _, loss, costs = fused_heads(pair, student_hidden, teacher_hidden, rows, weights)
     return loss, costs
+
+
+def chunked_policy_divergence(
+    student_hidden: torch.Tensor,
+    student_head: Head | torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_head: Head | torch.Tensor,
+    comparison: Comparison,
+    token_ids: torch.Tensor,
+    weights: torch.Tensor,
+    log_prob_grad: torch.Tensor | None = None,
+    *,
+    memory_mb: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Log-probabilities of sampled tokens and entropies, and the weighted exact divergence from the teacher, from one
+    projection of the student.
+
+    The policy loss is a function of the log-probabilities that is computed afterwards, outside; the divergence's loss
+    is known here. The forward pass forms, while a tile is there, the gradient of
+
+        loss + Σ log_prob_grad·log_probs,
+
+    where `log_prob_grad` is what the derivative of the whole loss by each log-probability is *expected* to be, for a
+    divergence loss that enters with factor 1. On policy it is known beforehand: −advantage × weight of the token. The
+    backward pass is given the actual derivatives u of the log-probabilities, g of the entropies and s of the loss. It
+    takes s times the gradient that is there and adds what is missing: rows where u is not s·log_prob_grad, up to
+    rounding, or where g is not 0 are projected once more, by the student alone. So the gradient is exact whatever was
+    expected, and a right expectation saves a projection and a second product for the head's gradient.
+
+    The gradient is handed over: a second backward is an error, also on a retained graph. Under `torch.no_grad()`
+    values alone are computed.
+
+    Args:
+        student_hidden (`torch.Tensor`):
+            Student hidden states of shape `(N, H_s)`.
+        student_head ([`Head`] or `torch.Tensor`):
+            Student's head, or its weight of shape `(V_s, H_s)` alone.
+        teacher_hidden (`torch.Tensor`):
+            Teacher hidden states of shape `(M, H_t)`, of the M positions of weight other than 0, in order.
+        teacher_head ([`Head`] or `torch.Tensor`):
+            Teacher's head, or its weight of shape `(V_t, H_t)` alone. The divergence is over the tokens that both heads
+            have, on which both distributions are renormalised; log-probabilities and entropies are over all V_s.
+        comparison ([`Comparison`]):
+            Divergence and temperature.
+        token_ids (`torch.Tensor`):
+            Sampled tokens of shape `(N,)`, each below V_s.
+        weights (`torch.Tensor`):
+            Weight of each position's divergence in the loss, of shape `(N,)`. Treated as a constant. A position of
+            weight 0 is never compared with the teacher.
+        log_prob_grad (`torch.Tensor`, *optional*):
+            Expected derivative by each log-probability, of shape `(N,)`. 0 if `None`. Treated as a constant.
+        memory_mb (`float`, *optional*):
+            As in [`chunked_divergence`].
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]`: Log-probabilities of shape `(N,)` and entropies
+        of shape `(N,)`; the loss Σ weights·costs, a scalar; all three with gradient to the student's hidden states,
+        head weight and head bias; and the costs of shape `(M,)`, without. In nats, float32 (float64 if a hidden state
+        is), accumulated in that precision also for half-precision inputs.
+
+    Raises:
+        ValueError: As [`chunked_divergence`].
+    """
+    student, teacher = _as_heads(student_head, teacher_head)
+    _check_one_per_position(student_hidden, token_ids=token_ids, weights=weights, log_prob_grad=log_prob_grad)
+    rows = weights.nonzero().squeeze(-1)  # (M,)
+    if len(rows) != len(teacher_hidden):
+        raise ValueError(
+            f"{len(rows)} positions have a weight other than 0, but there are {len(teacher_hidden)} teacher positions."
+        )
+    pair = make_pair(student_hidden, student, teacher_hidden, teacher, comparison, memory_mb)
+    return fused_heads(pair, student_hidden, teacher_hidden, rows, weights, token_ids, log_prob_grad)
 
 
 @torch.no_grad()
 def chunked_scores(
     student_hidden: torch.Tensor,
-    student_weight: torch.Tensor,
+    student_head: Head | torch.Tensor,
     teacher_hidden: torch.Tensor,
-    teacher_weight: torch.Tensor,
-    token_ids: torch.Tensor,
-    beta: float = 1.0,
-    temperature: float = 1.0,
-    student_bias: torch.Tensor | None = None,
-    teacher_bias: torch.Tensor | None = None,
-    memory_mb: float = 256,
+    teacher_head: Head | torch.Tensor,
+    comparison: Comparison,
+    token_ids: torch.Tensor | None = None,
     *,
-    student_logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,
-    student_final_logit_softcapping: float | None = None,
-    teacher_final_logit_softcapping: float | None = None,
-    teacher_prob_floor: float = 0.0,
-    cross_entropy: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    memory_mb: float | None = None,
+) -> Scores:
     """
-    Divergence and both models' log-probabilities of sampled tokens, without gradient, from one projection of each.
+    Divergences, and both models' log-probabilities of sampled tokens, without gradient, from one projection of each.
 
     Args:
-        token_ids (`torch.Tensor`):
+        student_hidden, student_head, teacher_hidden, teacher_head:
+            As in [`chunked_divergence`]. All distributions are over the tokens that both heads have.
+        comparison ([`Comparison`]):
+            Divergence and temperature.
+        token_ids (`torch.Tensor`, *optional*):
             Sampled tokens of shape `(N,)`, each below V.
-        student_hidden, student_weight, teacher_hidden, teacher_weight, beta, temperature, student_bias, teacher_bias:
-            As in [`chunked_divergence`].
-        memory_mb, student_logit_scale, teacher_logit_scale, student_final_logit_softcapping:
-            As in [`chunked_divergence`].
-        teacher_final_logit_softcapping, teacher_prob_floor, cross_entropy:
+        memory_mb (`float`, *optional*):
             As in [`chunked_divergence`].
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Costs, the student's log-probabilities and the teacher's,
-        its probability floor included, of shape `(N,)` each, in nats, float32 (float64 if the hidden states are).
+        [`Scores`]: In float32 (float64 if the hidden states are).
+
+    Raises:
+        ValueError: As [`chunked_divergence`].
     """
-    heads = make_heads(
-        student_hidden,
-        student_weight,
-        student_bias,
-        student_logit_scale,
-        student_final_logit_softcapping,
-        teacher_hidden,
-        teacher_weight,
-        teacher_bias,
-        teacher_logit_scale,
-        teacher_final_logit_softcapping,
-        beta,
-        temperature,
-        teacher_prob_floor,
-        cross_entropy,
-        memory_mb,
-    )
-    _check_same_tokens(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    student, teacher = _on_shared_tokens(student_head, teacher_head)
+    _check_same_positions(student_hidden, teacher_hidden)
+    pair = make_pair(student_hidden, student, teacher_hidden, teacher, comparison, memory_mb)
     num_rows = student_hidden.shape[0]
-    scores = torch.empty((3, num_rows), device=student_hidden.device, dtype=heads.student.accumulation)
-    workspace = heads.workspace(num_rows, 2)
+    workspace = pair.workspace(num_rows, 2)
+    scores = student_hidden.new_empty((1 if token_ids is None else 3, num_rows), dtype=pair.student.dtype)
     with torch.autocast(student_hidden.device.type, enabled=False):
-        for rows in workspace.batches(num_rows):
-            tile = Tile(heads, workspace, student_hidden[rows], teacher_hidden[rows], token_ids[rows])
-            teacher_logps = with_prob_floor(tile.teacher.log_probs[0], teacher_prob_floor, heads.vocab_size)
-            scores[:, rows] = torch.stack((tile.costs(), tile.student.log_probs[0], teacher_logps))
-    costs, student_logps, teacher_logps = scores
-    return costs, student_logps, teacher_logps
+        for rows in slices(0, num_rows, workspace.num_rows):
+            chosen = None if token_ids is None else token_ids[rows]
+            statistics = pair.statistics(workspace, student_hidden[rows], teacher_hidden[rows], chosen)
+            assert statistics.teacher is not None
+            values = (statistics.teacher.costs, statistics.log_probs, statistics.teacher.log_probs)
+            for name, value in zip(scores, values, strict=False):
+                name[rows] = value
+    return Scores(*scores)
 
 
 @torch.no_grad()
 def chunked_log_probs(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    head: Head | torch.Tensor,
     token_ids: torch.Tensor,
     temperature: float = 1.0,
-    bias: torch.Tensor | None = None,
-    memory_mb: float = 256,
     *,
-    logit_scale: float = 1.0,
-    final_logit_softcapping: float | None = None,
     prob_floor: float = 0.0,
+    memory_mb: float | None = None,
 ) -> torch.Tensor:
     """
     Log-probabilities of given tokens from hidden states and a language-model head, in tiles and without gradient.
@@ -257,57 +278,70 @@ def chunked_log_probs(
     Args:
         hidden (`torch.Tensor`):
             Hidden states of shape `(N, H)`.
-        weight (`torch.Tensor`):
-            Weight of the head, of shape `(V, H)`.
+        head ([`Head`] or `torch.Tensor`):
+            Head, or its weight of shape `(V, H)` alone.
         token_ids (`torch.Tensor`):
             Tokens of shape `(N,)`, or `(N, k)` for several at each position, each below V.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature.
-        bias (`torch.Tensor`, *optional*):
-            Bias of the head, of shape `(V,)`.
-        memory_mb (`float`, *optional*, defaults to `256`):
-            Bound on what is vocabulary-sized, in MiB, as in [`chunked_divergence`].
-        logit_scale (`float`, *optional*, defaults to `1.0`):
-            Factor on the logits.
-        final_logit_softcapping (`float`, *optional*):
-            Soft cap of the logits.
         prob_floor (`float`, *optional*, defaults to `0.0`):
-            Mixture with the uniform distribution, as in [`token_divergence`].
+            Mixture with the uniform distribution, as the teacher's in [`Comparison`].
+        memory_mb (`float`, *optional*):
+            As in [`chunked_divergence`].
 
     Returns:
         `torch.Tensor`: Log-probabilities of the shape of `token_ids`, in nats, float32 (float64 if the hidden states are).
     """
-    dtype, num_rows, vocab_size = accumulation_dtype(hidden), hidden.shape[0], weight.shape[0]
-    head = Head(
-        weight, bias, logit_scale, final_logit_softcapping, temperature, compute_dtype(hidden), dtype, memory_mb
-    )
+    head = as_head(head)
+    dtype, num_rows, vocab_size = accumulation_dtype(hidden), hidden.shape[0], head.vocab_size
+    if memory_mb is None:
+        memory_mb = default_memory_mb(hidden.device)
+    projection = Projection(head, temperature, compute_dtype(hidden), dtype, memory_mb)
     workspace = Workspace(num_rows, vocab_size, 0, hidden.device, dtype, memory_mb)
     log_probs = torch.empty(token_ids.shape, device=hidden.device, dtype=dtype)  # (N,) or (N, k)
     with torch.autocast(hidden.device.type, enabled=False):
-        for rows in workspace.batches(num_rows):
+        for rows in slices(0, num_rows, workspace.num_rows):
             softmax = OnlineSoftmax(token_ids[rows].reshape(rows.stop - rows.start, -1).t())
-            softmax.add_vocabulary(head, head.rows(hidden[rows]), workspace, 0, vocab_size)
+            softmax.add_vocabulary(projection, projection.rows(hidden[rows]), workspace, 0, vocab_size)
             chosen = with_prob_floor(softmax.log_probs, prob_floor, vocab_size)  # (k, n)
             log_probs[rows] = chosen.t().reshape(token_ids[rows].shape)
     return log_probs
 
 
-def _check_same_tokens(
-    student_hidden: torch.Tensor,
-    student_weight: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    teacher_weight: torch.Tensor,
-) -> None:
-    if student_weight.shape[0] != teacher_weight.shape[0]:
+def _as_heads(student: Head | torch.Tensor, teacher: Head | torch.Tensor) -> tuple[Head, Head]:
+    """Both heads. Of plain weights nothing says that what one has more is padding."""
+    plain = isinstance(student, torch.Tensor) or isinstance(teacher, torch.Tensor)
+    student, teacher = as_head(student), as_head(teacher)
+    if plain and student.vocab_size != teacher.vocab_size:
         raise ValueError(
-            f"The student's head has {student_weight.shape[0]} tokens and the teacher's {teacher_weight.shape[0]}. "
-            "Slice both heads to the tokens that the two vocabularies share."
+            f"The student's head has {student.vocab_size} tokens and the teacher's {teacher.vocab_size}. Slice both "
+            "weights to the tokens that the two vocabularies share, or pass a `Head` for each, which are compared on "
+            "their first tokens."
         )
+    return student, teacher
+
+
+def _on_shared_tokens(student: Head | torch.Tensor, teacher: Head | torch.Tensor) -> tuple[Head, Head]:
+    student, teacher = _as_heads(student, teacher)
+    vocab_size = min(student.vocab_size, teacher.vocab_size)
+    return student.first(vocab_size), teacher.first(vocab_size)
+
+
+def _check_same_positions(student_hidden: torch.Tensor, teacher_hidden: torch.Tensor) -> None:
     if student_hidden.shape[0] != teacher_hidden.shape[0]:
         raise ValueError(
             f"{student_hidden.shape[0]} student positions against {teacher_hidden.shape[0]} teacher positions: both "
             "must be the same tokens."
         )
+
+
+def _check_one_per_position(student_hidden: torch.Tensor, **tensors: torch.Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != student_hidden.shape[:1]:
+            raise ValueError(
+                f"`{name}` must have one entry for each of the {student_hidden.shape[0]} positions, got shape "
+                f"{tuple(tensor.shape)}."
+            )
 
 
 def _kl(logps: torch.Tensor, reference_logps: torch.Tensor) -> torch.Tensor:

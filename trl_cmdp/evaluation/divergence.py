@@ -1,38 +1,27 @@
 """Exact divergence of rollouts from the teacher, token by token."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
 
-from ..teachers import (
-    EXACT_SERVER_COMMAND,
-    AdapterTeacher,
-    LMHead,
-    RemoteTeacher,
-    allow_fast_kernel,
-    base_model,
-    head_divergence,
-    keep_differentiable,
-    last_hidden_state,
-    lm_head,
-)
+from ..core import Comparison, chunked_scores
+from ..teachers import LocalTeacher, RemoteTeacher, ServerTeacher, Teacher, allow_fast_kernel, keep_differentiable
 from .rollouts import Rollout
 
 
-Teacher = PreTrainedModel | AdapterTeacher | RemoteTeacher
+AnyTeacher = torch.nn.Module | RemoteTeacher | Teacher
 
 
 def score_rollouts(
     rollouts: Sequence[Rollout],
     student: PreTrainedModel,
-    teacher: Teacher,
+    teacher: AnyTeacher,
     *,
     temperature: float = 1.0,
     beta: float = 1.0,
     batch_size: int = 64,
-    memory_mb: float = 256,
+    memory_mb: float | None = None,
 ) -> list[torch.Tensor]:
     """
     Costs c_t = D(π(.|s_t), μ(.|s_t)) of every completion token, over the full vocabulary.
@@ -42,7 +31,7 @@ def score_rollouts(
             Rollouts, usually the student's own.
         student ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Student. Put in eval mode for the call.
-        teacher ([`~transformers.PreTrainedModel`], [`~teachers.AdapterTeacher`] or [`~teachers.RemoteTeacher`]):
+        teacher ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`], [`~teachers.AdapterTeacher`] or [`~teachers.RemoteTeacher`]):
             Teacher, of the student's tokenizer: a model in memory (quantised or not), the student's own base, or an
             exact server.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -51,73 +40,46 @@ def score_rollouts(
             Divergence: 1 reverse KL, 0 forward KL, generalised JSD between.
         batch_size (`int`, *optional*, defaults to `64`):
             Rollouts scored at a time. Does not change the result.
-        memory_mb (`float`, *optional*, defaults to `256`):
-            Memory of the vocabulary-sized tiles, in MiB.
+        memory_mb (`float`, *optional*):
+            Memory of the vocabulary-sized tiles, in MiB, as in [`~core.chunked_divergence`].
 
     Returns:
         `list[torch.Tensor]`: Costs of shape `(L,)` for each rollout, in nats, on the CPU.
 
     Raises:
-        ValueError: If a cost is not finite.
+        ValueError: If a cost is not finite, or the server returns log-probabilities only.
     """
-    student_model = base_model(student)
+    comparison = Comparison(beta, temperature)
     keep_differentiable(student)  # it may be trained afterwards
-    training = student.training
-    student.eval()
     if isinstance(teacher, PreTrainedModel):
         allow_fast_kernel(teacher)
-        teacher.eval()
-    teacher_head = _teacher_head(teacher, student.device)
+    training = student.training
+    student.eval()
+    models = LocalTeacher(student), _as_teacher(teacher, student.device)  # a student is read as a teacher is
+    student_head, teacher_head = (model.head() for model in models)
     costs: list[torch.Tensor] = []
-    with torch.no_grad():
-        for start in range(0, len(rollouts), batch_size):
-            batch = rollouts[start : start + batch_size]
-            inputs, rows = _collate(batch, student.device)
-            _, batch_costs = head_divergence(
-                last_hidden_state(student_model, rows.size(1), **inputs)[rows],
-                lm_head(student_model),
-                _teacher_hidden(teacher, batch, inputs, rows),
-                teacher_head,
-                beta=beta,
-                temperature=temperature,
-                memory_mb=memory_mb,
-            )
-            costs.extend(batch_costs.cpu().split([len(rollout.completion_ids) for rollout in batch]))
+    for start in range(0, len(rollouts), batch_size):
+        batch = rollouts[start : start + batch_size]
+        input_ids, attention_mask, mask = _collate(batch, student.device)
+        student_hidden, teacher_hidden = (model.hidden_states(input_ids, attention_mask, mask) for model in models)
+        scores = chunked_scores(
+            student_hidden, student_head, teacher_hidden, teacher_head, comparison, memory_mb=memory_mb
+        )
+        costs.extend(scores.costs.cpu().split([len(rollout.completion_ids) for rollout in batch]))
     student.train(training)
     if not all(bool(cost.isfinite().all()) for cost in costs):
         raise ValueError("The divergence of a rollout is not finite: check student and teacher for NaN weights.")
     return costs
 
 
-def _teacher_head(teacher: Teacher, device: torch.device) -> LMHead:
-    if isinstance(teacher, AdapterTeacher):
-        return teacher.head()
-    if not isinstance(teacher, RemoteTeacher):
-        return lm_head(base_model(teacher))
-    if teacher.head is None:
-        raise ValueError(
-            f"The teacher server at {teacher.url} returns log-probabilities only, and the exact divergence needs hidden "
-            f"states. Start it with: {EXACT_SERVER_COMMAND}"
-        )
-    bias = None if teacher.head.bias is None else teacher.head.bias.to(device)
-    return replace(teacher.head, weight=teacher.head.weight.to(device), bias=bias)
+def _as_teacher(teacher: AnyTeacher, device: torch.device) -> Teacher:
+    if isinstance(teacher, torch.nn.Module):
+        return LocalTeacher(teacher.eval())
+    return ServerTeacher(teacher, device) if isinstance(teacher, RemoteTeacher) else teacher
 
 
-def _teacher_hidden(
-    teacher: Teacher, batch: Sequence[Rollout], inputs: dict[str, torch.Tensor], rows: torch.Tensor
-) -> torch.Tensor:
-    """The teacher's hidden states (N, H) at the completion tokens."""
-    if isinstance(teacher, AdapterTeacher):
-        return teacher.hidden_states(**inputs, rows=rows)
-    if isinstance(teacher, RemoteTeacher):
-        sequences = [rollout.prompt_ids + rollout.completion_ids for rollout in batch]
-        hidden = teacher.hidden_states(sequences, [len(rollout.completion_ids) for rollout in batch])
-        return torch.cat(hidden).to(rows.device)
-    return last_hidden_state(base_model(teacher), rows.size(1), **inputs)[rows]
-
-
-def _collate(batch: Sequence[Rollout], device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Model inputs (B, P + T), prompts padded on the left and completions on the right, and the rows (B, T)."""
+def _collate(batch: Sequence[Rollout], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Input ids and attention mask (B, P + T), prompts padded on the left and completions on the right; mask (B, T)."""
     prompt_length = max(len(rollout.prompt_ids) for rollout in batch)
     completion_length = max(len(rollout.completion_ids) for rollout in batch)
     input_ids = torch.zeros(len(batch), prompt_length + completion_length, dtype=torch.long)
@@ -126,5 +88,5 @@ def _collate(batch: Sequence[Rollout], device: torch.device) -> tuple[dict[str, 
         tokens = slice(prompt_length - len(rollout.prompt_ids), prompt_length + len(rollout.completion_ids))
         input_ids[row, tokens] = torch.tensor(rollout.prompt_ids + rollout.completion_ids)
         attention_mask[row, tokens] = 1
-    inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
-    return inputs, inputs["attention_mask"][:, prompt_length:].bool()
+    input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
+    return input_ids, attention_mask, attention_mask[:, prompt_length:].bool()

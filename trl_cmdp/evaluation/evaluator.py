@@ -14,7 +14,7 @@ from datasets import Dataset
 from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .divergence import Teacher, score_rollouts
+from .divergence import AnyTeacher, score_rollouts
 from .rollout_records import EvaluationSettings, RolloutRecord, read_rollout_records
 from .rollouts import Rollout, eos_ids, sample_rollouts
 from .summary import check_cost_scope
@@ -33,7 +33,7 @@ def evaluate(
     *,
     settings: EvaluationSettings,
     records_path: Path | None = None,
-    teacher: Teacher | None = None,
+    teacher: AnyTeacher | None = None,
     engine: Any = None,
     scoring_batch_size: int = 32,
     progress: Callable[[int, int], Any] | None = None,
@@ -144,7 +144,7 @@ def evaluate(
 def _check_arguments(
     rows: list[dict[str, Any]],
     settings: EvaluationSettings,
-    teacher: Teacher | None,
+    teacher: AnyTeacher | None,
     engine: Any,
 ) -> None:
     if len(rows) != settings.num_problems:

@@ -10,7 +10,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from .heads import LMHead, lm_head
+from ..core import Head
+from .models import lm_head
 
 
 def load_config(model: str, revision: str | None = None) -> PretrainedConfig:
@@ -38,7 +39,7 @@ def load_config(model: str, revision: str | None = None) -> PretrainedConfig:
         ) from error
 
 
-def load_head(model: str, config: PretrainedConfig, revision: str | None = None) -> LMHead:
+def load_head(model: str, config: PretrainedConfig, revision: str | None = None) -> Head:
     """
     Head of a causal language model, without the rest of it: of the checkpoint only the file is fetched that holds the
     head, and of that only the head is read. Safetensors only, and no remote code.
@@ -52,7 +53,7 @@ def load_head(model: str, config: PretrainedConfig, revision: str | None = None)
             Branch, tag or commit on the Hub.
 
     Returns:
-        [`LMHead`]: The head, on the CPU and in the checkpoint's dtype.
+        [`~core.Head`]: The head, on the CPU and in the checkpoint's dtype.
 
     Raises:
         ValueError: If the checkpoint has no safetensors, or no head that fits its config.

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 
-from .heads import LMHead, base_model, lm_head
-from .local import hidden_states_inside
+from ..core import Head
+from .local import LocalTeacher
 
 
 BASE = "base"  # the name that stands for no adapter at all
@@ -15,14 +15,14 @@ BASE = "base"  # the name that stands for no adapter at all
 
 class AdapterTeacher:
     """
-    A teacher on the weights of the student, which are in memory once: the base model of a student that trains an
+    A [`Teacher`] on the weights of the student, which are in memory once: the base model of a student that trains an
     adapter, with every adapter off or with a second one active.
 
     Args:
         student (`torch.nn.Module`):
             Student, a [`~peft.PeftModel`] as the trainer wraps it.
-        accelerator ([`~accelerate.Accelerator`]):
-            Whose autocast the forward runs under.
+        accelerator ([`~accelerate.Accelerator`] or `None`):
+            Whose autocast the forward runs under. `None` for a student that no trainer wraps.
         adapter_name (`str`):
             `"base"` for every adapter off, or the name of an adapter loaded on the student that is not trained.
 
@@ -30,14 +30,14 @@ class AdapterTeacher:
         ValueError: If the student has no adapter, no adapter of this name, or is training it.
     """
 
-    exact = True  # as of [`LocalTeacher`]
+    exact = True
 
-    def __init__(self, student: torch.nn.Module, accelerator: Accelerator, adapter_name: str):
-        self._student, self._accelerator, self._adapter_name = student, accelerator, adapter_name
-        self._peft_model = accelerator.unwrap_model(student)
+    def __init__(self, student: torch.nn.Module, accelerator: Accelerator | None, adapter_name: str):
+        self._adapter_name = adapter_name
+        self._peft_model = student if accelerator is None else accelerator.unwrap_model(student)
         self._check()
-        self._model = base_model(self._peft_model)
-        self.vocab_size = self._model.get_input_embeddings().num_embeddings
+        self._local = LocalTeacher(student, accelerator)  # with whichever adapter is active
+        self.vocab_size = self._local.vocab_size
 
     def _check(self) -> None:
         from peft import PeftModel  # an optional dependency
@@ -83,15 +83,12 @@ class AdapterTeacher:
                 parameter.requires_grad_(requires_grad)
             model.train(training)
 
-    @torch.no_grad()
-    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Hidden states (N, H) that predict the tokens at `rows` (B, T), as [`LocalTeacher.hidden_states`]."""
+    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Hidden states (N, H), see [`Teacher`]."""
         with self._as_teacher():
-            return hidden_states_inside(
-                self._student, self._peft_model, self._model, self._accelerator, input_ids, attention_mask, rows
-            )
+            return self._local.hidden_states(input_ids, attention_mask, mask)
 
-    def head(self) -> LMHead:
+    def head(self) -> Head:
         """Head of the base model, or of the teacher's adapter if that has one of its own (`modules_to_save`)."""
         with self._as_teacher():
-            return lm_head(self._model)
+            return self._local.head()

@@ -1,5 +1,6 @@
 """A teacher whose weights are in this process: loading, vocabulary check, hidden states."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,79 +15,51 @@ from transformers import (
 from transformers.utils import logging
 from trl.models.utils import _ForwardRedirection
 
-from .heads import LMHead, last_hidden_state, lm_head
+from ..core import Head
+from .models import base_model, last_hidden_state, lm_head, predicting
 from .quantized import allow_fast_kernel
 
 
 logger = logging.get_logger(__name__)
 
 
-def hidden_states_inside(
-    wrapper: torch.nn.Module,
-    wrapped: torch.nn.Module,
-    model: PreTrainedModel,
-    accelerator: Accelerator,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    rows: torch.Tensor,
-) -> torch.Tensor:
-    """
-    Hidden states (N, H) of `model` that predict the tokens at `rows` (B, T). They are computed inside the forward of
-    `wrapper`, which gathers what it shards of the module `wrapped`, and under autocast.
-    """
-    with accelerator.autocast():
-        hidden = _ForwardRedirection()(
-            wrapper,
-            wrapped,
-            last_hidden_state,
-            model,
-            rows.size(1),
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-        )
-    return hidden[rows]
-
-
 class LocalTeacher:
     """
-    A teacher in this process.
+    A [`Teacher`] in this process. Any causal language model can be read as one, a student in evaluation too.
 
     Args:
         module (`torch.nn.Module`):
-            Teacher, frozen and in eval mode, as `accelerator` (or DeepSpeed) prepared it.
-        accelerator ([`~accelerate.Accelerator`]):
+            A [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], frozen and in eval mode if it is a teacher, as
+            `accelerator` (or DeepSpeed) prepared it if there is one.
+        accelerator ([`~accelerate.Accelerator`], *optional*):
             Whose autocast the forward runs under.
     """
 
-    exact = True  # hidden states, and so the divergence over the full vocabulary
+    exact = True
 
-    def __init__(self, module: torch.nn.Module, accelerator: Accelerator):
+    def __init__(self, module: torch.nn.Module, accelerator: Accelerator | None = None):
         self.module = module
-        self._model: PreTrainedModel = accelerator.unwrap_model(module)
         self._accelerator = accelerator
-        self.vocab_size = self._model.get_input_embeddings().num_embeddings
+        self._unwrapped = module if accelerator is None else accelerator.unwrap_model(module)
+        self._model = base_model(self._unwrapped)
+        self.vocab_size: int = self._model.get_input_embeddings().num_embeddings
 
     @torch.no_grad()
-    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """
-        Hidden states that predict the tokens at `rows`.
+    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Hidden states (N, H), see [`Teacher`]."""
+        with nullcontext() if self._accelerator is None else self._accelerator.autocast():
+            # Inside the forward of the wrapper, which gathers what it shards.
+            hidden = _ForwardRedirection()(
+                self.module,
+                self._unwrapped,
+                last_hidden_state,
+                self._model,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+            )
+        return predicting(hidden, mask.size(1))[mask]
 
-        Args:
-            input_ids (`torch.Tensor`):
-                Prompts and completions, of shape `(B, P + T)`.
-            attention_mask (`torch.Tensor`):
-                Mask of shape `(B, P + T)`.
-            rows (`torch.Tensor`):
-                Booleans of shape `(B, T)`, the N completion tokens asked for.
-
-        Returns:
-            `torch.Tensor`: Hidden states of shape `(N, H_t)`, in row-major order and the teacher's dtype.
-        """
-        return hidden_states_inside(
-            self.module, self._model, self._model, self._accelerator, input_ids, attention_mask, rows
-        )
-
-    def head(self) -> LMHead:
+    def head(self) -> Head:
         """Head, gathered where FSDP2 shards it."""
         return lm_head(self._model)
 

@@ -3,7 +3,6 @@
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ class RemoteTeacher:
         config ([`~transformers.PretrainedConfig`]): The teacher's config.
         vocab_size (`int`): Size of its vocabulary, padding included.
         max_model_len (`int`): Longest sequence that the server takes, in tokens.
-        head ([`LMHead`] or `None`): The teacher's head on the CPU, in the dtype that the server computes in, if exact.
+        head ([`~core.Head`] or `None`): The teacher's head on the CPU, in the dtype that the server computes in, if exact.
         dtype (`torch.dtype`): That dtype, and the hidden states'; `float32` if not exact.
 
     Raises:
@@ -90,8 +89,7 @@ class RemoteTeacher:
                     "server runs."
                 )
             self.dtype = computed_dtype(hidden)
-            bias = None if head.bias is None else head.bias.to(self.dtype)
-            self.head = replace(head, weight=head.weight.to(self.dtype), bias=bias)
+            self.head = head.to(self.dtype)
             self.hidden_states([_PROBE], [2])  # the binary form, which older servers lack
 
     def __repr__(self) -> str:

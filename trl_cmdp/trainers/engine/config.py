@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from trl import GRPOConfig
 
+from ..core import Comparison
+
 
 def help_from_docstring(config: type) -> type:
     """Gives each field of a config class, as its help on the command line, what the class's docstring says of it."""
@@ -52,8 +54,9 @@ class DistillConfig(GRPOConfig):
             between. The convention of TRL's `DistillationConfig.beta`.
         teacher_prob_floor (`float`, *optional*, defaults to `0.0`):
             ε of the mixture of the teacher with the uniform distribution, which bounds the cost by log(V/ε).
-        divergence_memory_mb (`float`, *optional*, defaults to `256`):
-            Memory, in MiB per process, that vocabulary-sized tiles of the divergence may take.
+        divergence_memory_mb (`float`, *optional*):
+            Memory, in MiB per process, that vocabulary-sized tiles of the divergence may take. By default 256, and on a
+            CUDA device a share of the memory that is free.
         teacher_hidden_memory_mb (`float`, *optional*, defaults to `256`):
             Memory, in MiB per process, in which the teacher's hidden states are kept from scoring to the loss. Where
             they do not fit they are computed once more; the loss is the same.
@@ -81,7 +84,7 @@ class DistillConfig(GRPOConfig):
     teacher_model_server_top_k: int = 0
     teacher_beta: float = 1.0
     teacher_prob_floor: float = 0.0
-    divergence_memory_mb: float = 256
+    divergence_memory_mb: float | None = None
     teacher_hidden_memory_mb: float = 256
     teacher_hidden_offload: bool = False
 
@@ -99,11 +102,17 @@ class DistillConfig(GRPOConfig):
             )
         self._check_below_one("teacher_prob_floor", "tolerated_violation_rate")
         self._check_positive(
-            "divergence_memory_mb",
             "teacher_hidden_memory_mb",
             "teacher_model_server_timeout",
             "teacher_model_server_max_wait",
         )
+        if self.divergence_memory_mb is not None:
+            self._check_positive("divergence_memory_mb")
+
+    @property
+    def comparison(self) -> Comparison:
+        """What is compared with the teacher at each token."""
+        return Comparison(self.teacher_beta, self.temperature, self.teacher_prob_floor)
 
     # What is written anywhere (logs, cards, `training_args.bin`) comes from one of these: none has the key.
 

@@ -5,22 +5,22 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ...teachers import (
-    LMHead,
-    head_divergence,
-    head_log_probs,
-    head_policy_divergence,
-    head_scores,
-    last_hidden_state,
-    lm_head,
+from ...core import (
+    Head,
+    chunked_divergence,
+    chunked_log_probs,
+    chunked_policy_divergence,
+    chunked_scores,
+    default_memory_mb,
 )
+from ...teachers import backbone, last_hidden_state, lm_head, predicting
 from .config import DistillConfig
 
 
@@ -33,17 +33,17 @@ class TeacherStates:
     What one teacher says of a batch.
 
     Args:
-        rows (`torch.Tensor`):
+        mask (`torch.Tensor`):
             Booleans of shape `(B, T)`, the N positions that it was asked for.
         hidden (`torch.Tensor`):
             Its hidden states there, of shape `(N, H_t)`, in row-major order.
-        head ([`LMHead`]):
+        head ([`~core.Head`]):
             Its head.
     """
 
-    rows: torch.Tensor
+    mask: torch.Tensor
     hidden: torch.Tensor
-    head: LMHead
+    head: Head
 
 
 @dataclass
@@ -56,7 +56,7 @@ class DivergenceRequest:
             Teachers, of whom no two were asked for the same position.
         weights (`torch.Tensor`, *optional*):
             Weights of shape `(B, T)`. Without them only scores are computed, and TRL's outputs are not.
-        scored_rows (`torch.Tensor`, *optional*):
+        scored_mask (`torch.Tensor`, *optional*):
             Booleans of shape `(B, T)`, the tokens to score, where there are no weights.
         token_ids (`torch.Tensor`, *optional*):
             Completions of shape `(B, T)`, where the log-probabilities of their tokens are wanted too. Without teachers
@@ -73,7 +73,7 @@ class DivergenceRequest:
 
     teachers: list[TeacherStates]
     weights: torch.Tensor | None = None
-    scored_rows: torch.Tensor | None = None
+    scored_mask: torch.Tensor | None = None
     token_ids: torch.Tensor | None = None
     log_prob_grad: torch.Tensor | None = None
     cross_entropy: bool = False
@@ -105,7 +105,8 @@ class StudentForward:
         gathered_head: Callable[..., AbstractContextManager],
         fused: bool,
     ):
-        self._student, self._args, self._gathered_head, self._fused = student, args, gathered_head, fused
+        self._student, self._gathered_head, self._fused = student, gathered_head, fused
+        self._comparison = args.comparison
         self._memory_mb = args.divergence_memory_mb  # less once the device's memory has run out
         self._request: DivergenceRequest | None = None
         self._mixture: _TeacherMixture | None = None
@@ -129,7 +130,7 @@ class StudentForward:
     @contextmanager
     def mixing(self, alpha: float, teacher: torch.nn.Module):
         """Generation inside samples from α·teacher + (1 − α)·student, both at the training temperature."""
-        self._mixture = _TeacherMixture(alpha, teacher, self._args.temperature)
+        self._mixture = _TeacherMixture(alpha, teacher, self._comparison.temperature)
         try:
             yield
         finally:
@@ -144,20 +145,20 @@ class StudentForward:
             return outputs
         if request.weights is None:
             kwargs.pop("labels", None)  # PEFT passes it on as None
-            hidden = last_hidden_state(self._student, request.scored_rows.size(1), **kwargs)
-            self._score(request, hidden)
+            hidden = last_hidden_state(self._student, **kwargs)
+            self._score(request, predicting(hidden, request.scored_mask.size(1)))
             return hidden
         if self._fused and len(request.teachers) == 1 and not kwargs.get("output_router_logits"):
             return self._differentiate_fused(request, **kwargs)
         captured = []
-        hook = self._student.base_model.register_forward_hook(
+        hook = backbone(self._student).register_forward_hook(
             lambda module, inputs, output: captured.append(output.last_hidden_state)
         )
         try:
             outputs = self._fused_forward(*args, **kwargs)
         finally:
             hook.remove()
-        self._differentiate(request, captured[0][:, -(request.weights.size(1) + 1) : -1])
+        self._differentiate(request, predicting(captured[0], request.weights.size(1)))
         return outputs
 
     def _differentiate_fused(
@@ -165,7 +166,7 @@ class StudentForward:
     ) -> FusedCausalLMOutput:
         """TRL's outputs and the loss Σ weights·divergences from one projection of the student's hidden states."""
         (states,) = request.teachers
-        hidden = self._student.base_model(**model_inputs, use_cache=False).last_hidden_state[:, :-1]
+        hidden = last_hidden_state(self._student, **model_inputs)[:, :-1]
         labels = labels[:, 1:]
         mask = labels != -100  # (B, P + T - 1), the positions that TRL wants log-probabilities of
         length = request.weights.size(1)
@@ -173,24 +174,25 @@ class StudentForward:
         def scored(values: torch.Tensor) -> torch.Tensor:  # (B, T) to (N,)
             return torch.nn.functional.pad(values, (labels.size(1) - length, 0))[mask]
 
-        rows = states.rows & (request.weights != 0)  # a weight may have underflowed
-        teacher_hidden = states.hidden if rows.equal(states.rows) else states.hidden[rows[states.rows]]  # (M, H_t)
+        weighted = states.mask & (request.weights != 0)  # a weight may have underflowed
+        teacher_hidden = (
+            states.hidden if weighted.equal(states.mask) else states.hidden[weighted[states.mask]]
+        )  # (M, H_t)
         expected = None if request.log_prob_grad is None else scored(request.log_prob_grad)
         head = lm_head(self._student)
         with self._gathered_head(head.weight, head.bias), self._gathered_head(states.head.weight, states.head.bias):
             log_probs, entropy, request.loss, costs = self._in_tiles(
-                head_policy_divergence,
+                chunked_policy_divergence,
                 hidden[mask],
                 head,
-                labels[mask],
                 teacher_hidden,
                 states.head,
+                replace(self._comparison, cross_entropy=request.cross_entropy),
+                labels[mask],
                 scored(request.weights),
                 expected,
-                cross_entropy=request.cross_entropy,
-                **self._settings,
             )
-        self._put(request, "costs", rows, costs)
+        self._put(request, "costs", weighted, costs)
 
         def placed(values: torch.Tensor) -> torch.Tensor:  # (N,) to (B, P + T - 1)
             return values.new_zeros(mask.shape).masked_scatter(mask, values)
@@ -207,48 +209,52 @@ class StudentForward:
                 self._gathered_head(states.head.weight, states.head.bias),
             ):
                 loss, costs = self._in_tiles(
-                    head_divergence,
-                    hidden[states.rows],
+                    chunked_divergence,
+                    hidden[states.mask],
                     head,
                     states.hidden,
                     states.head,
-                    request.weights[states.rows],
-                    cross_entropy=request.cross_entropy,
-                    **self._settings,
+                    request.weights[states.mask],
+                    **asdict(replace(self._comparison, cross_entropy=request.cross_entropy)),
                 )
             request.loss = request.loss + loss
-            self._put(request, "costs", states.rows, costs)
+            self._put(request, "costs", states.mask, costs)
 
     def _score(self, request: DivergenceRequest, hidden: torch.Tensor) -> None:
         """Set the scores, without gradient."""
         head = lm_head(self._student)
         for states in request.teachers:
-            models = (hidden[states.rows], head, states.hidden, states.head)
+            token_ids = None if request.token_ids is None else request.token_ids[states.mask]
             with (
                 self._gathered_head(head.weight, head.bias),
                 self._gathered_head(states.head.weight, states.head.bias),
             ):
-                if request.token_ids is None:
-                    scores = self._in_tiles(head_divergence, *models, **self._settings)[1:]
-                else:
-                    scores = self._in_tiles(head_scores, *models, request.token_ids[states.rows], **self._settings)
-            names = ("costs", "student_logps", "teacher_logps")
-            for name, values in zip(names, scores, strict=False):
-                self._put(request, name, states.rows, values)
+                scores = self._in_tiles(
+                    chunked_scores,
+                    hidden[states.mask],
+                    head,
+                    states.hidden,
+                    states.head,
+                    self._comparison,
+                    token_ids,
+                )
+            for name, values in scores._asdict().items():
+                if values is not None:
+                    self._put(request, name, states.mask, values)
         if not request.teachers:  # a teacher that knows the tokens' log-probabilities alone
-            rows, temperature = request.scored_rows, self._args.temperature
+            mask = request.scored_mask
             with self._gathered_head(head.weight, head.bias):
                 logps = self._in_tiles(
-                    head_log_probs, hidden[rows], head, request.token_ids[rows], temperature=temperature
+                    chunked_log_probs, hidden[mask], head, request.token_ids[mask], self._comparison.temperature
                 )
-            self._put(request, "student_logps", rows, logps)
+            self._put(request, "student_logps", mask, logps)
 
     def _in_tiles(self, compute: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
         """What it computes. Where the device's memory runs out it is tried once more, in tiles a quarter as large."""
         try:
             return compute(*inputs, memory_mb=self._memory_mb, **settings)
         except torch.OutOfMemoryError:
-            self._memory_mb /= 4
+            self._memory_mb = (self._memory_mb or default_memory_mb(self._student.device)) / 4
             _logger.warning(
                 f"The device's memory ran out in the divergence. Its tiles take {self._memory_mb:g} MB from here on, "
                 "which is slower: set `divergence_memory_mb` to that, or free memory elsewhere."
@@ -264,19 +270,10 @@ class StudentForward:
                 "`max_completion_length`, or the memory that generation holds. The last checkpoint is untouched."
             ) from error
 
-    def _put(self, request: DivergenceRequest, name: str, rows: torch.Tensor, values: torch.Tensor) -> None:
+    def _put(self, request: DivergenceRequest, name: str, mask: torch.Tensor, values: torch.Tensor) -> None:
         if name not in request.scores:
-            request.scores[name] = values.new_zeros((*rows.shape, *values.shape[1:]))
-        request.scores[name][rows] = values
-
-    @property
-    def _settings(self) -> dict[str, float]:
-        args = self._args
-        return {
-            "beta": args.teacher_beta,
-            "temperature": args.temperature,
-            "teacher_prob_floor": args.teacher_prob_floor,
-        }
+            request.scores[name] = values.new_zeros((*mask.shape, *values.shape[1:]))
+        request.scores[name][mask] = values
 
 
 class _TeacherMixture:

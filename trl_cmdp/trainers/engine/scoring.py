@@ -6,11 +6,10 @@ import torch
 from accelerate import Accelerator
 
 from ...core import top_k_divergence_lower_bound
+from ...teachers import ServerTeacher, Teacher
 from .config import DistillConfig
 from .forward import DivergenceRequest, StudentForward, TeacherStates
 from .processes import on_any_process
-from .server_teacher import ServerTeacher
-from .teachers import Teacher
 
 
 class RolloutScorer:
@@ -89,7 +88,7 @@ class RolloutScorer:
             if exact:
                 states = self._states(row_inputs, row_mask, inputs["teacher_index"][rows])
                 teacher_is_finite = teacher_is_finite and all(bool(part.hidden.isfinite().all()) for part in states)
-                request = DivergenceRequest(states, scored_rows=row_mask, token_ids=token_ids if log_probs else None)
+                request = DivergenceRequest(states, scored_mask=row_mask, token_ids=token_ids if log_probs else None)
                 self._answer(student, request, row_inputs)
                 answer = request.scores
                 if keep:
@@ -114,25 +113,25 @@ class RolloutScorer:
         student: torch.nn.Module,
         teacher: ServerTeacher,
         inputs: dict[str, torch.Tensor],
-        rows: torch.Tensor,
+        mask: torch.Tensor,
         token_ids: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """Scores (b, T) by a teacher that knows log-probabilities alone: both models', and a bound if asked for."""
         k = self._args.teacher_model_server_top_k
         wanted = token_ids.unsqueeze(-1)  # (b, T, 1 + k)
         if k > 0:
-            likely_ids, teacher_top_k = teacher.top_k(**inputs, rows=rows, k=k)  # (N, k) each
-            wanted = torch.cat([wanted, wanted.expand(*rows.shape, k)], -1)
-            wanted[..., 1:][rows] = likely_ids
-        request = DivergenceRequest([], scored_rows=rows, token_ids=wanted)
+            likely_ids, teacher_top_k = teacher.top_k(**inputs, mask=mask, k=k)  # (N, k) each
+            wanted = torch.cat([wanted, wanted.expand(*mask.shape, k)], -1)
+            wanted[..., 1:][mask] = likely_ids
+        request = DivergenceRequest([], scored_mask=mask, token_ids=wanted)
         self._answer(student, request, inputs)
         student_logps = request.scores["student_logps"]  # (b, T, 1 + k)
-        teacher_logps = torch.zeros(rows.shape, device=rows.device)
-        teacher_logps[rows] = teacher.log_probs(**inputs, rows=rows)
+        teacher_logps = torch.zeros(mask.shape, device=mask.device)
+        teacher_logps[mask] = teacher.log_probs(**inputs, mask=mask)
         scores = {"student_logps": student_logps[..., 0], "teacher_logps": teacher_logps}
         if k > 0:
             bound = torch.zeros_like(teacher_logps)
-            bound[rows] = top_k_divergence_lower_bound(student_logps[rows][:, 1:], teacher_top_k)
+            bound[mask] = top_k_divergence_lower_bound(student_logps[mask][:, 1:], teacher_top_k)
             scores["divergence_lower_bound"] = bound
         return scores
 
@@ -151,25 +150,25 @@ class RolloutScorer:
         pinned = self._args.teacher_hidden_offload and self._accelerator.device.type == "cuda"
         return [hidden.pin_memory() for hidden in selected] if pinned else selected
 
-    def weighted_states(self, inputs: dict[str, Any], rows: torch.Tensor) -> list[TeacherStates]:
-        """Teachers' hidden states at the `rows` (b, T) that the loss weights: those kept, or computed once more."""
+    def weighted_states(self, inputs: dict[str, Any], mask: torch.Tensor) -> list[TeacherStates]:
+        """Teachers' hidden states at the tokens (b, T) that the loss weights: those kept, or computed once more."""
         if "teacher_hidden" not in inputs:
-            return self._states(_model_inputs(inputs), rows, inputs["teacher_index"])
+            return self._states(_model_inputs(inputs), mask, inputs["teacher_index"])
         states = []
         for index, teacher in enumerate(self._teachers.values()):
             # Also a teacher that no rollout here has: gathering a sharded head takes all processes.
             head, own = teacher.head(), inputs["teacher_index"] == index
             hidden = [
-                part.to(rows.device)
+                part.to(mask.device)
                 for part, is_own in zip(inputs["teacher_hidden"], own.tolist(), strict=True)
                 if is_own and len(part) > 0  # a rollout without tokens has the width of any teacher
             ]
             hidden = torch.cat(hidden) if hidden else head.weight.new_empty((0, head.weight.size(1)))
-            states.append(TeacherStates(rows & own.unsqueeze(1), hidden, head))
+            states.append(TeacherStates(mask & own.unsqueeze(1), hidden, head))
         return states
 
     def _states(
-        self, model_inputs: dict[str, torch.Tensor], rows: torch.Tensor, teacher_index: torch.Tensor
+        self, model_inputs: dict[str, torch.Tensor], mask: torch.Tensor, teacher_index: torch.Tensor
     ) -> list[TeacherStates]:
         states = []
         for index, teacher in enumerate(self._teachers.values()):
@@ -179,18 +178,17 @@ class RolloutScorer:
                 continue
             # A sharded teacher runs on all processes or on none: where it has no rollout, it reads one for nothing.
             selected = own if own.any() else torch.arange(len(own), device=own.device) == 0
-            own_rows = rows & own.unsqueeze(1)
-            hidden = teacher.hidden_states(
-                model_inputs["input_ids"][selected], model_inputs["attention_mask"][selected], own_rows[selected]
-            )
-            states.append(TeacherStates(own_rows, hidden, teacher.head()))
+            own_mask = mask & own.unsqueeze(1)
+            own_inputs = {name: values[selected] for name, values in model_inputs.items()}
+            hidden = teacher.hidden_states(**own_inputs, mask=own_mask[selected])
+            states.append(TeacherStates(own_mask, hidden, teacher.head()))
         return states
 
     def _per_rollout(self, states: list[TeacherStates], mask: torch.Tensor) -> list[torch.Tensor]:
         """Hidden states of each rollout (L, H_t), whichever teacher it has."""
         parts: dict[int, torch.Tensor] = {}
         for part in states:
-            lengths = part.rows.sum(1).tolist()
+            lengths = part.mask.sum(1).tolist()
             for row, (length, hidden) in enumerate(zip(lengths, part.hidden.split(lengths), strict=True)):
                 if length:
                     parts[row] = hidden.cpu() if self._args.teacher_hidden_offload else hidden

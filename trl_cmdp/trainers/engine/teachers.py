@@ -1,5 +1,6 @@
 """The teachers of a trainer, from its arguments, and which of several each rollout has."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,15 +13,16 @@ from ...teachers import (
     AdapterTeacher,
     LocalTeacher,
     RemoteTeacher,
+    ServerTeacher,
+    Teacher,
     base_model,
     check_vocabulary,
     load_teacher,
 )
 from .checks import check_teacher_column, check_teacher_name
-from .server_teacher import ServerTeacher
+from .processes import on_any_process
 
 
-Teacher = LocalTeacher | AdapterTeacher | ServerTeacher
 TeacherModel = str | PreTrainedModel | dict[str, str | PreTrainedModel]
 
 
@@ -83,8 +85,9 @@ def _server_teacher(trainer: GRPOTrainer, model: str | None) -> ServerTeacher:
             f"`max_completion_length={args.max_completion_length}` leaves no room for a prompt in the teacher server's "
             f"{remote.max_model_len} tokens. Start it with a larger `--max-model-len`."
         )
+    teacher = ServerTeacher(remote, trainer.accelerator.device, partial(on_any_process, trainer.accelerator))
     if remote.exact:
-        return ServerTeacher(remote, trainer.accelerator)
+        return teacher
     if trainer._needs_divergence:
         raise ValueError(
             f"The teacher server at {remote.url} gives log-probabilities of tokens only, and {type(trainer).__name__} "
@@ -97,4 +100,4 @@ def _server_teacher(trainer: GRPOTrainer, model: str | None) -> ServerTeacher:
             f"The teacher server at {remote.url} gives log-probabilities at temperature 1 and no more. Set "
             f"`temperature=1.0` and `teacher_prob_floor=0`, or start an exact server: {EXACT_SERVER_COMMAND}"
         )
-    return ServerTeacher(remote, trainer.accelerator)
+    return teacher

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -18,15 +19,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from trl_cmdp.core import token_divergence
-from trl_cmdp.teachers import (
-    base_model,
-    head_divergence,
-    head_policy_divergence,
-    head_scores,
-    last_hidden_state,
-    lm_head,
-)
+from trl_cmdp.core import Comparison, chunked_divergence, chunked_policy_divergence, chunked_scores, token_divergence
+from trl_cmdp.teachers import LocalTeacher, base_model, last_hidden_state, lm_head, predicting
 
 
 VOCAB = 11
@@ -59,55 +53,38 @@ def build(name, seed=0):
     return model
 
 
-@pytest.mark.parametrize("name", MODELS)
-@torch.no_grad()
-def test_divergence_from_hidden_states_is_that_of_the_models_own_logits(name):
-    student, teacher = build(name), build("llama", seed=1)
-    input_ids = torch.randint(3, VOCAB, (2, 9))
-    length = 5
-    logits = [model(input_ids).logits[:, -length - 1 : -1] for model in (student, teacher)]
-    hidden = [last_hidden_state(model, length, input_ids=input_ids).flatten(0, 1) for model in (student, teacher)]
-    _, costs = head_divergence(hidden[0], lm_head(student), hidden[1], lm_head(teacher), temperature=0.8)
-    reference = token_divergence(*logits, temperature=0.8).flatten()
-    assert reference.max() > 0.05
-    torch.testing.assert_close(costs, reference, rtol=1e-4, atol=1e-5)
+def completion_states(model, input_ids, length):
+    return predicting(last_hidden_state(model, input_ids=input_ids), length).flatten(0, 1)
 
 
-@pytest.mark.parametrize("expected", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_policy_and_divergence_are_those_of_the_models_own_logits(name, expected):
-    """Log-probabilities, scores and the gradient of all the student's parameters, tied embeddings among them."""
+def test_scores_and_gradients_are_those_of_the_models_own_logits(name):
+    """Costs, log-probabilities, and the gradient of all the student's parameters, tied embeddings among them."""
     student, teacher = build(name), build("llama", seed=1)
     input_ids, length = torch.randint(3, VOCAB, (2, 9)), 5
     token_ids = input_ids[:, -length:].flatten()  # (N,)
     weights = torch.tensor([1.0, 0.0] * length)  # (N,)
-    log_prob_grad = torch.linspace(-1, 1, 2 * length)  # (N,)
+    advantages = torch.linspace(-1, 1, 2 * length)  # (N,)
 
     logits = [model(input_ids).logits[:, -length - 1 : -1].flatten(0, 1) / 0.8 for model in (student, teacher)]
     logps, teacher_logps = (values.log_softmax(-1).gather(-1, token_ids[:, None])[:, 0] for values in logits)
     costs = token_divergence(logits[0], logits[1].detach())
-    loss = (weights * costs).sum() + (log_prob_grad * logps).sum()
+    assert costs.max() > 0.05
+    loss = (weights * costs).sum() + (advantages * logps).sum()
     reference = torch.autograd.grad(loss, list(student.parameters()))
 
-    hidden = [last_hidden_state(model, length, input_ids=input_ids).flatten(0, 1) for model in (student, teacher)]
-    heads = lm_head(student), lm_head(teacher)
-    scores = head_scores(hidden[0], heads[0], hidden[1], heads[1], token_ids, temperature=0.8)
-    for values, expected_values in zip(scores, (costs, logps, teacher_logps), strict=True):
-        torch.testing.assert_close(values, expected_values.detach(), rtol=1e-4, atol=1e-5)
-    own_logps, _, divergence_loss, _ = head_policy_divergence(
-        hidden[0],
-        heads[0],
-        token_ids,
-        hidden[1][weights != 0],
-        heads[1],
-        weights,
-        log_prob_grad if expected else None,
-        temperature=0.8,
+    hidden = [completion_states(model, input_ids, length) for model in (student, teacher)]
+    heads, comparison = (lm_head(student), lm_head(teacher)), Comparison(temperature=0.8)
+    scores = chunked_scores(hidden[0], heads[0], hidden[1], heads[1], comparison, token_ids)
+    for values, expected in zip(scores, (costs, logps, teacher_logps), strict=True):
+        torch.testing.assert_close(values, expected.detach(), rtol=1e-4, atol=1e-5)
+    own_logps, _, divergence_loss, _ = chunked_policy_divergence(
+        hidden[0], heads[0], hidden[1][weights != 0], heads[1], comparison, token_ids, weights
     )
     torch.testing.assert_close(own_logps, logps, rtol=1e-4, atol=1e-5)
-    gradients = torch.autograd.grad(divergence_loss + (log_prob_grad * own_logps).sum(), list(student.parameters()))
-    for gradient, reference_gradient in zip(gradients, reference, strict=True):
-        torch.testing.assert_close(gradient, reference_gradient, rtol=1e-3, atol=1e-5)
+    gradients = torch.autograd.grad(divergence_loss + (advantages * own_logps).sum(), list(student.parameters()))
+    for gradient, expected in zip(gradients, reference, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_falcon_h1_scale_is_read_from_its_config():
@@ -128,18 +105,22 @@ def test_a_longer_head_only_pads():
         }
     )
     input_ids = torch.randint(3, VOCAB, (2, 6))
-    hidden = [last_hidden_state(model, 4, input_ids=input_ids).flatten(0, 1) for model in (student, longer)]
-    for order in ((0, 1), (1, 0)):
-        models = (student, longer)
-        _, costs = head_divergence(
-            hidden[order[0]], lm_head(models[order[0]]), hidden[order[1]], lm_head(models[order[1]])
-        )
-        assert costs.abs().max() < 1e-6
+    read = [(completion_states(model, input_ids, 4), lm_head(model)) for model in (student, longer)]
+    for first, second in (read, reversed(read)):
+        assert chunked_divergence(*first, *second)[1].abs().max() < 1e-6
 
 
-def test_base_model_sees_through_peft():
-    peft = pytest.importorskip("peft")
+@torch.no_grad()
+def test_a_peft_model_is_read_with_its_adapter():
+    """As a teacher that no trainer wraps: hidden states of the mask alone, and the head, give the model's own logits."""
     model = build("llama")
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     assert base_model(wrapped) is model
     assert base_model(model) is model
+    input_ids, mask = torch.randint(3, VOCAB, (2, 6)), torch.tensor([[1, 1, 1], [1, 0, 1]]).bool()
+    teacher = LocalTeacher(wrapped.eval())
+    hidden = teacher.hidden_states(input_ids, torch.ones_like(input_ids), mask)
+    logits = wrapped(input_ids=input_ids).logits[:, -4:-1]
+    torch.testing.assert_close(hidden @ teacher.head().weight.T, logits[mask])
+    with wrapped.disable_adapter():
+        assert not torch.allclose(wrapped(input_ids=input_ids).logits[:, -4:-1], logits, atol=1e-3)
