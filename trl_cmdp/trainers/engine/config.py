@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from trl import GRPOConfig
 
-from ..core import Comparison
+from ...core import Comparison
 
 
 def help_from_docstring(config: type) -> type:
