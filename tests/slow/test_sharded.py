@@ -13,7 +13,7 @@ from helpers import relative_error
 
 SCRIPT = Path(__file__).parent / "sharded_run.py"
 SETTINGS = [
-    "fused", "unexpected", "separate", "recomputed", "in_tiles", "one_process_violates", "resharded",
+    "fused", "separate", "recomputed", "in_tiles", "one_process_violates", "resharded",
     "resharded_separate", "tied", "several_teachers", "several_recomputed"
 ]  # fmt: skip
 pytestmark = pytest.mark.slow

@@ -361,7 +361,6 @@ class DistillTrainer(GRPOTrainer):
         request = DivergenceRequest(
             states,
             weights,
-            log_prob_grad=self._expected_log_prob_grad(inputs, mask, token_weight),
             cross_entropy=self._distill_cross_entropy,
         )
         with self._student_forward.answering(request):
@@ -371,19 +370,6 @@ class DistillTrainer(GRPOTrainer):
         distill_loss = self.accelerator.gather(request.loss.detach() * accumulation).mean()
         self._count("distill_loss", distill_loss, 1)
         return loss + request.loss
-
-    def _expected_log_prob_grad(self, inputs, mask, token_weight) -> torch.Tensor | None:
-        """Derivative (b, T) of TRL's loss by each log-probability, which on policy is known before it is computed."""
-        if "old_per_token_logps" in inputs or self.beta != 0.0:
-            return None
-        advantages = inputs["advantages"]
-        advantages = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
-        ratio = min(1.0, self.epsilon_high) if self.loss_type == "cispo" else 1.0  # cispo clips also a ratio of 1
-        expected = -ratio * advantages * mask * token_weight
-        if "importance_sampling_ratio" not in inputs:
-            return expected
-        # Of vLLM's sampling, (b, T) or (b, 1). VESPO makes weights of its own from it.
-        return None if self.loss_type == "vespo" else expected * inputs["importance_sampling_ratio"]
 
     def _policy_token_weight(self, mask: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
         """
