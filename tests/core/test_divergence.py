@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from trl_cmdp.core import Comparison, Head, chunked_divergence, token_divergence
+from trl_cmdp.core import Comparison, Head, chunked_divergence, default_memory_mb, token_divergence
 
 
 HALF = [torch.bfloat16, torch.float16]
@@ -408,6 +408,16 @@ def test_memory_is_bounded(dtype, grad, beta, cap, floor):
     # Beside it: the gradients in float32, and in half precision what they are rounded to.
     returned = 4 * width * (vocab + rows) * (1 if dtype == torch.float32 else 1.5) if grad else 0
     assert _peak_mb(run) < memory_mb + returned / 2**20 + 0.1
+
+
+def test_memory_where_none_is_given(monkeypatch):
+    """256 MiB on a CPU; on a CUDA device an eighth of what is free, the allocator's cache included, in a power of two."""
+    assert default_memory_mb(torch.device("cpu")) == 256
+    free, total, cached, used = (gibibytes * 2**30 for gibibytes in (20, 80, 30, 10))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: cached)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: used)
+    assert default_memory_mb(torch.device("cuda")) == 4096  # 40 GiB / 8 = 5 GiB
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
