@@ -238,7 +238,7 @@ def chunked_scores(
     _check_same_positions(student_hidden, teacher_hidden)
     pair = make_pair(student_hidden, student, teacher_hidden, teacher, comparison, memory_mb)
     num_rows = student_hidden.shape[0]
-    workspace = pair.workspace(num_rows, 2)
+    workspace = pair.workspace(num_rows, keep_tiles=True)
     scores = student_hidden.new_empty((1 if token_ids is None else 3, num_rows), dtype=pair.student.dtype)
     with torch.autocast(student_hidden.device.type, enabled=False):
         for rows in slices(0, num_rows, workspace.num_rows):
@@ -286,7 +286,7 @@ def chunked_log_probs(
     if memory_mb is None:
         memory_mb = default_memory_mb(hidden.device)
     projection = Projection(head, temperature, compute_dtype(hidden), dtype, memory_mb)
-    workspace = Workspace(num_rows, vocab_size, 0, hidden.device, dtype, memory_mb)
+    workspace = Workspace(num_rows, vocab_size, False, hidden.device, dtype, memory_mb)
     log_probs = torch.empty(token_ids.shape, device=hidden.device, dtype=dtype)  # (N,) or (N, k)
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in slices(0, num_rows, workspace.num_rows):

@@ -53,7 +53,7 @@ class _FusedHeads(torch.autograd.Function):
     ):
         ctx.set_materialize_grads(False)
         num_rows, policy = student_hidden.shape[0], token_ids is not None
-        workspace = pair.workspace(num_rows, 2 if len(teacher_rows) else 0)
+        workspace = pair.workspace(num_rows, keep_tiles=len(teacher_rows) > 0)
         weights = weights.to(device=student_hidden.device, dtype=pair.student.dtype)  # (N,)
         costs = weights.new_empty(len(teacher_rows))  # (M,)
         log_probs, entropy, reference, normalizer = (torch.empty_like(weights) for _ in range(4))  # (N,)
@@ -173,7 +173,7 @@ def _add_policy_gradient(
     if of_log_probs is None:
         of_log_probs = torch.zeros_like(normalizer)
     needed = of_log_probs != 0 if of_entropy is None else (of_log_probs != 0) | (of_entropy != 0)
-    workspace = pair.workspace(len(normalizer), 0)
+    workspace = pair.workspace(len(normalizer), keep_tiles=False)
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in _batches(needed, workspace):
             rows_hidden = pair.student.rows(hidden[rows])

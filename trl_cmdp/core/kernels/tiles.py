@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -13,22 +14,27 @@ from .projection import Projection, accumulation_dtype, compute_dtype
 from .softmax import OnlineSoftmax, add_at_tokens_
 
 
+class Tile(NamedTuple):
+    """Logits `(V, n)` relative to a reference `(n,)`, kept with their log-normaliser `(n,)`."""
+
+    logits: torch.Tensor
+    reference: torch.Tensor
+    log_normalizer: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Compared:
     """
-    What both models say of n rows on the tokens that their vocabularies share: logits `(V, n)`, valid until the next
-    statistics in the same workspace, and the rest `(n,)`. The divergence's gradient takes this and nothing else.
+    What both models say of n rows on the tokens that their vocabularies share. The divergence's gradient takes this and
+    nothing else. The tiles are valid until the next statistics in the same workspace.
     """
 
     rows: torch.Tensor  # the student's hidden states (n, H_s), as the product takes them
-    logits: torch.Tensor  # relative to `reference`
-    reference: torch.Tensor
-    log_normalizer: torch.Tensor
-    teacher_logits: torch.Tensor
-    teacher_log_normalizer: torch.Tensor
-    teacher_log_probs: torch.Tensor | None  # of the chosen tokens
-    costs: torch.Tensor
-    centre: torch.Tensor  # what the divergence's gradient is taken about
+    student: Tile
+    teacher: Tile
+    teacher_log_probs: torch.Tensor | None  # (n,), of the chosen tokens
+    costs: torch.Tensor  # (n,)
+    centre: torch.Tensor  # (n,), what the divergence's gradient is taken about
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,10 @@ class HeadPair:
         """Number of tokens that both vocabularies have."""
         return min(self.student.head.vocab_size, self.teacher.head.vocab_size)
 
-    def workspace(self, num_rows: int, num_tiles: int) -> Workspace:
+    def workspace(self, num_rows: int, keep_tiles: bool) -> Workspace:
         """Memory for tiles of the student's vocabulary."""
         student, weight = self.student, self.student.head.weight
-        return Workspace(num_rows, weight.shape[0], num_tiles, weight.device, student.dtype, student.memory_mb)
+        return Workspace(num_rows, weight.shape[0], keep_tiles, weight.device, student.dtype, student.memory_mb)
 
     def statistics(
         self,
@@ -73,22 +79,8 @@ class HeadPair:
         entropy: bool = False,
     ) -> Statistics:
         """
-        First step: project the rows, once by the student and, where they are compared, once by the teacher.
-
-        Args:
-            workspace ([`Workspace`]):
-                Memory.
-            hidden (`torch.Tensor`):
-                Student's hidden states, of shape `(n, H_s)`.
-            teacher_hidden (`torch.Tensor`, *optional*):
-                Teacher's hidden states, of shape `(n, H_t)`.
-            token_ids (`torch.Tensor`, *optional*):
-                Tokens whose log-probabilities are wanted, of shape `(n,)`.
-            entropy (`bool`, *optional*, defaults to `False`):
-                Whether the student's entropy is wanted.
-
-        Returns:
-            [`Statistics`]: Of the rows.
+        First step: project the rows (n, H_s), once by the student and, where they are compared, once by the teacher
+        (n, H_t). `token_ids` (n,) and `entropy` ask for log-probabilities and entropies.
         """
         chosen = None if token_ids is None else token_ids.unsqueeze(0)  # (1, n)
         rows, softmax = self.student.rows(hidden), OnlineSoftmax(chosen, entropy)
@@ -96,7 +88,8 @@ class HeadPair:
         softmax.add_vocabulary(self.student, rows, workspace, 0, self.vocab_size, logits)
         compared = None
         if teacher_hidden is not None and logits is not None:
-            compared = self._compare(workspace, rows, logits, softmax, teacher_hidden, chosen)
+            student = Tile(logits, softmax.reference, softmax.log_normalizer)
+            compared = self._compare(workspace, rows, student, teacher_hidden, chosen)
         softmax.add_vocabulary(self.student, rows, workspace, self.vocab_size, self.student.head.vocab_size)
         return Statistics(
             softmax.reference,
@@ -110,40 +103,25 @@ class HeadPair:
         self,
         workspace: Workspace,
         rows: torch.Tensor,
-        logits: torch.Tensor,
-        softmax: OnlineSoftmax,
+        student: Tile,
         teacher_hidden: torch.Tensor,
         token_ids: torch.Tensor | None,
     ) -> Compared:
-        """Costs from the student's logits on the shared tokens, over which the softmax is by now."""
-        teacher = OnlineSoftmax(token_ids)
-        teacher_logits = workspace.teacher_tile(self.vocab_size, len(rows))
+        softmax, logits = OnlineSoftmax(token_ids), workspace.teacher_tile(self.vocab_size, len(rows))
         teacher_rows = self.teacher.rows(teacher_hidden)
-        teacher.add_vocabulary(self.teacher, teacher_rows, workspace, 0, self.vocab_size, teacher_logits)
+        softmax.add_vocabulary(self.teacher, teacher_rows, workspace, 0, self.vocab_size, logits)
+        teacher = Tile(logits, softmax.reference, softmax.log_normalizer)
         log_probs = None
         if token_ids is not None:
-            log_probs = with_prob_floor(teacher.log_probs[0], self.comparison.teacher_prob_floor, self.vocab_size)
-        costs, centre = torch.zeros_like(softmax.reference), torch.zeros_like(softmax.reference)
-        compared = Compared(
-            rows,
-            logits,
-            softmax.reference,
-            softmax.log_normalizer,
-            teacher_logits,
-            teacher.log_normalizer,
-            log_probs,
-            costs,
-            centre,
-        )
+            log_probs = with_prob_floor(softmax.log_probs[0], self.comparison.teacher_prob_floor, self.vocab_size)
+        costs, centre = torch.zeros_like(student.reference), torch.zeros_like(student.reference)
         for tokens in workspace.vocabulary(0, self.vocab_size):
-            blocks = workspace.blocks(tokens, len(rows))
-            self._log_probs(compared, tokens, blocks)
-            cost, part = block_costs(self.comparison, *blocks)
+            cost, part = block_costs(self.comparison, *self._log_probs(workspace, student, teacher, tokens))
             costs += cost
             centre += part
         # An impossible token counts nothing, but a row that has no distribution must not look as if it had one.
-        costs.masked_fill_(compared.log_normalizer.isnan() | compared.teacher_log_normalizer.isnan(), torch.nan)
-        return compared
+        costs.masked_fill_(student.log_normalizer.isnan() | teacher.log_normalizer.isnan(), torch.nan)
+        return Compared(rows, student, teacher, log_probs, costs, centre)
 
     def gradient(
         self, workspace: Workspace, compared: Compared, weights: torch.Tensor
@@ -152,19 +130,20 @@ class HeadPair:
         factor = weights * (self.student.slope * gradient_factor(self.comparison))
         factor = factor.masked_fill_(compared.costs.isnan(), torch.nan)
         for tokens in workspace.vocabulary(0, self.vocab_size):
-            blocks = workspace.blocks(tokens, len(weights))
-            self._log_probs(compared, tokens, blocks)
+            blocks = self._log_probs(workspace, compared.student, compared.teacher, tokens)
             grad = block_gradient(self.comparison, blocks.student, blocks.teacher, compared.centre).mul_(factor)
             if self.student.head.softcap is not None:
-                logits = torch.add(compared.logits[tokens], compared.reference, out=blocks.gap)
+                logits = torch.add(compared.student.logits[tokens], compared.student.reference, out=blocks.gap)
                 grad.mul_(self.student.softcap_slope_(logits))
             yield tokens, grad
 
-    def _log_probs(self, compared: Compared, tokens: slice, out: Blocks) -> None:
-        """Log-probabilities log π and log μ over the shared tokens, into the blocks of student and teacher."""
-        torch.sub(compared.logits[tokens], compared.log_normalizer, out=out.student)
-        torch.sub(compared.teacher_logits[tokens], compared.teacher_log_normalizer, out=out.teacher)
-        with_prob_floor(out.teacher, self.comparison.teacher_prob_floor, self.vocab_size, out=out.teacher)
+    def _log_probs(self, workspace: Workspace, student: Tile, teacher: Tile, tokens: slice) -> Blocks:
+        """Blocks of which the student's and the teacher's hold log π and log μ over the shared tokens."""
+        blocks = workspace.blocks(tokens, student.logits.shape[1])
+        for tile, block in ((student, blocks.student), (teacher, blocks.teacher)):
+            torch.sub(tile.logits[tokens], tile.log_normalizer, out=block)
+        with_prob_floor(blocks.teacher, self.comparison.teacher_prob_floor, self.vocab_size, out=blocks.teacher)
+        return blocks
 
 
 def policy_gradient(
