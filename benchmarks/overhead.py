@@ -8,8 +8,8 @@ this one run, in alternating rounds, on completions of fixed length. The two for
 (log-probabilities through the fused head, no gradient) with the teacher's and with the student's weights. Printed with
 generation and without it (what both trainers spend in `_generate` taken off), with every rollout violating the limit,
 the most that the method ever does, and with none. Then the share of each part: the student's forwards (GRPO's with its
-head, ours without), the teacher's, the kernels of both heads (scores; log-probabilities, divergence and the gradients of
-both), the rest of backward, and the optimizer.
+head, ours without), the teacher's, the kernels of both heads (scores; log-probabilities, divergence and its gradient),
+backward (the policy's gradient by the head among it), and the optimizer.
 """
 
 import argparse

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from trl_cmdp.core import Comparison, Head, chunked_divergence, token_divergence
+from trl_cmdp.core import Comparison, Head, chunked_divergence, default_memory_mb, token_divergence
 
 
 HALF = [torch.bfloat16, torch.float16]
@@ -164,51 +164,36 @@ def test_a_plain_weight_is_a_head_without_bias():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "beta", "memory_mb"),
-    [(dtype, beta, MEMORY_MB[(i + j) % 3]) for i, dtype in enumerate(HALF) for j, beta in enumerate(BETAS)],
+    ("dtype", "head_dtype", "autocast"),
+    [
+        (torch.bfloat16, torch.bfloat16, False),
+        (torch.float16, torch.float16, False),
+        (torch.bfloat16, torch.float32, False),
+        (torch.float32, torch.float32, True),
+    ],
 )
-def test_half_precision_accumulates_in_float32(dtype, beta, memory_mb):
-    """On the same rounded inputs costs agree with float64 to 1e-5; gradients are rounded once, to their own dtype."""
+@pytest.mark.parametrize("beta", BETAS)
+def test_half_precision_accumulates_in_float32(dtype, head_dtype, autocast, beta):
+    """
+    On the same rounded inputs costs agree with float64 to 1e-5; gradients are rounded once, to their own dtype. Autocast
+    rounds hidden states and weights alone.
+    """
     problem, weights = make_heads(dtype), torch.rand(N)
-    loss, costs = chunked_divergence(**problem, weights=weights, beta=beta, memory_mb=memory_mb)
-    expected_loss, expected_costs, expected_grads = reference_loss(problem, weights, Comparison(beta))
+    head = problem["student_head"]
+    problem["student_head"] = Head(*(x.detach().to(head_dtype).requires_grad_() for x in (head.weight, head.bias)))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss, costs = chunked_divergence(**problem, weights=weights, beta=beta, memory_mb=SOME)
+    expected_loss, expected_costs, expected_grads = reference_loss(
+        problem, weights, Comparison(beta), cast=lambda tensor: tensor.bfloat16() if autocast else tensor
+    )
     assert loss.dtype == costs.dtype == torch.float32
     assert error(loss, expected_loss) < 1e-5
     assert error(costs, expected_costs) < 1e-5
     loss.backward()
     for leaf, grad in zip(leaves(problem), expected_grads, strict=True):
-        assert leaf.grad.dtype == dtype
+        assert leaf.grad.dtype == leaf.dtype
         # Exactly the rounded gradient, save where float32's own error crosses a rounding boundary.
-        assert error(leaf.grad, grad) < 1.05 * error(grad.to(dtype), grad) + 1e-5
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_half_precision_backbone_with_float32_gradient(beta):
-    """A float32 head over bfloat16 hidden states: its gradient, accumulated in float32, holds to 1e-5 unrounded."""
-    problem, weights = make_heads(torch.bfloat16), torch.rand(N)
-    head = problem["student_head"]
-    problem["student_head"] = Head(*(x.detach().float().requires_grad_() for x in (head.weight, head.bias)))
-    chunked_divergence(**problem, weights=weights, beta=beta)[0].backward()
-    _, _, expected = reference_loss(problem, weights, Comparison(beta))
-    for leaf, grad in zip(leaves(problem)[1:], expected[1:], strict=True):
-        assert error(leaf.grad, grad) < 1e-5
-
-
-@pytest.mark.parametrize("beta", BETAS)
-def test_autocast_rounds_the_inputs_of_the_heads_alone(beta):
-    """Under autocast hidden states and heads take bfloat16's rounding, as in the model; everything after is float32."""
-    problem, weights = make_heads(torch.float32), torch.rand(N)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, costs = chunked_divergence(**problem, weights=weights, beta=beta, memory_mb=SOME)
-    loss.backward()
-    expected_loss, expected_costs, expected_grads = reference_loss(
-        problem, weights, Comparison(beta), cast=lambda tensor: tensor.bfloat16()
-    )
-    assert costs.dtype == torch.float32
-    assert error(loss, expected_loss) < 1e-5
-    assert error(costs, expected_costs) < 1e-5
-    assert {leaf.grad.dtype for leaf in leaves(problem)} == {torch.float32}
-    assert_gradients(problem, expected_grads, 1e-5)
+        assert error(leaf.grad, grad) < 1.05 * error(grad.to(leaf.dtype), grad) + 1e-5
 
 
 @pytest.mark.parametrize(("beta", "caps"), [(0.0, (5.0, 8.0)), (0.4, (None, None)), (1.0, (5.0, 8.0))])
@@ -408,6 +393,16 @@ def test_memory_is_bounded(dtype, grad, beta, cap, floor):
     # Beside it: the gradients in float32, and in half precision what they are rounded to.
     returned = 4 * width * (vocab + rows) * (1 if dtype == torch.float32 else 1.5) if grad else 0
     assert _peak_mb(run) < memory_mb + returned / 2**20 + 0.1
+
+
+def test_memory_where_none_is_given(monkeypatch):
+    """256 MiB on a CPU; on a CUDA device an eighth of what is free, the allocator's cache included, in a power of two."""
+    assert default_memory_mb(torch.device("cpu")) == 256
+    free, total, cached, used = (gibibytes * 2**30 for gibibytes in (20, 80, 30, 10))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: cached)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: used)
+    assert default_memory_mb(torch.device("cuda")) == 4096  # 40 GiB / 8 = 5 GiB
 
 
 # ---------------------------------------------------------------------------------------------------------- errors

@@ -25,7 +25,6 @@ ROLLOUTS, PROMPT, LENGTH, STEPS = 8, 4, 6, 2
 
 SETTINGS = {
     "fused": {},
-    "unexpected": {"expect": False},  # the backward projects once more, with the head that the forward gathered
     "separate": {"fused": False},
     "recomputed": {"teacher_hidden_memory_mb": 1e-6},
     "in_tiles": {"divergence_memory_mb": 1e-6},
@@ -85,13 +84,12 @@ def make_inputs() -> dict[str, torch.Tensor]:
     return inputs
 
 
-def policy_and_divergence(student, forward, scorer, inputs, token_weight: float, expect: bool) -> torch.Tensor:
+def policy_and_divergence(student, forward, scorer, inputs, token_weight: float) -> torch.Tensor:
     """The loss of the trainer, on policy: −Σ A·log π + Σ w·D, in one forward."""
     mask = inputs["completion_mask"]
     request = DivergenceRequest(
         scorer.weighted_states(inputs, inputs["weights"] != 0),
         inputs["weights"] * token_weight,
-        log_prob_grad=-inputs["advantages"] * mask * token_weight if expect else None,
     )
     input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     attention_mask = torch.cat([inputs["prompt_mask"], mask], 1)
@@ -114,7 +112,6 @@ def train(
     several: bool = False,
     reshard: bool = False,
     fused: bool = True,
-    expect: bool = True,
     violators: slice = slice(None),
     **settings,
 ) -> dict:
@@ -156,7 +153,7 @@ def train(
         inputs.pop("teacher_hidden", None)
         if kept is not None:
             inputs["teacher_hidden"] = scorer.weighted_hidden(kept, inputs["weights"], mask)
-        loss = policy_and_divergence(student, forward, scorer, inputs, token_weight, expect)
+        loss = policy_and_divergence(student, forward, scorer, inputs, token_weight)
         loss.backward()
         steps.append(
             {

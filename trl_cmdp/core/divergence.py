@@ -150,7 +150,6 @@ def chunked_policy_divergence(
     comparison: Comparison,
     token_ids: torch.Tensor,
     weights: torch.Tensor,
-    log_prob_grad: torch.Tensor | None = None,
     *,
     memory_mb: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -158,17 +157,9 @@ def chunked_policy_divergence(
     Log-probabilities of sampled tokens and entropies, and the weighted exact divergence from the teacher, from one
     projection of the student.
 
-    The policy loss is a function of the log-probabilities that is computed afterwards, outside; the divergence's loss
-    is known here. The forward pass forms, while a tile is there, the gradient of
-
-        loss + Σ log_prob_grad·log_probs,
-
-    where `log_prob_grad` is what the derivative of the whole loss by each log-probability is *expected* to be, for a
-    divergence loss that enters with factor 1. On policy it is known beforehand: −advantage × weight of the token. The
-    backward pass is given the actual derivatives u of the log-probabilities, g of the entropies and s of the loss. It
-    takes s times the gradient that is there and adds what is missing: rows where u is not s·log_prob_grad, up to
-    rounding, or where g is not 0 are projected once more, by the student alone. So the gradient is exact whatever was
-    expected, and a right expectation saves a projection and a second product for the head's gradient.
+    The divergence's loss is known here, and its gradient is formed while a tile is there, as in [`chunked_divergence`].
+    The policy loss is a function of the log-probabilities that is computed afterwards, outside: in backward the student
+    is projected once more on the rows whose log-probability or entropy has a derivative.
 
     The gradient is handed over: a second backward is an error, also on a retained graph. Under `torch.no_grad()`
     values alone are computed.
@@ -190,8 +181,6 @@ def chunked_policy_divergence(
         weights (`torch.Tensor`):
             Weight of each position's divergence in the loss, of shape `(N,)`. Treated as a constant. A position of
             weight 0 is never compared with the teacher.
-        log_prob_grad (`torch.Tensor`, *optional*):
-            Expected derivative by each log-probability, of shape `(N,)`. 0 if `None`. Treated as a constant.
         memory_mb (`float`, *optional*):
             As in [`chunked_divergence`].
 
@@ -205,14 +194,14 @@ def chunked_policy_divergence(
         ValueError: As [`chunked_divergence`].
     """
     student, teacher = _as_heads(student_head, teacher_head)
-    _check_one_per_position(student_hidden, token_ids=token_ids, weights=weights, log_prob_grad=log_prob_grad)
+    _check_one_per_position(student_hidden, token_ids=token_ids, weights=weights)
     rows = weights.nonzero().squeeze(-1)  # (M,)
     if len(rows) != len(teacher_hidden):
         raise ValueError(
             f"{len(rows)} positions have a weight other than 0, but there are {len(teacher_hidden)} teacher positions."
         )
     pair = make_pair(student_hidden, student, teacher_hidden, teacher, comparison, memory_mb)
-    return fused_heads(pair, student_hidden, teacher_hidden, rows, weights, token_ids, log_prob_grad)
+    return fused_heads(pair, student_hidden, teacher_hidden, rows, weights, token_ids)
 
 
 @torch.no_grad()
@@ -249,16 +238,16 @@ def chunked_scores(
     _check_same_positions(student_hidden, teacher_hidden)
     pair = make_pair(student_hidden, student, teacher_hidden, teacher, comparison, memory_mb)
     num_rows = student_hidden.shape[0]
-    workspace = pair.workspace(num_rows, 2)
+    workspace = pair.workspace(num_rows, keep_tiles=True)
     scores = student_hidden.new_empty((1 if token_ids is None else 3, num_rows), dtype=pair.student.dtype)
     with torch.autocast(student_hidden.device.type, enabled=False):
         for rows in slices(0, num_rows, workspace.num_rows):
             chosen = None if token_ids is None else token_ids[rows]
             statistics = pair.statistics(workspace, student_hidden[rows], teacher_hidden[rows], chosen)
-            assert statistics.teacher is not None
-            values = (statistics.teacher.costs, statistics.log_probs, statistics.teacher.log_probs)
-            for name, value in zip(scores, values, strict=False):
-                name[rows] = value
+            assert statistics.compared is not None
+            values = (statistics.compared.costs, statistics.log_probs, statistics.compared.teacher_log_probs)
+            for score, value in zip(scores, values, strict=False):
+                score[rows] = value
     return Scores(*scores)
 
 
@@ -297,7 +286,7 @@ def chunked_log_probs(
     if memory_mb is None:
         memory_mb = default_memory_mb(hidden.device)
     projection = Projection(head, temperature, compute_dtype(hidden), dtype, memory_mb)
-    workspace = Workspace(num_rows, vocab_size, 0, hidden.device, dtype, memory_mb)
+    workspace = Workspace(num_rows, vocab_size, False, hidden.device, dtype, memory_mb)
     log_probs = torch.empty(token_ids.shape, device=hidden.device, dtype=dtype)  # (N,) or (N, k)
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in slices(0, num_rows, workspace.num_rows):
@@ -335,9 +324,9 @@ def _check_same_positions(student_hidden: torch.Tensor, teacher_hidden: torch.Te
         )
 
 
-def _check_one_per_position(student_hidden: torch.Tensor, **tensors: torch.Tensor | None) -> None:
+def _check_one_per_position(student_hidden: torch.Tensor, **tensors: torch.Tensor) -> None:
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.shape != student_hidden.shape[:1]:
+        if tensor.shape != student_hidden.shape[:1]:
             raise ValueError(
                 f"`{name}` must have one entry for each of the {student_hidden.shape[0]} positions, got shape "
                 f"{tuple(tensor.shape)}."

@@ -54,22 +54,17 @@ def gradient_factor(comparison: Comparison) -> float:
 
 def block_gradient(
     comparison: Comparison, logps: torch.Tensor, teacher_logps: torch.Tensor, centre: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Gradient of the costs by the student's logits z over [`gradient_factor`], and π, on a block. Both blocks are
-    consumed.
-    """
+) -> torch.Tensor:
+    """Gradient of the costs by the student's logits z over [`gradient_factor`], on a block. Both blocks are consumed."""
     if comparison.cross_entropy:  # π·(−log μ − H(π, μ))
         gap = teacher_logps.neg_()
     elif comparison.beta == 0.0:  # π − μ
-        probs = logps.exp_()
-        return torch.sub(probs, teacher_logps.exp_(), out=teacher_logps), probs
+        return torch.sub(logps.exp_(), teacher_logps.exp_(), out=teacher_logps)
     else:  # π·(log π − log m − KL(π‖m)), with m = μ or the mixture of the JSD
         gap = torch.sub(logps, teacher_logps, out=teacher_logps)
         if comparison.beta < 1.0:
             gap = _mixture_gap(gap, comparison.beta, gap)
-    probs = logps.exp_()
-    return zero_where_impossible_(gap.sub_(centre).mul_(probs)), probs
+    return zero_where_impossible_(gap.sub_(centre).mul_(logps.exp_()))
 
 
 def with_prob_floor(

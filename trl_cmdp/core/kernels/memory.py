@@ -44,28 +44,15 @@ class Blocks(NamedTuple):
 
 class Workspace:
     """
-    The vocabulary-sized memory of a call, made once: blocks, and the tiles that are kept while their rows are processed.
-
-    Args:
-        num_rows (`int`):
-            Rows to process, at least one at a time.
-        vocab_size (`int`):
-            Vocabulary size V.
-        num_tiles (`int`):
-            Number of tiles (V, n) that are kept: 0 where blocks suffice, 1 for the student, 2 for the teacher too.
-        device (`torch.device`):
-            Device.
-        dtype (`torch.dtype`):
-            Dtype.
-        memory_mb (`float`):
-            Bound in MiB, the casts of the weights included.
+    The vocabulary-sized memory of a call, made once: blocks, and with `keep_tiles` both models' tiles while their rows
+    are processed. The bound `memory_mb` includes the casts of the weights.
     """
 
     def __init__(
         self,
         num_rows: int,
         vocab_size: int,
-        num_tiles: int,
+        keep_tiles: bool,
         device: torch.device,
         dtype: torch.dtype,
         memory_mb: float,
@@ -78,11 +65,11 @@ class Workspace:
         block_elements = min(
             _BLOCK_ELEMENTS.get(device.type, _DEFAULT_BLOCK_ELEMENTS), max(elements // (4 * num_blocks), vocab_size)
         )
-        fitting = (elements * 7 // 8 - num_blocks * block_elements) // (max(num_tiles, 1) * vocab_size)
+        fitting = (elements * 7 // 8 - num_blocks * block_elements) // ((2 if keep_tiles else 1) * vocab_size)
         useful = max(_MAX_ROWS.get(device.type, num_rows), block_elements // vocab_size)
         self.num_rows = max(1, min(num_rows, fitting, useful))
         self._block_size = max(1, min(vocab_size, block_elements // self.num_rows))
-        self._tiles = torch.empty((num_tiles, vocab_size * self.num_rows), device=device, dtype=dtype)
+        self._tiles = torch.empty((2 * keep_tiles, vocab_size * self.num_rows), device=device, dtype=dtype)
         self._blocks = torch.empty((num_blocks, self._block_size * self.num_rows), device=device, dtype=dtype)
 
     def student_tile(self, vocab_size: int, num_rows: int) -> torch.Tensor:

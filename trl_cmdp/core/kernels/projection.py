@@ -22,27 +22,13 @@ def compute_dtype(hidden: torch.Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Projection:
-    """
-    Logits z of a [`Head`] over a temperature.
-
-    Args:
-        head ([`Head`]):
-            Head.
-        temperature (`float`):
-            Temperature.
-        rounding (`torch.dtype`):
-            Dtype whose rounding hidden states and weight take before the product.
-        dtype (`torch.dtype`):
-            Dtype of the logits and of every sum.
-        memory_mb (`float`):
-            Bound that the casts of the weight keep to an eighth of, in MiB.
-    """
+    """Logits z of a [`Head`] over a temperature."""
 
     head: Head
     temperature: float
-    rounding: torch.dtype
-    dtype: torch.dtype
-    memory_mb: float
+    rounding: torch.dtype  # whose rounding hidden states and weight take before the product
+    dtype: torch.dtype  # of the logits and of every sum
+    memory_mb: float  # of which the casts of the weight take an eighth at most
 
     @property
     def slope(self) -> float:

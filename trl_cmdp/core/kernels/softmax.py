@@ -14,15 +14,9 @@ class OnlineSoftmax:
     Log-normaliser, logits of chosen tokens and entropy of n rows (the online softmax, 1805.02867). The logits are left
     relative to the maximum of their row's first block: the normaliser of large logits would carry their rounding error
     into every entry.
-
-    Args:
-        token_ids (`torch.Tensor`, *optional*):
-            Tokens whose logits are kept, of shape `(k, n)`.
-        entropy (`bool`, *optional*, defaults to `False`):
-            Sum what [`~OnlineSoftmax.entropy`] needs.
     """
 
-    def __init__(self, token_ids: torch.Tensor | None = None, entropy: bool = False):
+    def __init__(self, token_ids: torch.Tensor | None = None, entropy: bool = False):  # tokens (k, n)
         self._token_ids, self._with_entropy = token_ids, entropy
         self.reference: torch.Tensor  # (n,), what the logits are relative to
         self._maximum: torch.Tensor  # (n,)

@@ -2,47 +2,50 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ..comparison import Comparison
 from ..head import Head
-from .measures import block_costs, block_gradient, gradient_factor, with_prob_floor
-from .memory import Workspace, default_memory_mb
+from .measures import block_costs, block_gradient, gradient_factor, with_prob_floor, zero_where_impossible_
+from .memory import Blocks, Workspace, default_memory_mb
 from .projection import Projection, accumulation_dtype, compute_dtype
 from .softmax import OnlineSoftmax, add_at_tokens_
 
 
-@dataclass(frozen=True)
-class TeacherStatistics:
-    """
-    What the teacher says of n rows, `(n,)` each, and its logits `(V, n)`, on the tokens that both vocabularies share.
-    `centre` is what the divergence's gradient is taken about.
-    """
+class Tile(NamedTuple):
+    """Logits `(V, n)` relative to a reference `(n,)`, kept with their log-normaliser `(n,)`."""
 
     logits: torch.Tensor
+    reference: torch.Tensor
     log_normalizer: torch.Tensor
-    log_probs: torch.Tensor | None  # of the chosen tokens
-    costs: torch.Tensor
-    centre: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Compared:
+    """
+    What both models say of n rows on the tokens that their vocabularies share. The divergence's gradient takes this and
+    nothing else. The tiles are valid until the next statistics in the same workspace.
+    """
+
+    rows: torch.Tensor  # the student's hidden states (n, H_s), as the product takes them
+    student: Tile
+    teacher: Tile
+    teacher_log_probs: torch.Tensor | None  # (n,), of the chosen tokens
+    costs: torch.Tensor  # (n,)
+    centre: torch.Tensor  # (n,), what the divergence's gradient is taken about
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """
-    What the student says of n rows, `(n,)` each, and its logits `(V_s, n)`, where they are kept: relative to
-    `reference`, and valid until the next statistics in the same workspace. A gradient takes nothing else.
-    """
+    """What the student says of n rows, `(n,)` each, over its whole vocabulary, and what the comparison says of them."""
 
-    rows: torch.Tensor  # hidden states (n, H_s), as the product takes them
-    logits: torch.Tensor | None
-    reference: torch.Tensor
+    reference: torch.Tensor  # of the log-normaliser
     log_normalizer: torch.Tensor
-    shared_log_normalizer: torch.Tensor  # over the tokens that both vocabularies share
-    token_ids: torch.Tensor | None  # (1, n), the chosen tokens
     log_probs: torch.Tensor | None  # of the chosen tokens
     entropy: torch.Tensor | None
-    teacher: TeacherStatistics | None
+    compared: Compared | None
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,10 @@ class HeadPair:
         """Number of tokens that both vocabularies have."""
         return min(self.student.head.vocab_size, self.teacher.head.vocab_size)
 
-    def workspace(self, num_rows: int, num_tiles: int) -> Workspace:
+    def workspace(self, num_rows: int, keep_tiles: bool) -> Workspace:
         """Memory for tiles of the student's vocabulary."""
         student, weight = self.student, self.student.head.weight
-        return Workspace(num_rows, weight.shape[0], num_tiles, weight.device, student.dtype, student.memory_mb)
+        return Workspace(num_rows, weight.shape[0], keep_tiles, weight.device, student.dtype, student.memory_mb)
 
     def statistics(
         self,
@@ -74,135 +77,107 @@ class HeadPair:
         token_ids: torch.Tensor | None = None,
         *,
         entropy: bool = False,
-        keep: bool = True,
     ) -> Statistics:
         """
-        First step: project the rows, once by the student and, where there are teacher rows, once by the teacher.
-
-        Args:
-            workspace ([`Workspace`]):
-                Memory.
-            hidden (`torch.Tensor`):
-                Student's hidden states, of shape `(n, H_s)`.
-            teacher_hidden (`torch.Tensor`, *optional*):
-                Teacher's hidden states, of shape `(n, H_t)`.
-            token_ids (`torch.Tensor`, *optional*):
-                Tokens whose log-probabilities are wanted, of shape `(n,)`.
-            entropy (`bool`, *optional*, defaults to `False`):
-                Whether the student's entropy is wanted.
-            keep (`bool`, *optional*, defaults to `True`):
-                Keep the student's logits, which costs and gradient need.
-
-        Returns:
-            [`Statistics`]: Of the rows.
+        First step: project the rows (n, H_s), once by the student and, where they are compared, once by the teacher
+        (n, H_t). `token_ids` (n,) and `entropy` ask for log-probabilities and entropies.
         """
-        num_rows, student_vocab = len(hidden), self.student.head.vocab_size
         chosen = None if token_ids is None else token_ids.unsqueeze(0)  # (1, n)
-        rows = self.student.rows(hidden)
-        softmax = OnlineSoftmax(chosen, entropy)
-        logits = workspace.student_tile(student_vocab, num_rows) if keep else None
+        rows, softmax = self.student.rows(hidden), OnlineSoftmax(chosen, entropy)
+        logits = None if teacher_hidden is None else workspace.student_tile(self.vocab_size, len(hidden))
         softmax.add_vocabulary(self.student, rows, workspace, 0, self.vocab_size, logits)
-        shared = softmax.log_normalizer
-        softmax.add_vocabulary(self.student, rows, workspace, self.vocab_size, student_vocab, logits)
+        compared = None
+        if teacher_hidden is not None and logits is not None:
+            student = Tile(logits, softmax.reference, softmax.log_normalizer)
+            compared = self._compare(workspace, rows, student, teacher_hidden, chosen)
+        softmax.add_vocabulary(self.student, rows, workspace, self.vocab_size, self.student.head.vocab_size)
         return Statistics(
-            rows,
-            logits,
             softmax.reference,
             softmax.log_normalizer,
-            shared,
-            chosen,
             None if chosen is None else softmax.log_probs[0],
             softmax.entropy if entropy else None,
-            None if teacher_hidden is None else self._compare(workspace, logits, shared, teacher_hidden, chosen),
+            compared,
         )
 
     def _compare(
         self,
         workspace: Workspace,
-        logits: torch.Tensor | None,
-        log_normalizer: torch.Tensor,
+        rows: torch.Tensor,
+        student: Tile,
         teacher_hidden: torch.Tensor,
         token_ids: torch.Tensor | None,
-    ) -> TeacherStatistics:
-        assert logits is not None
-        softmax = OnlineSoftmax(token_ids)
-        teacher_logits = workspace.teacher_tile(self.vocab_size, len(teacher_hidden))
-        rows = self.teacher.rows(teacher_hidden)
-        softmax.add_vocabulary(self.teacher, rows, workspace, 0, self.vocab_size, teacher_logits)
-        student, teacher = (logits, log_normalizer), (teacher_logits, softmax.log_normalizer)
-        costs, centre = torch.zeros_like(log_normalizer), torch.zeros_like(log_normalizer)
-        for tokens in workspace.vocabulary(0, self.vocab_size):
-            blocks = workspace.blocks(tokens, len(teacher_hidden))
-            logps, teacher_logps = self._shared_logps(tokens, student, teacher, (blocks.student, blocks.teacher))
-            cost, centre_part = block_costs(self.comparison, logps, teacher_logps, blocks.gap, blocks.spare)
-            costs += cost
-            centre += centre_part
-        # An impossible token counts nothing, but a row that has no distribution must not look as if it had one.
-        costs.masked_fill_(log_normalizer.isnan() | softmax.log_normalizer.isnan(), torch.nan)
+    ) -> Compared:
+        softmax, logits = OnlineSoftmax(token_ids), workspace.teacher_tile(self.vocab_size, len(rows))
+        teacher_rows = self.teacher.rows(teacher_hidden)
+        softmax.add_vocabulary(self.teacher, teacher_rows, workspace, 0, self.vocab_size, logits)
+        teacher = Tile(logits, softmax.reference, softmax.log_normalizer)
         log_probs = None
         if token_ids is not None:
             log_probs = with_prob_floor(softmax.log_probs[0], self.comparison.teacher_prob_floor, self.vocab_size)
-        return TeacherStatistics(teacher_logits, softmax.log_normalizer, log_probs, costs, centre)
+        costs, centre = torch.zeros_like(student.reference), torch.zeros_like(student.reference)
+        for tokens in workspace.vocabulary(0, self.vocab_size):
+            cost, part = block_costs(self.comparison, *self._log_probs(workspace, student, teacher, tokens))
+            costs += cost
+            centre += part
+        # An impossible token counts nothing, but a row that has no distribution must not look as if it had one.
+        costs.masked_fill_(student.log_normalizer.isnan() | teacher.log_normalizer.isnan(), torch.nan)
+        return Compared(rows, student, teacher, log_probs, costs, centre)
 
     def gradient(
-        self,
-        workspace: Workspace,
-        statistics: Statistics,
-        weights: torch.Tensor | None,
-        log_prob_grad: torch.Tensor | None,
+        self, workspace: Workspace, compared: Compared, weights: torch.Tensor
     ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """
-        Second step: gradient of Σ weights·costs + Σ log_prob_grad·log_probs, (n,) both, by the output of the student's
-        head, in blocks (v, n).
-        """
-        num_rows, slope, teacher = len(statistics.rows), self.student.slope, statistics.teacher
-        assert statistics.logits is not None
-        if weights is not None and teacher is not None:
-            factor = weights * (slope * gradient_factor(self.comparison))
-            factor = factor.masked_fill_(teacher.costs.isnan(), torch.nan)
-            share = (statistics.shared_log_normalizer - statistics.log_normalizer).exp_()  # of π on the shared tokens
-            shared = statistics.logits, statistics.shared_log_normalizer
-            of_teacher = teacher.logits, teacher.log_normalizer
-        if log_prob_grad is not None:
-            log_prob_grad = slope * log_prob_grad
-        for tokens in self._vocabulary(workspace):
-            logits, blocks = statistics.logits[tokens], workspace.blocks(tokens, num_rows)
-            if weights is not None and teacher is not None and tokens.stop <= self.vocab_size:
-                logps = self._shared_logps(tokens, shared, of_teacher, (blocks.student, blocks.teacher))
-                grad, probs = block_gradient(self.comparison, *logps, teacher.centre)
-                grad.mul_(factor)
-                if log_prob_grad is not None:
-                    grad.addcmul_(probs, log_prob_grad * share, value=-1.0)
-            elif log_prob_grad is not None:
-                grad = torch.sub(logits, statistics.log_normalizer, out=blocks.student).exp_().mul_(-log_prob_grad)
-            else:  # padding of the vocabulary
-                continue
-            if log_prob_grad is not None and statistics.token_ids is not None:
-                add_at_tokens_(grad, statistics.token_ids, tokens, log_prob_grad)
+        """Second step: gradient of Σ weights·costs, (n,), by the output of the student's head, in blocks (v, n)."""
+        factor = weights * (self.student.slope * gradient_factor(self.comparison))
+        factor = factor.masked_fill_(compared.costs.isnan(), torch.nan)
+        for tokens in workspace.vocabulary(0, self.vocab_size):
+            blocks = self._log_probs(workspace, compared.student, compared.teacher, tokens)
+            grad = block_gradient(self.comparison, blocks.student, blocks.teacher, compared.centre).mul_(factor)
             if self.student.head.softcap is not None:
-                capped = torch.add(logits, statistics.reference, out=blocks.gap)
-                grad.mul_(self.student.softcap_slope_(capped))
+                logits = torch.add(compared.student.logits[tokens], compared.student.reference, out=blocks.gap)
+                grad.mul_(self.student.softcap_slope_(logits))
             yield tokens, grad
 
-    def _shared_logps(
-        self,
-        tokens: slice,
-        student: tuple[torch.Tensor, torch.Tensor],
-        teacher: tuple[torch.Tensor, torch.Tensor],
-        out: tuple[torch.Tensor, torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities log π and log μ over the shared tokens, (v, n), from logits and log-normalisers."""
-        logps, teacher_logps = (
-            torch.sub(logits[tokens], log_normalizer, out=block)
-            for (logits, log_normalizer), block in zip((student, teacher), out, strict=True)
-        )
-        floor = self.comparison.teacher_prob_floor
-        return logps, with_prob_floor(teacher_logps, floor, self.vocab_size, out=teacher_logps)
+    def _log_probs(self, workspace: Workspace, student: Tile, teacher: Tile, tokens: slice) -> Blocks:
+        """Blocks of which the student's and the teacher's hold log π and log μ over the shared tokens."""
+        blocks = workspace.blocks(tokens, student.logits.shape[1])
+        for tile, block in ((student, blocks.student), (teacher, blocks.teacher)):
+            torch.sub(tile.logits[tokens], tile.log_normalizer, out=block)
+        with_prob_floor(blocks.teacher, self.comparison.teacher_prob_floor, self.vocab_size, out=blocks.teacher)
+        return blocks
 
-    def _vocabulary(self, workspace: Workspace) -> Iterator[slice]:
-        """The student's vocabulary in blocks, of which none crosses the end of the teacher's."""
-        yield from workspace.vocabulary(0, self.vocab_size)
-        yield from workspace.vocabulary(self.vocab_size, self.student.head.vocab_size)
+
+def policy_gradient(
+    student: Projection,
+    workspace: Workspace,
+    rows: torch.Tensor,
+    token_ids: torch.Tensor,
+    statistics: Statistics,
+    grad_log_probs: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """
+    Gradient of Σ grad_log_probs·log_probs + Σ grad_entropy·entropy, (n,) each, by the output of the student's head, in
+    blocks (v, n), from a projection of the rows: dlog π(a)/dz = 1{a} − π and dH/dz = −π·(log π + H).
+    """
+    softcap = student.head.softcap
+    # Zeroing what is impossible must not hide a row that has no distribution.
+    grad_log_probs = (student.slope * grad_log_probs).masked_fill_(statistics.log_normalizer.isnan(), torch.nan)
+    for tokens in workspace.vocabulary(0, student.head.vocab_size):
+        blocks = workspace.blocks(tokens, len(rows))
+        logits = student.project(rows, tokens, blocks.student)
+        if softcap is not None:
+            softcap_slope = student.softcap_slope_(blocks.spare.copy_(logits))
+        logps = logits.sub_(statistics.reference).sub_(statistics.log_normalizer)
+        probs = torch.exp(logps, out=blocks.gap)
+        if grad_entropy is None or statistics.entropy is None:
+            grad = probs.mul_(-grad_log_probs)
+        else:
+            grad = logps.add_(statistics.entropy).mul_(-student.slope * grad_entropy).sub_(grad_log_probs).mul_(probs)
+            zero_where_impossible_(grad)
+        add_at_tokens_(grad, token_ids.unsqueeze(0), tokens, grad_log_probs)
+        if softcap is not None:
+            grad.mul_(softcap_slope)
+        yield tokens, grad
 
 
 def make_pair(

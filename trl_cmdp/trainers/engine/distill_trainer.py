@@ -33,7 +33,7 @@ from .checks import (
 from .config import DistillConfig
 from .forward import DivergenceRequest, StudentForward
 from .off_policy_trainer import OffPolicyGRPOTrainer
-from .policy_loss import expected_log_prob_grad, loss_mask, policy_token_weight
+from .policy_loss import loss_mask, policy_token_weight
 from .processes import gather_rows, on_any_process
 from .scoring import RolloutScorer
 from .teachers import Teacher, TeacherModel, make_teachers, teacher_index
@@ -257,7 +257,6 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         request = DivergenceRequest(
             states,
             weights,
-            log_prob_grad=expected_log_prob_grad(self, inputs, mask, token_weight),
             cross_entropy=self._distill_cross_entropy,
         )
         with self._student_forward.answering(request):

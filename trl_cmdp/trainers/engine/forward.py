@@ -61,9 +61,6 @@ class DivergenceRequest:
         token_ids (`torch.Tensor`, *optional*):
             Completions of shape `(B, T)`, where the log-probabilities of their tokens are wanted too. Without teachers
             also several tokens at each position, `(B, T, k)`.
-        log_prob_grad (`torch.Tensor`, *optional*):
-            What the derivative of the loss by the log-probability of each completion token is expected to be, of shape
-            `(B, T)`. A right expectation saves time, a wrong one changes nothing.
         cross_entropy (`bool`, *optional*):
             Differentiate the teacher's expected negative log-likelihood in place of the divergence.
 
@@ -75,7 +72,6 @@ class DivergenceRequest:
     weights: torch.Tensor | None = None
     scored_mask: torch.Tensor | None = None
     token_ids: torch.Tensor | None = None
-    log_prob_grad: torch.Tensor | None = None
     cross_entropy: bool = False
     loss: torch.Tensor | None = None
     scores: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -169,16 +165,11 @@ class StudentForward:
         hidden = last_hidden_state(self._student, **model_inputs)[:, :-1]
         labels = labels[:, 1:]
         mask = labels != -100  # (B, P + T - 1), the positions that TRL wants log-probabilities of
-        length = request.weights.size(1)
-
-        def scored(values: torch.Tensor) -> torch.Tensor:  # (B, T) to (N,)
-            return torch.nn.functional.pad(values, (labels.size(1) - length, 0))[mask]
-
+        weights = torch.nn.functional.pad(request.weights, (labels.size(1) - request.weights.size(1), 0))[mask]  # (N,)
         weighted = states.mask & (request.weights != 0)  # a weight may have underflowed
         teacher_hidden = (
             states.hidden if weighted.equal(states.mask) else states.hidden[weighted[states.mask]]
         )  # (M, H_t)
-        expected = None if request.log_prob_grad is None else scored(request.log_prob_grad)
         head = lm_head(self._student)
         with self._gathered_head(head.weight, head.bias), self._gathered_head(states.head.weight, states.head.bias):
             log_probs, entropy, request.loss, costs = self._in_tiles(
@@ -189,8 +180,7 @@ class StudentForward:
                 states.head,
                 replace(self._comparison, cross_entropy=request.cross_entropy),
                 labels[mask],
-                scored(request.weights),
-                expected,
+                weights,
             )
         self._put(request, "costs", weighted, costs)
 

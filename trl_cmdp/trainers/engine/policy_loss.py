@@ -29,20 +29,3 @@ def policy_token_weight(trainer: GRPOTrainer, mask: torch.Tensor, num_items_in_b
         normalizer = num_items_in_batch.clamp(min=1.0) / trainer.accelerator.num_processes
         return 1 / (normalizer * accumulation / trainer.args.steps_per_generation if training else normalizer)
     raise ValueError(f"Unknown loss type: {loss_type}")
-
-
-def expected_log_prob_grad(
-    trainer: GRPOTrainer, inputs: dict[str, Any], mask: torch.Tensor, token_weight: torch.Tensor
-) -> torch.Tensor | None:
-    """Derivative (b, T) of TRL's loss by each log-probability, which on policy is known before it is computed."""
-    if "old_per_token_logps" in inputs or trainer.beta != 0.0:
-        return None
-    advantages = inputs["advantages"]
-    advantages = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
-    # cispo clips also a ratio of 1
-    ratio = min(1.0, trainer.epsilon_high) if trainer.loss_type == "cispo" else 1.0
-    expected = -ratio * advantages * mask * token_weight
-    if "importance_sampling_ratio" not in inputs:
-        return expected
-    # Of vLLM's sampling, (b, T) or (b, 1). VESPO makes weights of its own from it.
-    return None if trainer.loss_type == "vespo" else expected * inputs["importance_sampling_ratio"]
