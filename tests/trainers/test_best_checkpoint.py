@@ -204,7 +204,3 @@ def test_refused(tmp_path, changes, message):
     asked = {"metric_for_best_model": FEASIBLE_REWARD, "eval_dataset": make_dataset(1), **EVALUATED}
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, **{"teacher_model": make_teacher(), **asked, **changes})
-
-
-def test_other_metrics_are_as_ever(tmp_path):
-    make_trainer(tmp_path, metric_for_best_model="reward", eval_dataset=make_dataset(1), **EVALUATED)

@@ -9,6 +9,7 @@ from helpers import (
     dense_logits,
     dense_logps,
     history,
+    length_reward,
     make_dataset,
     make_rows,
     make_scripted_trainer,
@@ -16,6 +17,7 @@ from helpers import (
     make_trainer,
     metrics,
     micro_batches,
+    random_completions,
     run,
 )
 
@@ -50,26 +52,21 @@ class TestSampledCosts:
             per_device_train_batch_size=8,
             gradient_accumulation_steps=1,
         )
-        (batch,) = micro_batches(trainer, make_rows(8))
+        batch = trainer._generate_and_score_completions(make_rows(8))
         mask = batch["completion_mask"].bool()
         student, teacher = (
             dense_logps(model, batch, temperature).detach() for model in (trainer.model, trainer.teacher_model)
         )
         teacher = floored(teacher, floor)
         costs = (student - teacher if cost == "log_ratio" else -teacher) * mask
-        # The batch is shuffled, groups are not whole any more: sort it back by prompt.
-        order = batch["prompt_ids"].sum(1).argsort(stable=True)
         cost_of_rollouts = rollout_cost(costs, mask, scope)
         assert 0 < (cost_of_rollouts > limit).sum() < 8
         expected = violation_weights(costs, mask, limit, scope)
         torch.testing.assert_close(batch["divergence_weights"].double(), expected, rtol=0, atol=0)
-        texts = [
-            trainer.processing_class.decode(row[m], skip_special_tokens=True)
-            for row, m in zip(batch["completion_ids"], mask, strict=True)
-        ]
-        rewards = torch.tensor([float(len(text) % 3 == 0) for text in texts], dtype=torch.float64)
-        advantages = constrained_advantages(rewards[order], costs[order], mask[order], 4, limit, 20.0, scope)
-        torch.testing.assert_close(batch["advantages"][order].double(), advantages, rtol=1e-4, atol=1e-4)
+        texts = trainer.processing_class.batch_decode(random_completions(8), skip_special_tokens=True)
+        rewards = torch.tensor(length_reward(texts), dtype=torch.float64)
+        advantages = constrained_advantages(rewards, costs, mask, 4, limit, 20.0, scope)
+        torch.testing.assert_close(batch["advantages"].double(), advantages, rtol=1e-4, atol=1e-4)
         logged = metrics(trainer)
         assert logged["constraint/cost"] == pytest.approx(cost_of_rollouts.mean().item(), rel=1e-4)
         assert logged["constraint/satisfaction_rate"] == (cost_of_rollouts <= limit).double().mean()

@@ -93,7 +93,7 @@ def test_gradient(tmp_path, mode, settings):
 
 
 def test_nothing_is_projected_twice(tmp_path):
-    """The correction multiplies nothing again."""
+    """The correction multiplies nothing again: TRL's old log-probabilities, which would need it, are left out."""
     flops = []
     for mode in (None, "token_truncate", "sequence_mask"):
         trainer = build(tmp_path, mode)
@@ -117,23 +117,3 @@ def test_scoring_does_not_depend_on_the_correction(tmp_path):
         # The policy loss is linear in the advantages.
         batch["advantages"] = batch["advantages"].unsqueeze(1) * other["importance_sampling_ratio"]
     assert relative_error(corrected, loss_and_gradients(plain, plain_batches)[1]) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("accumulation", "steps_per_generation", "num_iterations", "present"),
-    [(1, 1, 1, False), (2, 2, 1, False), (4, 2, 2, False), (1, 2, 1, True), (2, 2, 2, True)],
-)
-def test_old_log_probs_are_left_out_where_trl_leaves_them_out(
-    tmp_path, accumulation, steps_per_generation, num_iterations, present
-):
-    """With vLLM's correction as without vLLM: where one step uses all rollouts, its ratio is 1."""
-    for mode in (None, "token_truncate"):
-        trainer = build(
-            tmp_path,
-            mode,
-            gradient_accumulation_steps=accumulation,
-            steps_per_generation=steps_per_generation,
-            num_iterations=num_iterations,
-        )
-        batches = micro_batches(trainer, make_rows(8))
-        assert all(("old_per_token_logps" in batch) == present for batch in batches)
