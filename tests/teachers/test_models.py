@@ -54,7 +54,9 @@ def build(name, seed=0):
 
 
 def completion_states(model, input_ids, length):
-    return predicting(last_hidden_state(model, input_ids=input_ids), length).flatten(0, 1)
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    hidden = last_hidden_state(model, model.get_output_embeddings(), **inputs)
+    return predicting(hidden, length).flatten(0, 1)
 
 
 @pytest.mark.parametrize("name", MODELS)

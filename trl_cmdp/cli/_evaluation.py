@@ -46,6 +46,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser, records_help: str)
         help=f"exact vLLM server that runs the teacher (its key: ${TEACHER_KEY_VARIABLE})",
     )
     models.add_argument("--teacher_beta", type=float, default=1.0, help="divergence: 1 reverse KL, 0 forward KL")
+    models.add_argument("--teacher_eos_token", metavar="TOKEN", help="what the teacher ends a turn with, if not the EOS")
     models.add_argument("--dtype", default="auto", help="dtype of the models, such as bfloat16 (default: their own)")
 
     problems = parser.add_argument_group("problems")
@@ -211,7 +212,16 @@ def _settings(task: Any, num_problems: int, arguments: argparse.Namespace) -> "E
 def _load_teacher(
     student: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", arguments: argparse.Namespace
 ) -> Any:
-    from ..teachers import AdapterTeacher, RemoteTeacher, base_model, check_vocabulary, load_teacher
+    from ..evaluation.rollouts import eos_ids
+    from ..teachers import (
+        AdapterTeacher,
+        RemoteTeacher,
+        base_model,
+        check_vocabulary,
+        load_teacher,
+        teacher_generation_config,
+        warn_of_another_end,
+    )
 
     if arguments.teacher_adapter_name:
         if arguments.teacher or arguments.teacher_model_server_url:
@@ -222,11 +232,15 @@ def _load_teacher(
     if arguments.teacher_model_server_url:
         key = os.environ.get(TEACHER_KEY_VARIABLE)
         teacher: Any = RemoteTeacher(arguments.teacher_model_server_url, key, model=arguments.teacher)
+        generation_config = teacher_generation_config(teacher.config.name_or_path)
     elif arguments.teacher:
         teacher = load_teacher(arguments.teacher, init_kwargs={"dtype": arguments.dtype}).to(student.device)
+        generation_config = teacher.generation_config
     else:
         return None
-    check_vocabulary(base_model(student), tokenizer, teacher.config)
+    teacher_tokenizer = check_vocabulary(base_model(student), tokenizer, teacher.config)
+    if arguments.teacher_eos_token is None:
+        warn_of_another_end(tokenizer, eos_ids(student, tokenizer), teacher_tokenizer, generation_config)
     return teacher
 
 

@@ -78,6 +78,7 @@ def imitate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "num_generations": NUM_GENERATIONS,
         "temperature": arguments.temperature,
         "teacher_beta": arguments.teacher_beta,
+        "teacher_eos_token": arguments.teacher_eos_token,
         "cost_scope": arguments.cost_scope,
         "max_completion_length": arguments.max_new_tokens or task_of(arguments).MAX_COMPLETION_LENGTH,
         "seed": arguments.seed,
@@ -87,9 +88,10 @@ def imitate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if file.exists():
         found = json.loads(file.read_text())
         for name, value in settings.items():
-            if found["settings"][name] != value:
+            before = found["settings"].get(name)
+            if before != value:
                 raise Mistake(
-                    f"{file} is of an imitation with another `{name}`: {found['settings'][name]!r}, now {value!r}. "
+                    f"{file} is of an imitation with another `{name}`: {before!r}, now {value!r}. "
                     "Choose another --output_dir, or delete the folder."
                 )
         return found
@@ -113,7 +115,10 @@ def _make_trainer(arguments: argparse.Namespace, settings: dict[str, Any], folde
     on_gpu = torch.cuda.is_available()
     # As the training commands do: trained weights are float32.
     student, tokenizer = load_student(replace_arguments(arguments, dtype="float32"), trainable=True)
-    names = ("learning_rate", "num_generations", "max_completion_length", "temperature", "seed", "teacher_beta")
+    names = (
+        *("learning_rate", "num_generations", "max_completion_length", "temperature", "seed"),
+        *("teacher_beta", "teacher_eos_token"),
+    )
     trainer = GKDDistillTrainer(
         model=student,
         args=GKDDistillConfig(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -21,6 +21,8 @@ def from_line(record: type, line: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"it is not a JSON object but {type(values).__name__}.")
     types = get_type_hints(record)
+    # A setting that a later version has added was left at its default.
+    values = {field.name: field.default for field in fields(record) if field.default is None} | values
     if values.keys() != types.keys():
         raise ValueError(f"it has the wrong keys: {', '.join(sorted(values.keys() ^ types.keys()))}.")
     for name, declared in types.items():

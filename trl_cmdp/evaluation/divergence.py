@@ -6,11 +6,23 @@ import torch
 from transformers import PreTrainedModel
 
 from ..core import Comparison, chunked_scores
-from ..teachers import LocalTeacher, RemoteTeacher, ServerTeacher, Teacher, allow_fast_kernel, keep_differentiable
+from ..teachers import (
+    AdapterTeacher,
+    LocalTeacher,
+    OneStopTeacher,
+    RemoteTeacher,
+    ServerTeacher,
+    Teacher,
+    allow_fast_kernel,
+    check_reading,
+    keep_differentiable,
+    load_teacher,
+    misfit,
+)
 from .rollouts import Rollout
 
 
-AnyTeacher = torch.nn.Module | RemoteTeacher | Teacher
+AnyTeacher = str | torch.nn.Module | RemoteTeacher | Teacher
 
 
 def score_rollouts(
@@ -22,6 +34,7 @@ def score_rollouts(
     beta: float = 1.0,
     batch_size: int = 64,
     memory_mb: float | None = None,
+    ends: tuple[int, int] | None = None,
 ) -> list[torch.Tensor]:
     """
     Costs c_t = D(π(.|s_t), μ(.|s_t)) of every completion token, over the full vocabulary.
@@ -31,9 +44,9 @@ def score_rollouts(
             Rollouts, usually the student's own.
         student ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Student. Put in eval mode for the call.
-        teacher ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`], [`~teachers.AdapterTeacher`] or [`~teachers.RemoteTeacher`]):
-            Teacher, of the student's tokenizer: a model in memory (quantised or not), the student's own base, or an
-            exact server.
+        teacher (`str`, [`~transformers.PreTrainedModel`], [`~peft.PeftModel`], [`~teachers.AdapterTeacher`] or [`~teachers.RemoteTeacher`]):
+            Teacher, of the student's tokenizer: a path or hub id, a model in memory (quantised or not), the student's own
+            base, or an exact server.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of both models.
         beta (`float`, *optional*, defaults to `1.0`):
@@ -42,40 +55,64 @@ def score_rollouts(
             Rollouts scored at a time. Does not change the result.
         memory_mb (`float`, *optional*):
             Memory of the vocabulary-sized tiles, in MiB, as in [`~core.chunked_divergence`].
+        ends (`tuple[int, int]`, *optional*):
+            Token ids with which student and teacher end a turn, where they differ and are to count as one stop action:
+            the teacher's probabilities of the two are swapped.
 
     Returns:
         `list[torch.Tensor]`: Costs of shape `(L,)` for each rollout, in nats, on the CPU.
 
     Raises:
-        ValueError: If a cost is not finite, or the server returns log-probabilities only.
+        ValueError: If a cost is not finite, the server returns log-probabilities only, a model cannot be scored exactly, or
+            the teacher cannot read a rollout.
     """
     comparison = Comparison(beta, temperature)
     keep_differentiable(student)  # it may be trained afterwards
-    if isinstance(teacher, PreTrainedModel):
-        allow_fast_kernel(teacher)
     training = student.training
     student.eval()
-    models = LocalTeacher(student), _as_teacher(teacher, student.device)  # a student is read as a teacher is
-    student_head, teacher_head = (model.head() for model in models)
-    costs: list[torch.Tensor] = []
-    for start in range(0, len(rollouts), batch_size):
-        batch = rollouts[start : start + batch_size]
-        input_ids, attention_mask, mask = _collate(batch, student.device)
-        student_hidden, teacher_hidden = (model.hidden_states(input_ids, attention_mask, mask) for model in models)
-        scores = chunked_scores(
-            student_hidden, student_head, teacher_hidden, teacher_head, comparison, memory_mb=memory_mb
-        )
-        costs.extend(scores.costs.cpu().split([len(rollout.completion_ids) for rollout in batch]))
-    student.train(training)
+    try:
+        models = _readers(student, teacher, ends)
+        student_head, teacher_head = (model.head() for model in models)
+        costs: list[torch.Tensor] = []
+        for start in range(0, len(rollouts), batch_size):
+            batch = rollouts[start : start + batch_size]
+            input_ids, attention_mask, mask = _collate(batch, student.device)
+            if (problem := misfit(models[1], input_ids, attention_mask)) is not None:
+                raise ValueError(problem)
+            hidden = [model.hidden_states(input_ids, attention_mask, mask) for model in models]
+            scores = chunked_scores(hidden[0], student_head, hidden[1], teacher_head, comparison, memory_mb=memory_mb)
+            costs.extend(scores.costs.cpu().split([len(rollout.completion_ids) for rollout in batch]))
+    finally:
+        student.train(training)
     if not all(bool(cost.isfinite().all()) for cost in costs):
         raise ValueError("The divergence of a rollout is not finite: check student and teacher for NaN weights.")
     return costs
 
 
-def _as_teacher(teacher: AnyTeacher, device: torch.device) -> Teacher:
+def as_teacher(teacher: AnyTeacher, device: torch.device) -> Teacher:
+    """A teacher that can be asked, from whatever names or holds one."""
+    if isinstance(teacher, dict):
+        raise TypeError("Costs are measured from one teacher at a time: pass one of the `dict`'s values.")
+    if isinstance(teacher, str):
+        teacher = load_teacher(teacher).to(device)  # type: ignore[arg-type]
     if isinstance(teacher, torch.nn.Module):
+        allow_fast_kernel(teacher)
         return LocalTeacher(teacher.eval())
     return ServerTeacher(teacher, device) if isinstance(teacher, RemoteTeacher) else teacher
+
+
+def _readers(
+    student: PreTrainedModel, teacher: AnyTeacher, ends: tuple[int, int] | None
+) -> tuple[LocalTeacher, Teacher]:
+    """Student and teacher, checked. A student is read as a teacher is."""
+    reader, teacher = LocalTeacher(student), as_teacher(teacher, student.device)
+    check_reading("student", student, reader)
+    if isinstance(teacher, LocalTeacher):
+        check_reading("teacher", teacher.module, teacher)
+    elif isinstance(teacher, AdapterTeacher):
+        with teacher.active():
+            check_reading(f"adapter {teacher.adapter_name!r} as a teacher", student, teacher)
+    return reader, teacher if ends is None else OneStopTeacher(teacher, ends)
 
 
 def _collate(batch: Sequence[Rollout], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -14,7 +14,8 @@ from datasets import Dataset
 from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .divergence import AnyTeacher, score_rollouts
+from ..teachers import end_ids
+from .divergence import AnyTeacher, as_teacher, score_rollouts
 from .rollout_records import EvaluationSettings, RolloutRecord, read_rollout_records
 from .rollouts import Rollout, eos_ids, sample_rollouts
 from .summary import check_cost_scope
@@ -59,7 +60,7 @@ def evaluate(
             What to do. `student`, `teacher`, `task` and `split` only name what is passed to this function.
         records_path (`Path`, *optional*):
             Records file, written or resumed. Nothing is written if `None`.
-        teacher ([`~transformers.PreTrainedModel`], [`~teachers.AdapterTeacher`] or [`~teachers.RemoteTeacher`], *optional*):
+        teacher (`str`, [`~transformers.PreTrainedModel`], [`~peft.PeftModel`], [`~teachers.AdapterTeacher`] or [`~teachers.RemoteTeacher`], *optional*):
             Teacher of [`score_rollouts`]. Costs are not measured without one.
         engine (`vllm.LLM`, *optional*):
             What generates if `settings.backend` is `"vllm"`, with the student's weights. The student scores.
@@ -83,6 +84,10 @@ def evaluate(
         from .vllm import sample_rollouts_vllm  # an optional dependency
 
         generate = sample_rollouts_vllm
+    stops = eos_ids(student, tokenizer)
+    ends = end_ids(tokenizer, stops, settings.teacher_eos_token)
+    if teacher is not None:
+        teacher = as_teacher(teacher, student.device)
     batches = _batches(settings)
     total = sum(map(len, batches))
     with _records_file(records_path, settings, batches) as (records, append):
@@ -113,9 +118,9 @@ def evaluate(
                     temperature=settings.temperature,
                     beta=settings.teacher_beta,
                     batch_size=scoring_batch_size,
+                    ends=ends,
                 )
             correct = _correct(reward, batch_rows, rollouts)
-            end_ids = eos_ids(student, tokenizer)
             new = [
                 RolloutRecord(
                     *key,
@@ -125,7 +130,7 @@ def evaluate(
                     completion=rollout.completion,
                     completion_ids=rollout.completion_ids,
                     tokens=[str(tokenizer.decode([token])) for token in rollout.completion_ids],
-                    truncated=_is_truncated(rollout.completion_ids, settings.max_new_tokens, end_ids),
+                    truncated=_is_truncated(rollout.completion_ids, settings.max_new_tokens, stops),
                     right=is_correct,
                     # A cost of 0 comes as a number around it: no "-0.0".
                     costs=None if cost is None else [round(value, 6) + 0.0 for value in cost.tolist()],

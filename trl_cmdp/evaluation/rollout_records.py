@@ -50,6 +50,8 @@ class EvaluationSettings:
             What generates: `"transformers"` or `"vllm"`.
         teacher_beta (`float`, *optional*, defaults to `1.0`):
             Divergence: 1 reverse KL, 0 forward KL, generalised JSD between.
+        teacher_eos_token (`str`, *optional*):
+            Token with which the teacher ends a turn, where it counts as the student's.
         cost_limit (`float`, *optional*, defaults to `0.35`):
             Limit, in the unit of the scope.
         cost_scope (`str`, *optional*, defaults to `"mean"`):
@@ -75,6 +77,7 @@ class EvaluationSettings:
     batch_size: int = 32
     backend: Literal["transformers", "vllm"] = "transformers"
     teacher_beta: float = 1.0
+    teacher_eos_token: str | None = None
     cost_limit: float = COST_LIMIT
     cost_scope: CostScope = COST_SCOPE
     versions: dict[str, str] = field(default_factory=library_versions)

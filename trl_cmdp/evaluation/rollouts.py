@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..teachers import base_model, keep_differentiable
+from ..teachers import base_model, keep_differentiable, stop_ids
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ def sample_rollouts(
     Returns:
         `list[Rollout]`: Rollouts in the order of the prompts.
     """
+    end_ids = eos_ids(model, tokenizer)
     if tokenizer.pad_token_id is None:
         raise ValueError("The tokenizer has no padding token. Set `tokenizer.pad_token`, for example to its EOS.")
-    end_ids = eos_ids(model, tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=not greedy,
@@ -130,6 +130,4 @@ def _no_own_generation_config(model: PreTrainedModel) -> Iterator[None]:
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that the model declares to end a completion, and the tokenizer's."""
-    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = declared if isinstance(declared, list) else [] if declared is None else [declared]
-    return [*ids, *([] if tokenizer.eos_token_id in ids else [tokenizer.eos_token_id])]
+    return stop_ids(tokenizer, base_model(model).generation_config)

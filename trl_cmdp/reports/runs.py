@@ -16,7 +16,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What has to be equal for two students to stand in one table.
 _SHARED_SETTINGS = (
     *PROBLEM_SETTINGS,
-    *("temperature", "max_new_tokens", "teacher", "teacher_beta", "cost_limit", "cost_scope"),
+    *("temperature", "max_new_tokens", "teacher", "teacher_beta", "teacher_eos_token", "cost_limit", "cost_scope"),
 )
 
 

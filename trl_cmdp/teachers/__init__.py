@@ -1,9 +1,21 @@
 """Teachers, one file per backend, and what is read of any model."""
 
 from .adapter import AdapterTeacher
-from .local import LocalTeacher, check_vocabulary, load_teacher
-from .models import backbone, base_model, last_hidden_state, lm_head, predicting
+from .agreement import check_vocabulary, end_ids, stop_ids, teacher_generation_config, warn_of_another_end
+from .local import LocalTeacher, load_teacher
+from .models import (
+    LeftAligned,
+    backbone,
+    base_model,
+    is_plain_linear,
+    last_hidden_state,
+    lm_head,
+    predicting,
+    read_head,
+)
+from .one_stop import OneStopTeacher, swapped
 from .quantized import allow_fast_kernel, keep_differentiable
+from .readable import check_reading, differ, misfit, probe_rows
 from .remote import EXACT_SERVER_COMMAND, RemoteTeacher, TeacherServerError
 from .server_teacher import ServerTeacher
 from .teacher import Teacher
@@ -12,7 +24,9 @@ from .teacher import Teacher
 __all__ = [
     "EXACT_SERVER_COMMAND",
     "AdapterTeacher",
+    "LeftAligned",
     "LocalTeacher",
+    "OneStopTeacher",
     "RemoteTeacher",
     "ServerTeacher",
     "Teacher",
@@ -20,10 +34,21 @@ __all__ = [
     "allow_fast_kernel",
     "backbone",
     "base_model",
+    "check_reading",
     "check_vocabulary",
+    "differ",
+    "end_ids",
+    "is_plain_linear",
     "keep_differentiable",
     "last_hidden_state",
     "lm_head",
     "load_teacher",
+    "misfit",
     "predicting",
+    "probe_rows",
+    "read_head",
+    "stop_ids",
+    "swapped",
+    "teacher_generation_config",
+    "warn_of_another_end",
 ]

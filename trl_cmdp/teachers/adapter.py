@@ -33,37 +33,37 @@ class AdapterTeacher:
     exact = True
 
     def __init__(self, student: torch.nn.Module, accelerator: Accelerator | None, adapter_name: str):
-        self._adapter_name = adapter_name
+        self.adapter_name = adapter_name
         self._peft_model = student if accelerator is None else accelerator.unwrap_model(student)
         self._check()
         self._local = LocalTeacher(student, accelerator)  # with whichever adapter is active
-        self.vocab_size = self._local.vocab_size
+        self.vocab_size, self.max_length = self._local.vocab_size, self._local.max_length
 
     def _check(self) -> None:
         from peft import PeftModel  # an optional dependency
 
         if not isinstance(self._peft_model, PeftModel):
             raise ValueError(
-                f"`teacher_adapter_name={self._adapter_name!r}` makes the student's own base model its teacher, so the "
+                f"`teacher_adapter_name={self.adapter_name!r}` makes the student's own base model its teacher, so the "
                 "student must train an adapter: pass `peft_config`, or a `PeftModel` as `model`."
             )
         adapters, active = sorted(self._peft_model.peft_config), self._peft_model.active_adapter
-        if self._adapter_name == BASE:
+        if self.adapter_name == BASE:
             return
-        if self._adapter_name not in adapters:
+        if self.adapter_name not in adapters:
             raise ValueError(
-                f"The student has no adapter {self._adapter_name!r}, only {adapters}. Load it before training, "
-                f"`model.load_adapter(path, {self._adapter_name!r})`, or set `teacher_adapter_name='base'` for the "
+                f"The student has no adapter {self.adapter_name!r}, only {adapters}. Load it before training, "
+                f"`model.load_adapter(path, {self.adapter_name!r})`, or set `teacher_adapter_name='base'` for the "
                 "base model alone."
             )
-        if self._adapter_name == active:
+        if self.adapter_name == active:
             raise ValueError(
-                f"`teacher_adapter_name={self._adapter_name!r}` is the adapter that is being trained, so the teacher "
+                f"`teacher_adapter_name={self.adapter_name!r}` is the adapter that is being trained, so the teacher "
                 "would change with the student. Load the teacher's adapter under another name."
             )
 
     @contextmanager
-    def _as_teacher(self) -> Iterator[None]:
+    def active(self) -> Iterator[None]:
         """The student's modules, made the teacher: its adapter, no dropout. Everything is put back afterwards."""
         model = self._peft_model
         training, student_adapter = model.training, model.active_adapter
@@ -71,11 +71,11 @@ class AdapterTeacher:
         trainable = [parameter.requires_grad for parameter in model.parameters()]
         model.eval()
         try:
-            if self._adapter_name == BASE:
+            if self.adapter_name == BASE:
                 with model.disable_adapter():
                     yield
             else:
-                model.set_adapter(self._adapter_name)
+                model.set_adapter(self.adapter_name)
                 yield
         finally:
             model.set_adapter(student_adapter)
@@ -85,10 +85,10 @@ class AdapterTeacher:
 
     def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Hidden states (N, H), see [`Teacher`]."""
-        with self._as_teacher():
+        with self.active():
             return self._local.hidden_states(input_ids, attention_mask, mask)
 
     def head(self) -> Head:
         """Head of the base model, or of the teacher's adapter if that has one of its own (`modules_to_save`)."""
-        with self._as_teacher():
+        with self.active():
             return self._local.head()

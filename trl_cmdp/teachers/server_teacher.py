@@ -28,6 +28,7 @@ class ServerTeacher:
     ):
         self.remote, self._on_any_process = remote, on_any_process
         self.exact, self.vocab_size = remote.exact, remote.vocab_size
+        self.max_length = None  # the server says itself what is too long
         self._head = None if remote.head is None else remote.head.to(device)
 
     def head(self) -> Head:

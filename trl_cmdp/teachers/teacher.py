@@ -15,10 +15,12 @@ class Teacher(Protocol):
         exact (`bool`): Whether it has hidden states and a head, and so the divergence over the full vocabulary. One that
             is not knows log-probabilities alone.
         vocab_size (`int`): Number of token ids that it can read.
+        max_length (`int` or `None`): Length of the longest sequence that it can read, `None` if nothing here bounds it.
     """
 
     exact: bool
     vocab_size: int
+    max_length: int | None
 
     def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """

@@ -49,6 +49,10 @@ class DistillConfig(GRPOConfig):
             Seconds that training waits for a server that is gone before it stops with an error.
         teacher_model_server_top_k (`int`, *optional*, defaults to `0`):
             With a completion server, log `teacher/divergence_lower_bound` from the teacher's k likeliest tokens.
+        teacher_eos_token (`str`, *optional*):
+            Token with which the teacher ends a turn, where the student ends it with another (`"<|im_end|>"` of an instruct
+            teacher over a base student's `"<|endoftext|>"`). The teacher's probabilities of the two are swapped, so that
+            both are one stop action.
         teacher_beta (`float`, *optional*, defaults to `1.0`):
             Divergence D: `1.0` is reverse KL(student‖teacher), `0.0` forward KL(teacher‖student), generalised JSD
             between. The convention of TRL's `DistillationConfig.beta`.
@@ -82,6 +86,7 @@ class DistillConfig(GRPOConfig):
     teacher_model_server_timeout: float = 120.0
     teacher_model_server_max_wait: float = 600.0
     teacher_model_server_top_k: int = 0
+    teacher_eos_token: str | None = None
     teacher_beta: float = 1.0
     teacher_prob_floor: float = 0.0
     divergence_memory_mb: float | None = None

@@ -15,7 +15,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
 from ...core.signal import Rollouts, Signal
-from ...teachers import base_model
+from ...teachers import OneStopTeacher, base_model, end_ids, stop_ids
 from ..telemetry.card import DistillationFacts, describe_cost, describe_limit, describe_teacher, write_model_card
 from ..telemetry.hub import warn_if_failed
 from ..telemetry.metrics import DistillMetrics
@@ -36,6 +36,7 @@ from .off_policy_trainer import OffPolicyGRPOTrainer
 from .policy_loss import loss_mask, policy_token_weight
 from .processes import gather_rows, on_any_process
 from .scoring import RolloutScorer
+from .student import prepare_student
 from .teachers import Teacher, TeacherModel, make_teachers, teacher_index
 
 
@@ -114,16 +115,24 @@ class DistillTrainer(OffPolicyGRPOTrainer):
             check_reward_columns(self.reward_funcs, self.reward_func_names, self.train_dataset, self.eval_dataset)
 
         self.command = sys.argv  # what the model card says that made the run; secrets are hidden there
+        if with_teacher:  # before a teacher is loaded
+            stops = stop_ids(self._tokenizer, base_model(self.accelerator.unwrap_model(self.model)).generation_config)
+            self._ends = end_ids(self._tokenizer, stops, args.teacher_eos_token)
         self.teachers: dict[str, Teacher] = make_teachers(self, teacher_model) if with_teacher else {}
         if not self.teachers:
             return
         if self._samples_from_teacher:
             self._sampling_teacher()  # refuse before training what cannot sample
+        prepare_student(self)
         student = base_model(self.accelerator.unwrap_model(self.model))
         # DeepSpeed may have the head partitioned again by the time of a backward that reads it.
         fused = not (args.cast_lm_head_to_fp32 or self.is_deepspeed_enabled)
         self._student_forward = StudentForward(student, args, maybe_gather_lm_head_ctx, fused)
-        self._scorer = RolloutScorer(self.teachers, self._student_forward, self.accelerator, args)
+        teachers = {
+            name: teacher if self._ends is None else OneStopTeacher(teacher, self._ends)
+            for name, teacher in self.teachers.items()
+        }
+        self._scorer = RolloutScorer(teachers, self._student_forward, self.accelerator, args)
         self._rewards_per_func: torch.Tensor | None = None
         tolerated = args.tolerated_violation_rate if selects else None
         self._distill_metrics = DistillMetrics(list(self.teachers), tolerated)

@@ -20,7 +20,7 @@ from ...core import (
     chunked_scores,
     default_memory_mb,
 )
-from ...teachers import backbone, last_hidden_state, lm_head, predicting
+from ...teachers import LeftAligned, backbone, last_hidden_state, predicting, read_head, swapped
 from .config import DistillConfig
 
 
@@ -108,7 +108,7 @@ class StudentForward:
         self._mixture: _TeacherMixture | None = None
         self._fused_forward = student.forward
 
-        @functools.wraps(student.forward)
+        @functools.wraps(type(student).forward)  # PEFT and `generate` look at its signature
         def forward(_, *args, **kwargs):
             return self._forward(*args, **kwargs)
 
@@ -124,9 +124,12 @@ class StudentForward:
             self._request = None
 
     @contextmanager
-    def mixing(self, alpha: float, teacher: torch.nn.Module):
-        """Generation inside samples from α·teacher + (1 − α)·student, both at the training temperature."""
-        self._mixture = _TeacherMixture(alpha, teacher, self._comparison.temperature)
+    def mixing(self, alpha: float, teacher: torch.nn.Module, ends: tuple[int, int] | None = None):
+        """
+        Generation inside samples from α·teacher + (1 − α)·student, both at the training temperature. `ends` are as in
+        [`OneStopTeacher`].
+        """
+        self._mixture = _TeacherMixture(alpha, teacher, self._comparison.temperature, ends)
         try:
             yield
         finally:
@@ -141,7 +144,7 @@ class StudentForward:
             return outputs
         if request.weights is None:
             kwargs.pop("labels", None)  # PEFT passes it on as None
-            hidden = last_hidden_state(self._student, **kwargs)
+            hidden = self._last_hidden_state(**kwargs)
             self._score(request, predicting(hidden, request.scored_mask.size(1)))
             return hidden
         if self._fused and len(request.teachers) == 1 and not kwargs.get("output_router_logits"):
@@ -151,18 +154,21 @@ class StudentForward:
             lambda module, inputs, output: captured.append(output.last_hidden_state)
         )
         try:
-            outputs = self._fused_forward(*args, **kwargs)
+            rows, outputs = left_aligned_outputs(self._fused_forward, **kwargs)
         finally:
             hook.remove()
-        self._differentiate(request, predicting(captured[0], request.weights.size(1)))
+        self._differentiate(request, predicting(rows.restore(captured[0]), request.weights.size(1)))
         return outputs
+
+    def _last_hidden_state(self, **model_inputs: Any) -> torch.Tensor:
+        return last_hidden_state(self._fused_forward, self._student.get_output_embeddings(), **model_inputs)
 
     def _differentiate_fused(
         self, request: DivergenceRequest, *, labels: torch.Tensor, fused_lm_head: bool, **model_inputs: Any
     ) -> FusedCausalLMOutput:
         """TRL's outputs and the loss Σ weights·divergences from one projection of the student's hidden states."""
         (states,) = request.teachers
-        hidden = last_hidden_state(self._student, **model_inputs)[:, :-1]
+        hidden = self._last_hidden_state(**model_inputs)[:, :-1]
         labels = labels[:, 1:]
         mask = labels != -100  # (B, P + T - 1), the positions that TRL wants log-probabilities of
         weights = torch.nn.functional.pad(request.weights, (labels.size(1) - request.weights.size(1), 0))[mask]  # (N,)
@@ -170,7 +176,7 @@ class StudentForward:
         teacher_hidden = (
             states.hidden if weighted.equal(states.mask) else states.hidden[weighted[states.mask]]
         )  # (M, H_t)
-        head = lm_head(self._student)
+        head = read_head(self._student)
         with self._gathered_head(head.weight, head.bias), self._gathered_head(states.head.weight, states.head.bias):
             log_probs, entropy, request.loss, costs = self._in_tiles(
                 chunked_policy_divergence,
@@ -192,7 +198,7 @@ class StudentForward:
     def _differentiate(self, request: DivergenceRequest, hidden: torch.Tensor) -> None:
         """Set the loss Σ weights·divergences, with gradient to the student's hidden states (B, T, H) and head."""
         request.loss = hidden.new_zeros((), dtype=torch.float32)
-        head = lm_head(self._student)
+        head = read_head(self._student)
         for states in request.teachers:
             with (
                 self._gathered_head(head.weight, head.bias),
@@ -212,7 +218,7 @@ class StudentForward:
 
     def _score(self, request: DivergenceRequest, hidden: torch.Tensor) -> None:
         """Set the scores, without gradient."""
-        head = lm_head(self._student)
+        head = read_head(self._student)
         for states in request.teachers:
             token_ids = None if request.token_ids is None else request.token_ids[states.mask]
             with (
@@ -266,17 +272,54 @@ class StudentForward:
         request.scores[name][mask] = values
 
 
+def left_aligned_outputs(
+    forward: Callable[..., FusedCausalLMOutput], *, labels: torch.Tensor, **model_inputs: Any
+) -> tuple[LeftAligned, FusedCausalLMOutput]:
+    """TRL's outputs of a fused forward, computed of the rows without the padding on their left, and these rows."""
+    rows = LeftAligned(model_inputs)
+    outputs = forward(labels=rows.align(labels), **rows.inputs)
+    unscored = labels[:, 1:] == -100
+    for name in ("log_probs", "entropy"):
+        if outputs[name] is not None:
+            moved = rows.restore(torch.nn.functional.pad(outputs[name], (1, 0)))  # (B, L)
+            outputs[name] = moved[:, 1:].masked_fill(unscored, 0.0)
+    return rows, outputs
+
+
+def score_without_left_padding(model: PreTrainedModel) -> None:
+    """
+    Let a fused forward read its rows without the padding on their left, as they were sampled: TRL's own loss of a model
+    whose positions are a table counts the padding among them.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model that TRL has given a fused head, patched in place.
+    """
+    fused_forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(_, *args, **kwargs):
+        if kwargs.get("fused_lm_head"):
+            return left_aligned_outputs(fused_forward, **kwargs)[1]
+        return fused_forward(*args, **kwargs)
+
+    model.forward = forward.__get__(model)
+
+
 class _TeacherMixture:
     """Mixes the teacher into each generation step's logits. It keeps the teacher's own cache of the same tokens."""
 
-    def __init__(self, alpha: float, teacher: torch.nn.Module, temperature: float):
-        self._alpha, self._teacher, self._temperature = alpha, teacher, temperature
+    def __init__(self, alpha: float, teacher: torch.nn.Module, temperature: float, ends: tuple[int, int] | None):
+        self._alpha, self._teacher, self._temperature, self._ends = alpha, teacher, temperature, ends
         self._cache = DynamicCache()
 
     def __call__(self, logits: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Logits (B, 1, V) that, divided by the temperature, are the mixture's log-probabilities."""
         inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in kwargs}
         teacher_logits = self._teacher(**inputs, past_key_values=self._cache, use_cache=True).logits
+        if self._ends is not None:
+            tokens = torch.arange(teacher_logits.size(-1), device=teacher_logits.device)
+            teacher_logits = teacher_logits[..., swapped(tokens, self._ends)]
         shared = min(logits.size(-1), teacher_logits.size(-1))
         last = slice(-logits.size(1), None)
         student_logps = (logits[..., :shared].float() / self._temperature).log_softmax(-1)

@@ -23,6 +23,7 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
     _student_forward: StudentForward
     _teacher_mixed_alpha = 0.0  # share of the teacher in what training rollouts are sampled from
     _samples_from_teacher = False
+    _ends: tuple[int, int] | None = None  # of a turn, the student's and the teacher's, where both are one stop action
     _rows: list[dict[str, Any]]  # of the dataset, that are being generated for
 
     @property
@@ -49,7 +50,10 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
         if completions is not None:
             return completions, None
         alpha = self._teacher_mixed_alpha if training else 0.0
-        with self._student_forward.mixing(alpha, self._sampling_teacher()) if alpha > 0 else nullcontext():
+        mixed = (
+            self._student_forward.mixing(alpha, self._sampling_teacher(), self._ends) if alpha > 0 else nullcontext()
+        )
+        with mixed:
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
             )
@@ -66,16 +70,27 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
 
     def _teacher_completions(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """Completions sampled from the teacher: TRL's own generation, with the teacher in the student's place."""
-        student = self.model_wrapped
+        student, stops = self.model_wrapped, self.eos_token_ids
         backends = self.use_vllm, self.use_transformers_continuous_batching
         self.model_wrapped = self._sampling_teacher()
         self.use_vllm = self.use_transformers_continuous_batching = False
+        if self._ends is not None:
+            self.eos_token_ids = self.generation_config.eos_token_id = [*stops, self._ends[1]]
         try:
             completions, _ = super()._generate_single_turn(prompt_ids, None, {}, self.num_generations)
         finally:
             self.model_wrapped = student
             self.use_vllm, self.use_transformers_continuous_batching = backends
-        return completions
+            if self._ends is not None:
+                self.eos_token_ids = self.generation_config.eos_token_id = stops
+        return [self._with_own_end(ids) for ids in completions]
+
+    def _with_own_end(self, token_ids: list[int]) -> list[int]:
+        """A completion of the teacher's, or of a chat template that ends a turn as the teacher does, with our end."""
+        if self._ends is None:
+            return token_ids
+        own, teachers = self._ends
+        return [own if token == teachers else token for token in token_ids]
 
     def _dataset_completions(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """The dataset's own completions of the rows, as the token ids that a student would have written."""
@@ -105,7 +120,7 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
                         "The chat template does not continue its own prompt when the completion is added, so the "
                         "completion's tokens cannot be told apart. Give `prompt` and `completion` as text."
                     )
-                tokens = whole[len(ids) :]
+                tokens = self._with_own_end(whole[len(ids) :])
                 # What a template writes after the end of the turn (a newline), no student ever does.
                 ends = [position for position, token in enumerate(tokens) if token in self.eos_token_ids]
                 tokens = tokens[: ends[-1] + 1] if ends else tokens

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from ...core import top_k_divergence_lower_bound
-from ...teachers import ServerTeacher, Teacher
+from ...teachers import OneStopTeacher, ServerTeacher, Teacher, misfit
 from .config import DistillConfig
 from .forward import DivergenceRequest, StudentForward, TeacherStates
 from .processes import on_any_process
@@ -73,9 +73,9 @@ class RolloutScorer:
             [`Rollouts`], and each rollout's teacher hidden states `(L, H_t)`, `None` if they do not fit.
 
         Raises:
-            ValueError: If a score is not finite, or a token is beyond the teacher's vocabulary, on any process.
+            ValueError: If a score is not finite, or a teacher cannot read a rollout, on any process.
         """
-        self._check_token_ids(inputs, step)
+        self._check_fit(inputs, step)
         teachers = list(self._teachers.values())
         exact = all(teacher.exact for teacher in teachers)
         scores: dict[str, torch.Tensor] = {}
@@ -111,7 +111,7 @@ class RolloutScorer:
     def _score_log_probs(
         self,
         student: torch.nn.Module,
-        teacher: ServerTeacher,
+        teacher: ServerTeacher | OneStopTeacher,
         inputs: dict[str, torch.Tensor],
         mask: torch.Tensor,
         token_ids: torch.Tensor,
@@ -194,12 +194,13 @@ class RolloutScorer:
                     parts[row] = hidden.cpu() if self._args.teacher_hidden_offload else hidden
         return [parts[row] if row in parts else states[0].hidden[:0] for row in range(len(mask))]
 
-    def _check_token_ids(self, inputs: dict[str, Any], step: int) -> None:
-        vocab_size = min(teacher.vocab_size for teacher in self._teachers.values())
-        if on_any_process(self._accelerator, (_model_inputs(inputs)["input_ids"] >= vocab_size).any()):
+    def _check_fit(self, inputs: dict[str, Any], step: int) -> None:
+        teachers = list(self._teachers.values())
+        model_inputs = _model_inputs(inputs)
+        problem = next(filter(None, (misfit(teacher, **model_inputs) for teacher in teachers)), None)
+        if on_any_process(self._accelerator, problem is not None):
             raise ValueError(
-                f"The student produced a token id beyond the teacher's {vocab_size} (its padding, which no text has) "
-                f"at step {step}. Suppress those ids with `generation_kwargs={{'suppress_tokens': [...]}}`."
+                f"At step {step}: {problem or 'a rollout of another process does not fit, see its error.'}"
             )
 
     def _raise_not_finite(self, teacher_failed: bool, step: int) -> None:

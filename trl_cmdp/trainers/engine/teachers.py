@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig
 from trl import GRPOTrainer
 from trl.models.utils import prepare_deepspeed
 
@@ -16,30 +16,41 @@ from ...teachers import (
     ServerTeacher,
     Teacher,
     base_model,
+    check_reading,
     check_vocabulary,
     load_teacher,
+    teacher_generation_config,
+    warn_of_another_end,
 )
 from .checks import check_teacher_column, check_teacher_name
+from .config import DistillConfig
 from .processes import on_any_process
 
 
-TeacherModel = str | PreTrainedModel | dict[str, str | PreTrainedModel]
+OneTeacher = str | torch.nn.Module | RemoteTeacher | LocalTeacher | AdapterTeacher
+TeacherModel = OneTeacher | dict[str, OneTeacher]
 
 
 def make_teachers(trainer: GRPOTrainer, teacher_model: TeacherModel | None) -> dict[str, Teacher]:
     """Teachers by name, loaded, checked against the student and prepared for its devices."""
     args = trainer.args
-    if args.teacher_adapter_name is not None:
-        adapter_teacher = AdapterTeacher(trainer.model, trainer.accelerator, args.teacher_adapter_name)
-        return {args.teacher_adapter_name: adapter_teacher}
-    if args.teacher_model_server_url is not None:
-        return {"teacher": _server_teacher(trainer, teacher_model)}
-    if not isinstance(teacher_model, dict):
-        return {"teacher": _local_teacher(trainer, teacher_model)}
-    if not teacher_model:
-        raise ValueError("`teacher_model` is an empty dict. Name at least one teacher.")
-    check_teacher_column(list(teacher_model), trainer.train_dataset, trainer.eval_dataset)
-    return {name: _local_teacher(trainer, model) for name, model in teacher_model.items()}
+    if isinstance(teacher_model, dict):
+        if not teacher_model:
+            raise ValueError("`teacher_model` is an empty dict. Name at least one teacher.")
+        check_teacher_column(list(teacher_model), trainer.train_dataset, trainer.eval_dataset)
+        return {name: _make_teacher(trainer, model) for name, model in teacher_model.items()}
+    if args.teacher_adapter_name is not None or isinstance(teacher_model, AdapterTeacher):
+        name = args.teacher_adapter_name or teacher_model.adapter_name
+        return {name: _adapter_teacher(trainer, name)}
+    return {"teacher": _make_teacher(trainer, teacher_model)}
+
+
+def _make_teacher(trainer: GRPOTrainer, model: OneTeacher | None) -> Teacher:
+    if isinstance(model, AdapterTeacher):
+        return _adapter_teacher(trainer, model.adapter_name)
+    if trainer.args.teacher_model_server_url is not None or isinstance(model, RemoteTeacher):
+        return _server_teacher(trainer, model)
+    return _local_teacher(trainer, model.module if isinstance(model, LocalTeacher) else model)
 
 
 def teacher_index(rows: list[dict[str, Any]], teachers: list[str], device: torch.device) -> torch.Tensor:
@@ -51,7 +62,15 @@ def teacher_index(rows: list[dict[str, Any]], teachers: list[str], device: torch
     return torch.tensor([teachers.index(row["teacher"]) for row in rows], device=device)
 
 
-def _local_teacher(trainer: GRPOTrainer, model: str | PreTrainedModel) -> LocalTeacher:
+def _adapter_teacher(trainer: GRPOTrainer, name: str) -> AdapterTeacher:
+    teacher = AdapterTeacher(trainer.model, trainer.accelerator, name)
+    if not trainer.is_deepspeed_enabled and trainer.model.device == trainer.accelerator.device:
+        with teacher.active():
+            check_reading(f"adapter {name!r} as a teacher", trainer.accelerator.unwrap_model(trainer.model), teacher)
+    return teacher
+
+
+def _local_teacher(trainer: GRPOTrainer, model: str | torch.nn.Module) -> LocalTeacher:
     args, accelerator = trainer.args, trainer.accelerator
     # Before the teacher is frozen, which would freeze what it shares with the student.
     trained = {id(parameter) for parameter in trainer.model.parameters()}
@@ -61,25 +80,33 @@ def _local_teacher(trainer: GRPOTrainer, model: str | PreTrainedModel) -> LocalT
             "another instance, or the teacher's path. For a student that trains an adapter, "
             "`teacher_adapter_name='base'` takes its base model as the teacher."
         )
-    teacher = load_teacher(model, args.teacher_model_revision, args.teacher_model_init_kwargs)
-    check_vocabulary(base_model(accelerator.unwrap_model(trainer.model)), trainer._tokenizer, teacher.config)
+    model = load_teacher(model, args.teacher_model_revision, args.teacher_model_init_kwargs)
+    _check_agreement(trainer, model.config, model.generation_config)
     if trainer.is_deepspeed_enabled:
-        return LocalTeacher(prepare_deepspeed(teacher, accelerator), accelerator)
-    return LocalTeacher(accelerator.prepare_model(teacher, evaluation_mode=True), accelerator)
+        return LocalTeacher(prepare_deepspeed(model, accelerator), accelerator)
+    teacher = LocalTeacher(accelerator.prepare_model(model, evaluation_mode=True), accelerator)
+    check_reading("teacher", teacher.module, teacher)
+    if teacher.max_length is not None and args.max_completion_length >= teacher.max_length:
+        raise ValueError(
+            f"`max_completion_length={args.max_completion_length}` leaves no room for a prompt in the {teacher.max_length} "
+            "positions of the teacher. Lower it, or use a teacher with more positions."
+        )
+    return teacher
 
 
-def _server_teacher(trainer: GRPOTrainer, model: str | None) -> ServerTeacher:
-    args = trainer.args
-    remote = RemoteTeacher(
-        args.teacher_model_server_url,
-        args.teacher_model_server_api_key,
-        model=model,
-        revision=args.teacher_model_revision,
-        timeout=args.teacher_model_server_timeout,
-        max_wait=args.teacher_model_server_max_wait,
-    )
+def _check_agreement(
+    trainer: GRPOTrainer, teacher_config: PretrainedConfig, generation_config: GenerationConfig | None
+) -> None:
     student = base_model(trainer.accelerator.unwrap_model(trainer.model))
-    check_vocabulary(student, trainer._tokenizer, remote.config)
+    teacher_tokenizer = check_vocabulary(student, trainer._tokenizer, teacher_config)
+    if trainer.args.teacher_eos_token is None:
+        warn_of_another_end(trainer._tokenizer, trainer.eos_token_ids, teacher_tokenizer, generation_config)
+
+
+def _server_teacher(trainer: GRPOTrainer, model: str | RemoteTeacher | None) -> ServerTeacher:
+    args = trainer.args
+    remote = model if isinstance(model, RemoteTeacher) else _connect(args, model)
+    _check_agreement(trainer, remote.config, teacher_generation_config(remote.config.name_or_path))
     if args.max_completion_length >= remote.max_model_len:
         raise ValueError(
             f"`max_completion_length={args.max_completion_length}` leaves no room for a prompt in the teacher server's "
@@ -101,3 +128,14 @@ def _server_teacher(trainer: GRPOTrainer, model: str | None) -> ServerTeacher:
             f"`temperature=1.0` and `teacher_prob_floor=0`, or start an exact server: {EXACT_SERVER_COMMAND}"
         )
     return teacher
+
+
+def _connect(args: DistillConfig, model: str | None) -> RemoteTeacher:
+    return RemoteTeacher(
+        args.teacher_model_server_url,
+        args.teacher_model_server_api_key,
+        model=model,
+        revision=args.teacher_model_revision,
+        timeout=args.teacher_model_server_timeout,
+        max_wait=args.teacher_model_server_max_wait,
+    )

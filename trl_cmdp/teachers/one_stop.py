@@ -1,0 +1,73 @@
+"""A teacher whose end of turn counts as the student's."""
+
+from dataclasses import replace
+
+import torch
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from ..core import Head
+from .server_teacher import ServerTeacher
+from .teacher import Teacher
+
+
+class OneStopTeacher:
+    """
+    A [`Teacher`] that ends a turn with another token than the student, where both are meant to be one stop action: its
+    probabilities of the two tokens are swapped, in everything that is asked of it.
+
+    Args:
+        teacher ([`Teacher`]):
+            Teacher.
+        ends (`tuple[int, int]`):
+            Token ids with which student and teacher end a turn.
+    """
+
+    def __init__(self, teacher: Teacher, ends: tuple[int, int]):
+        self._teacher, self._ends = teacher, ends
+        self.exact, self.vocab_size, self.max_length = teacher.exact, teacher.vocab_size, teacher.max_length
+        self._head: Head | None = None
+
+    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Hidden states (N, H), see [`Teacher`]. The teacher reads the student's tokens as they are."""
+        return self._teacher.hidden_states(input_ids, attention_mask, mask)
+
+    def head(self) -> Head:
+        """The teacher's head with two rows swapped: a copy, which is kept, as a teacher does not change."""
+        if self._head is None:
+            head = self._teacher.head()
+            with maybe_gather_lm_head_ctx(head.weight, head.bias):
+                rows = torch.arange(head.vocab_size, device=head.weight.device)
+                rows = swapped(rows, self._ends)
+                self._head = replace(
+                    head,
+                    weight=head.weight.detach()[rows],
+                    bias=None if head.bias is None else head.bias.detach()[rows],
+                )
+        return self._head
+
+    def log_probs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """As [`ServerTeacher.log_probs`]."""
+        return self._server.log_probs(self._asked(input_ids, mask), attention_mask, mask)
+
+    def top_k(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As [`ServerTeacher.top_k`]."""
+        token_ids, logps = self._server.top_k(self._asked(input_ids, mask), attention_mask, mask, k)
+        return swapped(token_ids, self._ends), logps
+
+    @property
+    def _server(self) -> ServerTeacher:
+        assert isinstance(self._teacher, ServerTeacher)  # what else has log-probabilities alone
+        return self._teacher
+
+    def _asked(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        # A server gives the probability of the tokens that it reads: the end of a completion, which nothing follows.
+        prompts, completions = input_ids.split([input_ids.size(1) - mask.size(1), mask.size(1)], dim=1)
+        return torch.cat([prompts, swapped(completions, self._ends)], dim=1)
+
+
+def swapped(token_ids: torch.Tensor, ends: tuple[int, int]) -> torch.Tensor:
+    """Token ids in which each of two takes the other's part."""
+    first, second = ends
+    return torch.where(token_ids == first, second, torch.where(token_ids == second, first, token_ids))

@@ -1,0 +1,106 @@
+"""Whether a model can be scored: that what is read of it is what it says itself, and that it can read the rollouts."""
+
+import torch
+
+from ..core import chunked_log_probs
+from .models import base_model
+from .teacher import Teacher
+
+
+# Share of its size by which a vector may differ and still be the same: half precision and quantised kernels stay below.
+_ROUNDING = 0.05
+_LENGTHS = (5, 8)
+
+
+@torch.no_grad()
+def check_reading(role: str, module: torch.nn.Module, teacher: Teacher) -> None:
+    """
+    Check that a model's hidden states and head, read beside another row, give the log-probabilities that the model gives
+    by itself. Adapters and architectures of which that is not so are refused by name.
+
+    Args:
+        role (`str`):
+            What the model is, for the message.
+        module (`torch.nn.Module`):
+            The model, in eval mode.
+        teacher ([`Teacher`]):
+            How it is read.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    name = _name(module)
+    input_ids, attention_mask, short = probe_rows(teacher.vocab_size, next(module.parameters()).device)
+    mask = torch.zeros(2, _LENGTHS[0] - 1, dtype=torch.bool, device=input_ids.device)
+    mask[0] = True
+    try:
+        own = module(input_ids=short, attention_mask=torch.ones_like(short)).logits[0, :-1].float()  # (4, V)
+        hidden, head = teacher.hidden_states(input_ids, attention_mask, mask), teacher.head()
+    except (AttributeError, IndexError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+        raise ValueError(
+            f"The {role}, {name}, cannot be scored: from token ids and an attention mask alone it gives no next-token "
+            f"distributions that can be read ({type(error).__name__}: {error}). Use another model, or merge its adapter."
+        ) from error
+    vocab_size = min(own.size(-1), head.vocab_size)
+    tokens = torch.linspace(0, vocab_size - 1, 16, device=own.device).long()
+    read = chunked_log_probs(hidden, head.first(vocab_size), tokens.expand(len(hidden), -1))  # (4, 16)
+    if differ(read, own[:, :vocab_size].log_softmax(-1)[:, tokens]):
+        raise ValueError(
+            f"The {role}, {name}, cannot be scored exactly: the log-probabilities read from its hidden states and head "
+            "are not those of the model itself, or change with what stands beside a rollout in a batch. Use another "
+            "model or adapter, or merge the adapter (`merge_and_unload`)."
+        )
+
+
+def probe_rows(vocab_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids and attention mask (2, 8) of a row of five tokens, padded on the left, beside one of eight; and the five alone."""
+    short, long = _LENGTHS
+    input_ids = (torch.arange(2 * long, device=device) * 7 + 3).view(2, long) % vocab_size
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[0, : long - short] = 0
+    return input_ids, attention_mask, input_ids[:1, long - short :]
+
+
+def differ(values: torch.Tensor, reference: torch.Tensor, rounding: float = _ROUNDING) -> bool:
+    """Whether vectors (N, K) are others, not the same but for rounding: most of them, as experts may change by a tie."""
+    spread = (reference - reference.mean(-1, keepdim=True)).norm(dim=-1)
+    return bool((values - reference).norm(dim=-1).median() > rounding * spread.median() + 1e-4)
+
+
+def misfit(teacher: Teacher, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> str | None:
+    """
+    What keeps a teacher from reading rollouts, `None` if nothing does.
+
+    Args:
+        teacher ([`Teacher`]):
+            Teacher.
+        input_ids (`torch.Tensor`):
+            Rollouts of shape `(B, L)`.
+        attention_mask (`torch.Tensor`):
+            Mask of shape `(B, L)`.
+
+    Returns:
+        `str` or `None`: The message of an error.
+    """
+    if bool((input_ids * attention_mask >= teacher.vocab_size).any()):
+        return (
+            f"The student produced a token id beyond the teacher's {teacher.vocab_size} (its padding, which no text has). "
+            "Suppress those ids in training, `generation_kwargs={'suppress_tokens': [...]}`, or cut the student's padding "
+            "off: `student.resize_token_embeddings(len(tokenizer))`."
+        )
+    longest = int(attention_mask.sum(1).max())
+    if teacher.max_length is not None and longest > teacher.max_length:
+        return (
+            f"A rollout of {longest} tokens is longer than the {teacher.max_length} positions of the teacher. Shorten "
+            "prompts and completions (`max_completion_length` in training, `max_new_tokens` in evaluation), or use a "
+            "teacher with more positions."
+        )
+    return None
+
+
+def _name(module: torch.nn.Module) -> str:
+    base = base_model(module)
+    if base is module:
+        return type(base).__name__
+    methods = sorted({config.peft_type.value for config in module.peft_config.values()})  # type: ignore[union-attr]
+    return f"{type(base).__name__} with {', '.join(methods)}"

@@ -1,0 +1,78 @@
+"""What must hold of a student before it trains beside a teacher: that the loss is of its own distribution."""
+
+import torch
+from trl import GRPOTrainer
+
+from ...teachers import base_model, differ, is_plain_linear, probe_rows
+from .forward import score_without_left_padding
+
+
+_ROUNDING = {torch.float32: 1e-3}  # of log-probabilities; more in half precision
+
+
+def prepare_student(trainer: GRPOTrainer) -> None:
+    """
+    Check that the loss reads the student as it generates, and have rows scored without the padding on their left where
+    that padding changes what the model says of them (learned positions).
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]):
+            Trainer, whose student TRL has given its fused head.
+
+    Raises:
+        ValueError: If an adapter on the head would be ignored, or the architecture is not read as it is called.
+    """
+    accelerator = trainer.accelerator
+    model = accelerator.unwrap_model(trainer.model)
+    student = base_model(model)
+    _check_head(student.get_output_embeddings())
+    if trainer.is_deepspeed_enabled or student.device != accelerator.device:
+        return  # a sharded model cannot be asked before training
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), accelerator.autocast():
+            own, fused, padded, rounding = _probe(model, trainer.temperature)
+    finally:
+        model.train(training)
+    if differ(fused, own):
+        raise ValueError(
+            f"The student, {type(student).__name__}, cannot be trained beside a teacher: TRL's loss takes its "
+            "log-probabilities from the backbone's hidden states and `lm_head.weight`, and these are not the model's own. "
+            "Use another architecture, or another adapter."
+        )
+    if differ(padded, fused, rounding):
+        score_without_left_padding(student)
+        if trainer.ref_model is not None:
+            score_without_left_padding(base_model(accelerator.unwrap_model(trainer.ref_model)))
+
+
+def _check_head(head: torch.nn.Module) -> None:
+    """Refuse a head with trained parameters that are no part of the weight and bias that the losses read."""
+    trained = {name: parameter for name, parameter in head.named_parameters() if parameter.requires_grad}
+    if is_plain_linear(head) or not trained:
+        return
+    read = [values for values in (head.weight, head.bias) if values is not None and values.requires_grad]
+    unused = [None] * len(trained)
+    if read:
+        unused = torch.autograd.grad([values.sum() for values in read], list(trained.values()), allow_unused=True)
+    ignored = [name for name, gradient in zip(trained, unused, strict=True) if gradient is None]
+    if ignored:
+        raise ValueError(
+            f"The student's adapter is on its head ({', '.join(ignored)}), which TRL's loss reads without it: the adapter "
+            "would be ignored there. Leave the head (and, where it is tied, the embeddings) out of the adapter's "
+            "`target_modules`, or train a copy of it with `modules_to_save=['lm_head']`."
+        )
+
+
+def _probe(model: torch.nn.Module, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """Log-probabilities (1, 4) of a row by the model's own logits, by TRL, and by TRL beside a longer row; rounding."""
+    vocab_size = base_model(model).config.get_text_config().vocab_size
+    input_ids, attention_mask, row = probe_rows(vocab_size, base_model(model).device)
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    logits = model(input_ids=row, attention_mask=torch.ones_like(row)).logits[:, -row.size(1) : -1]
+    own = (logits.float() / temperature).log_softmax(-1).gather(-1, row[:, 1:, None])[..., 0]
+    alone = model(input_ids=row, attention_mask=torch.ones_like(row), labels=row, fused_lm_head=True)
+    beside = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
+    fused, padded = (outputs.log_probs[:1, 1 - row.size(1) :] for outputs in (alone, beside))
+    return own, fused, padded, _ROUNDING.get(logits.dtype, 0.05)
