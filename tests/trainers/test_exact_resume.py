@@ -263,4 +263,4 @@ def test_a_checkpoint_holds_no_pickle_of_ours(run_of_three):
     ours = sorted(path.name for path in (run_of_three / "checkpoint-3").glob("trl_cmdp_*"))
     assert ours == ["trl_cmdp_progress.json", "trl_cmdp_rollouts_0.safetensors"]
     progress = json.loads((run_of_three / "checkpoint-3" / "trl_cmdp_progress.json").read_text())
-    assert set(progress) == {"step", "batches", "logging_window", "entropy", "files"}
+    assert set(progress) == {"step", "batches", "logging_window", "entropy", "nonfinite_in_a_row", "files"}
