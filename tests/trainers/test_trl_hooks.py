@@ -18,6 +18,8 @@ HOOKS = {
     "_compute_loss": "(self, model, inputs)",
     "_prepare_inputs": "(self, generation_batch)",
     "_get_train_sampler": "(self, dataset=None)",
+    "training_step": "(self, model, inputs, num_items_in_batch)",
+    "_get_grad_norm": "(self, model, grad_norm=None)",
     "_save_checkpoint": "(self, model, trial)",
     "_save_rng_state": "(self, output_dir)",
     "train": "(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)",

@@ -267,6 +267,10 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         self._count("distill_loss", distill_loss, 1)
         return loss + request.loss
 
+    def _looked_at(self) -> list[str]:
+        scored = ["the teachers' outputs were finite when the rollouts were scored"] if self.teachers else []
+        return [*super()._looked_at(), *scored]
+
     # ---------------------------------------------------------------------------------------------------------- logging
 
     def _log_rollouts(self, rollouts: Rollouts, signal: Signal) -> None:
