@@ -38,7 +38,7 @@ class ConstrainedDistillConfig(DistillConfig):
             the sampled token (2610.00332, there with `cost_scope="worst_prefix"`).
         violation_penalty (`float`, *optional*, defaults to `20.0`):
             Penalty n of a violation. Must exceed the largest absolute task reward.
-        violation_distill_coef (`float`, *optional*, defaults to `1.0`):
+        violation_distill_coef (`float`, *optional*, defaults to `0.1`):
             Coefficient of the differentiated part on violating rollouts. 0 turns it off.
         violation_distill_loss (`str`, *optional*, defaults to `"divergence"`):
             What is differentiated there: `"divergence"`, or `"teacher_nll"`, the expectation of −log μ under the
@@ -64,7 +64,7 @@ class ConstrainedDistillConfig(DistillConfig):
     cost_limit_schedule_steps: int | None = None
     cost: Literal["divergence", "log_ratio", "teacher_nll"] = "divergence"
     violation_penalty: float = 20.0
-    violation_distill_coef: float = 1.0
+    violation_distill_coef: float = 0.1
     violation_distill_loss: Literal["divergence", "teacher_nll"] = "divergence"
     credit_assignment: Literal["trajectory", "token"] = "trajectory"
     constraint_aggregation: Literal["lexicographic", "sum_then_normalize"] = "lexicographic"
