@@ -1,6 +1,7 @@
 """What a method is made of: rollouts in, a signal out (docs/math.md, "A method is a signal")."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -30,6 +31,10 @@ class Rollouts:
             Teacher's, of shape `(B, T)`.
         divergence_lower_bound (`torch.Tensor`, *optional*):
             Lower bound of each divergence from the teacher's likeliest tokens, of shape `(B, T)`. Never a cost.
+        grpo_advantages (`torch.Tensor`, *optional*):
+            GRPO's own advantages of shape `(B,)`, as TRL has computed them of all rewards.
+        rewards_per_func (`torch.Tensor`, *optional*):
+            Rewards of shape `(B, F)`, before they are weighted, NaN where a function did not score the rollout.
     """
 
     rewards: torch.Tensor
@@ -41,6 +46,8 @@ class Rollouts:
     student_logps: torch.Tensor | None = None
     teacher_logps: torch.Tensor | None = None
     divergence_lower_bound: torch.Tensor | None = None
+    grpo_advantages: torch.Tensor | None = None
+    rewards_per_func: torch.Tensor | None = None
 
 
 @dataclass
@@ -59,4 +66,4 @@ class Signal:
 
     advantages: torch.Tensor
     divergence_weights: torch.Tensor | None
-    columns: dict[str, list]
+    columns: dict[str, list[Any]]
