@@ -38,6 +38,7 @@ from .policy_loss import expected_log_prob_grad, loss_mask, policy_token_weight
 from .processes import gather_rows, on_any_process
 from .scoring import RolloutScorer
 from .teachers import Teacher, TeacherModel, make_teachers, teacher_index
+from .trl_hooks import check_trl_hooks
 
 
 class DistillTrainer(OffPolicyGRPOTrainer):
@@ -114,6 +115,8 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         if rollout_func is None and environment_factory is None:
             check_reward_columns(self.reward_funcs, self.reward_func_names, self.train_dataset, self.eval_dataset)
 
+        if with_teacher:
+            check_trl_hooks(self)
         self.command = sys.argv  # what the model card says that made the run; secrets are hidden there
         self.teachers: dict[str, Teacher] = make_teachers(self, teacher_model) if with_teacher else {}
         if not self.teachers:
