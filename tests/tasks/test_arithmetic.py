@@ -106,6 +106,11 @@ class TestFinalAnswerReward:
     def test_hand_cases(self, completion, reward):
         assert final_answer_reward([completion], ["32"]) == [reward]
 
+    def test_answers_that_are_numbers(self):
+        assert final_answer_reward(["#32", "#33"], [32, 32]) == [1.0, 0.0]
+        with pytest.raises(TypeError, match="must be text or a number, got NoneType"):
+            final_answer_reward(["#32"], [None])
+
     def test_takes_what_trl_passes(self):
         rewards = final_answer_reward(
             prompts=[PROMPT] * 2, completions=["#32", "#33"], answer=["32", "32"], completion_ids=[[1], [2]]

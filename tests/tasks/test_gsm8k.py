@@ -81,7 +81,8 @@ def test_n_out_of_range(folder, n):
         load_problems(n, "test", 0, path=str(folder))
 
 
-def test_a_solution_without_its_answer(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "It is 5."}\n')
+@pytest.mark.parametrize("solution", ['"It is 5."', '"It is 5.\\n#### "', "null"])
+def test_a_solution_without_its_answer(tmp_path, solution):
+    (tmp_path / "rows.jsonl").write_text(f'{{"question": "a", "answer": {solution}}}\n')
     with pytest.raises(ValueError, match="no '####'"):
         load_problems(None, "train", 0, path=str(tmp_path / "rows.jsonl"))

@@ -80,7 +80,8 @@ def test_unknown_split(folders):
         load_problems(None, "validation", 0, path=str(folders / "math"))
 
 
-def test_a_solution_without_a_box(tmp_path):
-    (tmp_path / "rows.jsonl").write_text(json.dumps({**MATH[0], "solution": "It is 5."}) + "\n")
+@pytest.mark.parametrize("solution", ["It is 5.", r"It is \boxed{}.", None])
+def test_a_solution_without_a_box(tmp_path, solution):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**MATH[0], "solution": solution}) + "\n")
     with pytest.raises(ValueError, match=r"no \\boxed"):
         load_problems(None, "train", 0, path=str(tmp_path / "rows.jsonl"))

@@ -18,6 +18,8 @@ from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ._verify import answer_text
+
 
 NUM_OPERANDS = 5
 # The longest right completion has 33 tokens and its EOS; the rest lets a wrong one come to its end.
@@ -139,7 +141,7 @@ def final_answer_reward(completions: list[str], answer: list[str], **kwargs: Any
     rewards = []
     for completion, expected in zip(completions, answer, strict=True):
         _, mark, stated = completion.rpartition("#")
-        rewards.append(float(bool(mark) and stated == expected))
+        rewards.append(float(bool(mark) and stated == answer_text(expected)))
     return rewards
 
 
