@@ -53,7 +53,7 @@ def resume(folder: Path, **kwargs) -> ConstrainedDistillTrainer:
             ValueError,
             "returned 3 rewards, but 4 were expected",
         ),
-        (lambda completions: [math.inf] * len(completions), ValueError, "reaches the violation penalty"),
+        (lambda completions: [math.inf] * len(completions), ValueError, "'reward' returned inf at step 2"),
     ],
     ids=["raises", "wrong-length", "infinite"],
 )

@@ -369,13 +369,6 @@ def computed_dtype(values: torch.Tensor) -> torch.dtype:
     Dtype that float32 values were computed in: the narrowest that holds them all.
 
     A server does not say, and its `--dtype` may differ from the checkpoint's.
-
-    Args:
-        values (`torch.Tensor`):
-            Values in float32.
-
-    Returns:
-        `torch.dtype`: `bfloat16`, `float16` or `float32`.
     """
     for dtype in (torch.bfloat16, torch.float16):
         if torch.equal(values, values.to(dtype).float()):
