@@ -46,7 +46,9 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser, records_help: str)
         help=f"exact vLLM server that runs the teacher (its key: ${TEACHER_KEY_VARIABLE})",
     )
     models.add_argument("--teacher_beta", type=float, default=1.0, help="divergence: 1 reverse KL, 0 forward KL")
-    models.add_argument("--teacher_eos_token", metavar="TOKEN", help="what the teacher ends a turn with, if not the EOS")
+    models.add_argument(
+        "--teacher_eos_token", metavar="TOKEN", help="what the teacher ends a turn with, if not the EOS"
+    )
     models.add_argument("--dtype", default="auto", help="dtype of the models, such as bfloat16 (default: their own)")
 
     problems = parser.add_argument_group("problems")

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ..core import Head
-from .models import lm_head
+from .models import read_head
 
 
 def load_config(model: str, revision: str | None = None) -> PretrainedConfig:
@@ -33,7 +33,7 @@ def load_head(model: str, config: PretrainedConfig, revision: str | None = None)
     with torch.device("meta"):  # names and shapes, without memory
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     names = {id(module): name for name, module in skeleton.named_modules()}
-    head = lm_head(skeleton)
+    head = read_head(skeleton)
     output, embeddings = names[id(skeleton.get_output_embeddings())], names[id(skeleton.get_input_embeddings())]
     files = _tensor_files(model, revision)
     # Where they are tied a copy of the head may be stale: the embeddings count, in transformers as in vLLM.

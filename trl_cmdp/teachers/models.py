@@ -118,7 +118,7 @@ def last_hidden_state(
 
     def keep(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         captured.append(inputs[0])
-        return (inputs[0][:, -1:],)  # no logits but one token's
+        return (inputs[0][:1, -1:],)  # no logits but one token's
 
     hook = head.register_forward_pre_hook(keep)
     try:

@@ -1,13 +1,17 @@
 """What must hold of a student before it trains beside a teacher: that the loss is of its own distribution."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
-from ...teachers import base_model, differ, is_plain_linear, probe_rows
+from ...teachers import LocalTeacher, base_model, check_reading, differ, is_plain_linear, probe_rows
 from .forward import score_without_left_padding
 
 
-_ROUNDING = {torch.float32: 1e-3}  # of log-probabilities; more in half precision
+_ROUNDING, _HALF_ROUNDING = {torch.float32: 1e-3}, 0.05  # of log-probabilities
 
 
 def prepare_student(trainer: GRPOTrainer) -> None:
@@ -20,7 +24,7 @@ def prepare_student(trainer: GRPOTrainer) -> None:
             Trainer, whose student TRL has given its fused head.
 
     Raises:
-        ValueError: If an adapter on the head would be ignored, or the architecture is not read as it is called.
+        ValueError: If the student, or its adapter, is not read as it is called.
     """
     accelerator = trainer.accelerator
     model = accelerator.unwrap_model(trainer.model)
@@ -31,20 +35,44 @@ def prepare_student(trainer: GRPOTrainer) -> None:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), accelerator.autocast():
+        with torch.no_grad(), accelerator.autocast(), _adapter_with_effect(model):
+            check_reading("student", model, LocalTeacher(model, accelerator))
             own, fused, padded, rounding = _probe(model, trainer.temperature)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{_refusal(student)} ({type(error).__name__}: {error}).") from error
     finally:
         model.train(training)
-    if differ(fused, own):
-        raise ValueError(
-            f"The student, {type(student).__name__}, cannot be trained beside a teacher: TRL's loss takes its "
-            "log-probabilities from the backbone's hidden states and `lm_head.weight`, and these are not the model's own. "
-            "Use another architecture, or another adapter."
-        )
+    if differ(fused, own, _HALF_ROUNDING):
+        raise ValueError(f"{_refusal(student)}, which are not what the model generates from.")
     if differ(padded, fused, rounding):
         score_without_left_padding(student)
         if trainer.ref_model is not None:
             score_without_left_padding(base_model(accelerator.unwrap_model(trainer.ref_model)))
+
+
+def _refusal(student: PreTrainedModel) -> str:
+    return (
+        f"The student, {type(student).__name__}, or its adapter cannot be trained beside a teacher. Use another one: TRL's "
+        "loss takes log-probabilities from the backbone's hidden states and the head's weight"
+    )
+
+
+@contextmanager
+def _adapter_with_effect(model: torch.nn.Module) -> Iterator[None]:
+    """A new adapter has no effect that could be seen. Inside it has one."""
+    if isinstance(model, PreTrainedModel):
+        yield
+        return
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    values = [parameter.clone() for parameter in trained]
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trained:
+        parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
+    try:
+        yield
+    finally:
+        for parameter, value in zip(trained, values, strict=True):
+            parameter.copy_(value)
 
 
 def _check_head(head: torch.nn.Module) -> None:
@@ -75,4 +103,4 @@ def _probe(model: torch.nn.Module, temperature: float) -> tuple[torch.Tensor, to
     alone = model(input_ids=row, attention_mask=torch.ones_like(row), labels=row, fused_lm_head=True)
     beside = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
     fused, padded = (outputs.log_probs[:1, 1 - row.size(1) :] for outputs in (alone, beside))
-    return own, fused, padded, _ROUNDING.get(logits.dtype, 0.05)
+    return own, fused, padded, _ROUNDING.get(logits.dtype, _HALF_ROUNDING)
