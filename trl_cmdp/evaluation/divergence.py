@@ -111,7 +111,7 @@ def _readers(
         check_reading("teacher", teacher.module, teacher)
     elif isinstance(teacher, AdapterTeacher):
         with teacher.active():
-            check_reading(f"adapter {teacher.adapter_name!r} as a teacher", student, teacher)
+            check_reading(f"adapter {teacher.adapter_name!r} as a teacher", teacher.model, teacher)
     return reader, teacher if ends is None else OneStopTeacher(teacher, ends)
 
 

@@ -34,7 +34,7 @@ class AdapterTeacher:
 
     def __init__(self, student: torch.nn.Module, accelerator: Accelerator | None, adapter_name: str):
         self.adapter_name = adapter_name
-        self._peft_model = student if accelerator is None else accelerator.unwrap_model(student)
+        self.model = student if accelerator is None else accelerator.unwrap_model(student)
         self._check()
         self._local = LocalTeacher(student, accelerator)  # with whichever adapter is active
         self.vocab_size, self.max_length = self._local.vocab_size, self._local.max_length
@@ -42,12 +42,12 @@ class AdapterTeacher:
     def _check(self) -> None:
         from peft import PeftModel  # an optional dependency
 
-        if not isinstance(self._peft_model, PeftModel):
+        if not isinstance(self.model, PeftModel):
             raise ValueError(
                 f"`teacher_adapter_name={self.adapter_name!r}` makes the student's own base model its teacher, so the "
                 "student must train an adapter: pass `peft_config`, or a `PeftModel` as `model`."
             )
-        adapters, active = sorted(self._peft_model.peft_config), self._peft_model.active_adapter
+        adapters, active = sorted(self.model.peft_config), self.model.active_adapter
         if self.adapter_name == BASE:
             return
         if self.adapter_name not in adapters:
@@ -65,7 +65,7 @@ class AdapterTeacher:
     @contextmanager
     def active(self) -> Iterator[None]:
         """The student's modules, made the teacher: its adapter, no dropout. Everything is put back afterwards."""
-        model = self._peft_model
+        model = self.model
         training, student_adapter = model.training, model.active_adapter
         # Switching adapters makes parameters trainable and freezes others as PEFT sees fit.
         trainable = [parameter.requires_grad for parameter in model.parameters()]

@@ -46,25 +46,42 @@ class OneStopTeacher:
         return self._head
 
     def log_probs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """As [`ServerTeacher.log_probs`]."""
-        return self._server.log_probs(self._asked(input_ids, mask), attention_mask, mask)
+        """
+        As [`ServerTeacher.log_probs`]. A server gives the probability of the tokens that it reads, so it is given the other
+        end in place of one: at the end of a completion, which nothing follows, and inside it in a row that ends there.
+        """
+        start, length = input_ids.size(1) - mask.size(1), input_ids.size(1)
+        others = swapped(input_ids, self._ends)  # (B, P + T)
+        columns = torch.arange(length, device=input_ids.device)
+        at_end = columns == (attention_mask * columns).amax(1, keepdim=True)
+        asked = torch.nn.functional.pad(mask, (start, 0))  # (B, P + T)
+        inside = asked & (input_ids != others) & ~at_end
+        rows, ends = inside.nonzero().unbind(1)  # (M,)
+        logps = self._server.log_probs(
+            torch.cat(
+                [
+                    torch.where(at_end, others, input_ids),
+                    torch.where(columns == ends[:, None], others[rows], input_ids[rows]),
+                ]
+            ),
+            torch.cat([attention_mask, attention_mask[rows] * (columns <= ends[:, None])]),
+            torch.cat([mask, (columns == ends[:, None])[:, start:]]),
+        )
+        values = logps.new_zeros(asked.shape)
+        values[asked], values[inside] = logps[: len(logps) - len(rows)], logps[len(logps) - len(rows) :]
+        return values[asked]
 
     def top_k(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As [`ServerTeacher.top_k`]."""
-        token_ids, logps = self._server.top_k(self._asked(input_ids, mask), attention_mask, mask, k)
+        token_ids, logps = self._server.top_k(input_ids, attention_mask, mask, k)
         return swapped(token_ids, self._ends), logps
 
     @property
     def _server(self) -> ServerTeacher:
         assert isinstance(self._teacher, ServerTeacher)  # what else has log-probabilities alone
         return self._teacher
-
-    def _asked(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        # A server gives the probability of the tokens that it reads: the end of a completion, which nothing follows.
-        prompts, completions = input_ids.split([input_ids.size(1) - mask.size(1), mask.size(1)], dim=1)
-        return torch.cat([prompts, swapped(completions, self._ends)], dim=1)
 
 
 def swapped(token_ids: torch.Tensor, ends: tuple[int, int]) -> torch.Tensor:

@@ -66,7 +66,7 @@ def _adapter_teacher(trainer: GRPOTrainer, name: str) -> AdapterTeacher:
     teacher = AdapterTeacher(trainer.model, trainer.accelerator, name)
     if not trainer.is_deepspeed_enabled and trainer.model.device == trainer.accelerator.device:
         with teacher.active():
-            check_reading(f"adapter {name!r} as a teacher", trainer.accelerator.unwrap_model(trainer.model), teacher)
+            check_reading(f"adapter {name!r} as a teacher", teacher.model, teacher)
     return teacher
 
 
