@@ -93,12 +93,11 @@ def as_teacher(teacher: AnyTeacher, device: torch.device) -> Teacher:
     """A teacher that can be asked, from whatever names or holds one."""
     if isinstance(teacher, dict):
         raise TypeError("Costs are measured from one teacher at a time: pass one of the `dict`'s values.")
-    if isinstance(teacher, str):
-        teacher = load_teacher(teacher).to(device)  # type: ignore[arg-type]
-    if isinstance(teacher, torch.nn.Module):
-        allow_fast_kernel(teacher)
-        return LocalTeacher(teacher.eval())
-    return ServerTeacher(teacher, device) if isinstance(teacher, RemoteTeacher) else teacher
+    model = load_teacher(teacher).to(device) if isinstance(teacher, str) else teacher  # type: ignore[arg-type]
+    if isinstance(model, torch.nn.Module):
+        allow_fast_kernel(model)
+        return LocalTeacher(model.eval())
+    return ServerTeacher(model, device) if isinstance(model, RemoteTeacher) else model
 
 
 def _readers(
