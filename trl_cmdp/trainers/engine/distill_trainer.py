@@ -298,6 +298,13 @@ class DistillTrainer(OffPolicyGRPOTrainer):
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
+    def _identity(self) -> dict[str, Any]:
+        identity = super()._identity()
+        if self.teachers:
+            identity["method"] = self._name
+            identity["teacher"] = {name: teacher.fingerprint() for name, teacher in self.teachers.items()}
+        return identity
+
     def _saved_state(self) -> dict[str, Any]:
         return self._method_state() if self.teachers else {}
 
