@@ -108,8 +108,9 @@ def roll_out(arguments: argparse.Namespace, records_path: Path) -> "tuple[Evalua
         reward = task.final_answer_reward if arguments.reward is None else load_reward(arguments.reward)
         student, tokenizer = load_student(arguments)
         problems = problems_of(task, tokenizer, arguments)
-        settings = _settings(task, len(problems), arguments)
         teacher = _load_teacher(student, tokenizer, arguments)
+        found = _fingerprints(student, tokenizer, problems, reward, teacher, arguments)
+        settings = _settings(task, len(problems), found, arguments)
         with show_progress(settings.name) as progress:
             try:
                 records = evaluate(
@@ -183,17 +184,54 @@ def problems_of(task: Any, tokenizer: "PreTrainedTokenizerBase", arguments: argp
     return load_problems(task, arguments.num_problems, arguments.split, arguments.seed, **options)
 
 
-def _settings(task: Any, num_problems: int, arguments: argparse.Namespace) -> "EvaluationSettings":
+def _fingerprints(
+    student: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    problems: "Dataset",
+    reward: "Callable[..., Any]",
+    teacher: Any,
+    arguments: argparse.Namespace,
+) -> dict[str, str | None]:
+    """What decides the records beside the arguments themselves: an evaluation of anything else is another one."""
+    from transformers import PreTrainedModel
+
+    from ..core.fingerprint import fingerprint_of_rows, fingerprint_of_weights
+    from ..evaluation.provenance import (
+        dotted_name,
+        source_fingerprint,
+        tokenizer_fingerprint,
+        weights_fingerprint,
+    )
+
+    # The files of an adapter say nothing of its base.
+    of_files = weights_fingerprint(arguments.student) if isinstance(student, PreTrainedModel) else None
+    if isinstance(teacher, PreTrainedModel):
+        of_teacher = fingerprint_of_weights(teacher.named_parameters())
+    else:
+        of_teacher = None if teacher is None else teacher.fingerprint()
+    return {
+        "student_fingerprint": of_files or fingerprint_of_weights(student.named_parameters()),
+        "teacher_fingerprint": of_teacher,
+        "reward": dotted_name(reward),
+        "reward_fingerprint": source_fingerprint(reward),
+        "problems_fingerprint": fingerprint_of_rows(problems),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "student_dtype": str(student.dtype).removeprefix("torch."),
+    }
+
+
+def _settings(
+    task: Any, num_problems: int, fingerprints: dict[str, str | None], arguments: argparse.Namespace
+) -> "EvaluationSettings":
     from ..evaluation import EvaluationSettings
-    from ..evaluation.provenance import weights_fingerprint
 
     asked = {field.name: vars(arguments).get(field.name) for field in fields(EvaluationSettings)}
     teacher = arguments.teacher or arguments.teacher_model_server_url
     if arguments.teacher_adapter_name:
         teacher = f"{arguments.student}, adapter {arguments.teacher_adapter_name}"
     found = {
+        **fingerprints,
         "name": _student_name(arguments),
-        "student_fingerprint": weights_fingerprint(arguments.student),
         "teacher": teacher,
         "task": arguments.dataset or task_name(task),
         "num_problems": num_problems,

@@ -12,7 +12,7 @@ from ._evaluation import TEACHER_KEY_VARIABLE, load_student, problems_of, replac
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NUM_GENERATIONS = 2  # GRPO's least: imitation compares no rollouts, so it takes as many prompts as it can
 STEPS, LEARNING_RATE, BATCH_SIZE, SPLIT = 0, 1e-5, 32, "train"
@@ -61,17 +61,27 @@ def imitate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """
     from datasets.exceptions import DatasetsError
 
-    from ..evaluation.provenance import library_versions, weights_fingerprint
+    from ..core.fingerprint import fingerprint_of_rows
+    from ..evaluation.provenance import library_versions, tokenizer_fingerprint, weights_fingerprint
     from ..teachers import TeacherServerError
 
     steps, batch_size = arguments.imitation_steps, arguments.imitation_batch_size
+    num_problems = arguments.imitation_problems or steps * batch_size // NUM_GENERATIONS
+    with mistakes(DatasetsError):
+        # As the training commands do: trained weights are float32.
+        student, tokenizer = load_student(replace_arguments(arguments, dtype="float32"), trainable=True)
+        problems = _train_problems(tokenizer, num_problems, arguments)
     settings = {
         "student": arguments.student,
         "student_fingerprint": weights_fingerprint(arguments.student),
         "teacher": arguments.teacher or arguments.teacher_model_server_url or arguments.teacher_adapter_name,
+        "teacher_fingerprint": weights_fingerprint(arguments.teacher) if arguments.teacher else None,
+        "teacher_dtype": arguments.dtype,
         "task": arguments.dataset or arguments.task,
         "split": arguments.imitation_split,
-        "num_problems": arguments.imitation_problems or steps * batch_size // NUM_GENERATIONS,
+        "num_problems": num_problems,
+        "problems_fingerprint": fingerprint_of_rows(problems),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "steps": steps,
         "learning_rate": arguments.imitation_learning_rate,
         "batch_size": batch_size,
@@ -85,16 +95,17 @@ def imitate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     file = folder / RUN_FILE
     if file.exists():
-        found = json.loads(file.read_text())
+        found = _read_run(file)
         for name, value in settings.items():
-            if found["settings"][name] != value:
+            before = found["settings"].get(name)
+            if before != value:
                 raise Mistake(
-                    f"{file} is of an imitation with another `{name}`: {found['settings'][name]!r}, now {value!r}. "
-                    "Choose another --output_dir, or delete the folder."
+                    f"{file} is of an imitation with another `{name}`: {before!r}, now {value!r}. Choose another "
+                    "--output_dir, or delete the folder."
                 )
         return found
     with mistakes(DatasetsError, TeacherServerError, NotImplementedError):
-        trainer = _make_trainer(arguments, settings, folder)
+        trainer = _make_trainer(student, tokenizer, problems, arguments, settings, folder)
     trainer.train()
     trainer.save_model(str(folder))
     costs = [entry["constraint/cost"] for entry in trainer.state.log_history if "constraint/cost" in entry]
@@ -103,7 +114,25 @@ def imitate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return run
 
 
-def _make_trainer(arguments: argparse.Namespace, settings: dict[str, Any], folder: Path) -> Any:
+def _read_run(file: Path) -> dict[str, Any]:
+    """What [`imitate`] wrote."""
+    try:
+        run = json.loads(file.read_text())
+        if isinstance(run["settings"], dict) and isinstance(run["mean_costs"], list):
+            return run
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise Mistake(f"{file} is damaged. Choose another --output_dir, or delete the folder.")
+
+
+def _make_trainer(
+    student: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    problems: "Dataset",
+    arguments: argparse.Namespace,
+    settings: dict[str, Any],
+    folder: Path,
+) -> Any:
     import torch
     from transformers import PrinterCallback
 
@@ -111,8 +140,6 @@ def _make_trainer(arguments: argparse.Namespace, settings: dict[str, Any], folde
     from ._progress import TrainingProgress
 
     on_gpu = torch.cuda.is_available()
-    # As the training commands do: trained weights are float32.
-    student, tokenizer = load_student(replace_arguments(arguments, dtype="float32"), trainable=True)
     names = ("learning_rate", "num_generations", "max_completion_length", "temperature", "seed", "teacher_beta")
     trainer = GKDDistillTrainer(
         model=student,
@@ -133,7 +160,7 @@ def _make_trainer(arguments: argparse.Namespace, settings: dict[str, Any], folde
             bf16=on_gpu and torch.cuda.is_bf16_supported(),
             **{name: settings[name] for name in names},
         ),
-        train_dataset=_train_problems(tokenizer, settings["num_problems"], arguments),
+        train_dataset=problems,
         processing_class=tokenizer,
         callbacks=[TrainingProgress()],
         teacher_model=arguments.teacher,

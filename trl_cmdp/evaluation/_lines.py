@@ -1,7 +1,7 @@
 """Records as lines of JSON, each value checked against the type that the record's field declares."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -15,11 +15,15 @@ def to_line(values: Any) -> str:
     return json.dumps(values, separators=(",", ":"), allow_nan=False)
 
 
-def from_line(record: type, line: str) -> dict[str, Any]:
-    """The values of a record's fields, or a `ValueError` that says what is wrong with them."""
+def from_line(record: type, line: str, absent_before: Sequence[str] = ()) -> dict[str, Any]:
+    """
+    The values of a record's fields, or a `ValueError` that says what is wrong with them. What lines of earlier versions
+    do not have is `None` there.
+    """
     values = json.loads(line, parse_constant=_refuse)
     if not isinstance(values, dict):
         raise ValueError(f"it is not a JSON object but {type(values).__name__}.")
+    values = dict.fromkeys(absent_before) | values
     types = get_type_hints(record)
     if values.keys() != types.keys():
         raise ValueError(f"it has the wrong keys: {', '.join(sorted(values.keys() ^ types.keys()))}.")

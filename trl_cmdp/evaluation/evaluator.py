@@ -1,5 +1,6 @@
 """Evaluating a student: rollouts batch by batch, each batch recorded before the next."""
 
+import math
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -155,9 +156,11 @@ def _check_arguments(
         raise ValueError(
             "There is nothing to evaluate: ask for a problem, and for a sample of each or a greedy rollout."
         )
-    for name in ("batch_size", "max_new_tokens", "temperature"):
-        if not getattr(settings, name) > 0:
-            raise ValueError(f"`{name}` must be positive, got {getattr(settings, name)}.")
+    for name in ("batch_size", "max_new_tokens", "temperature", "cost_limit"):
+        if not 0 < getattr(settings, name) < math.inf:
+            raise ValueError(f"`{name}` must be positive and finite, got {getattr(settings, name)}.")
+    if not 0 <= settings.teacher_beta <= 1:
+        raise ValueError(f"`teacher_beta` must lie in [0, 1], got {settings.teacher_beta}.")
     check_cost_scope(settings.cost_scope)
     if (settings.teacher is None) != (teacher is None):
         raise ValueError("`settings.teacher` names the teacher that is passed as `teacher`: give both or neither.")

@@ -12,6 +12,11 @@ from .provenance import git_state, library_versions
 
 # Settings that decide which problems were rolled out: students with others are never compared.
 PROBLEM_SETTINGS = ("task", "split", "num_problems", "seed")
+# Settings that records of earlier versions do not have.
+_ABSENT_BEFORE = (
+    *("teacher_fingerprint", "reward", "reward_fingerprint", "problems_fingerprint"),
+    *("tokenizer_fingerprint", "student_dtype"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +33,19 @@ class EvaluationSettings:
             SHA-256 of the student's weight files, `None` where they are not local files.
         teacher (`str`, *optional*):
             Path or hub id of the teacher, `None` if costs are not measured.
+        teacher_fingerprint (`str`, *optional*):
+            Fingerprint of its weights. This and what follows to `student_dtype` is `None` where nobody has
+            taken it, as in records of earlier versions; the commands take each.
+        reward (`str`, *optional*):
+            Dotted name of the reward function.
+        reward_fingerprint (`str`, *optional*):
+            Fingerprint of the source of its module, `None` also where that cannot be read.
+        problems_fingerprint (`str`, *optional*):
+            Fingerprint of the problems, every column of them.
+        tokenizer_fingerprint (`str`, *optional*):
+            Fingerprint of the tokenizer: its vocabulary, special tokens and chat template.
+        student_dtype (`str`, *optional*):
+            Dtype of the student.
         task (`str`):
             Name of the task, or of the dataset.
         split (`str`, *optional*, defaults to `"test"`):
@@ -64,6 +82,12 @@ class EvaluationSettings:
     student: str
     student_fingerprint: str | None = None
     teacher: str | None = None
+    teacher_fingerprint: str | None = None
+    reward: str | None = None
+    reward_fingerprint: str | None = None
+    problems_fingerprint: str | None = None
+    tokenizer_fingerprint: str | None = None
+    student_dtype: str | None = None
     task: str
     split: str = "test"
     num_problems: int
@@ -87,7 +111,7 @@ class EvaluationSettings:
     @classmethod
     def from_json(cls, line: str) -> "EvaluationSettings":
         """Read [`~EvaluationSettings.to_json`]'s line. One of other keys, or values of other types, is a `ValueError`."""
-        return cls(**from_line(cls, line))
+        return cls(**from_line(cls, line, absent_before=_ABSENT_BEFORE))
 
 
 @dataclass(frozen=True)

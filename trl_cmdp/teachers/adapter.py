@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 
-from .._fingerprint import fingerprint, fingerprint_of_weights
 from ..core import Head
+from ..core.fingerprint import fingerprint, fingerprint_of_weights
 from .local import LocalTeacher
 
 

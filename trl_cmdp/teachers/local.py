@@ -15,8 +15,8 @@ from transformers import (
 from transformers.utils import logging
 from trl.models.utils import _ForwardRedirection
 
-from .._fingerprint import fingerprint_of_weights
 from ..core import Head
+from ..core.fingerprint import fingerprint_of_weights
 from .models import base_model, last_hidden_state, lm_head, predicting
 from .quantized import allow_fast_kernel
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .._fingerprint import fingerprint, fingerprint_of_weights
+from ..core.fingerprint import fingerprint, fingerprint_of_weights
 from ._checkpoint import load_config, load_head
 from ._server import TeacherServer, TeacherServerError
 

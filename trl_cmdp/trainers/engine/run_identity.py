@@ -12,7 +12,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from trl import GRPOConfig
 
-from ..._fingerprint import fingerprint, fingerprint_of_rows, fingerprint_of_weights, plain
+from ...core.fingerprint import fingerprint, fingerprint_of_rows, fingerprint_of_weights, plain
 from .guards import RefusedRun
 
 
