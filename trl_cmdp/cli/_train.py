@@ -32,9 +32,10 @@ from ..tasks.table import load_splits
 from ..teachers import TeacherServerError
 from ..trainers.engine.config import DistillConfig
 from ..trainers.engine.distill_trainer import DistillTrainer
+from ..trainers.engine.guards import RefusedRun
 from ..trainers.telemetry.card import CURVES_FILE
 from ..trainers.telemetry.hub import describe_error
-from ._arguments import mistakes
+from ._arguments import Mistake, mistakes
 from ._progress import TrainingProgress
 from ._tasks import load_problems, load_reward, load_task
 
@@ -112,7 +113,8 @@ def run_training(command: str, trainer_class: type[DistillTrainer], arguments: l
     Run a training command, given what follows it. Returns 0, or 1 if the trained model could not be pushed.
 
     Raises:
-        Mistake: For a mistake that is found before training begins. Later errors are raised as they are.
+        Mistake: For what is found before training begins, and for a model that could not be saved. Errors of the training
+            itself are raised as they are.
     """
     launched = arguments[:1] == [_LAUNCHED]
     if launched:
@@ -173,6 +175,8 @@ def _make_trainer(
     if model_args.model_name_or_path is None:
         raise ValueError("--model_name_or_path is needed: the student.")
     checkpoint = training_args.resume_from_checkpoint
+    if str(checkpoint).lower() == "true":  # on the command line, where it is text
+        checkpoint = training_args.resume_from_checkpoint = True
     if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
         raise ValueError(f"--resume_from_checkpoint: there is no folder {checkpoint!r}.")
     reward_funcs: list[Any] = [load_reward(name) for name in script_args.reward_funcs or []]
@@ -239,9 +243,12 @@ def _train(trainer: DistillTrainer, dataset_name: str | None) -> int:
         trainer.add_callback(CurvesOnPush())
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    except RefusedRun as refusal:
+        raise Mistake(str(refusal)) from refusal
     finally:
         progress.stop()
-    trainer.save_model(args.output_dir, _internal_call=True)  # not pushed yet
+    with mistakes(RuntimeError):
+        trainer.save_model(args.output_dir, _internal_call=True)  # not pushed yet
     trainer.accelerator.print(f"Model saved to {args.output_dir}.")
     pushed = _push(trainer, dataset_name) if args.push_to_hub else True
     # Finish the trackers and destroy the process group, as TRL's scripts do.

@@ -12,7 +12,8 @@ from ..evaluation.rollout_records import PROBLEM_SETTINGS, difference_of_setting
 
 
 TRAINER_STATE = "trainer_state.json"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_PROGRESS = "trl_cmdp_progress.json"
+_CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")
 # What has to be equal for two students to stand in one table.
 _SHARED_SETTINGS = (
     *PROBLEM_SETTINGS,
@@ -91,11 +92,19 @@ def _newest_state(folder: Path) -> Path | None:
         return folder / TRAINER_STATE
     # A checkpoint that was cut off while it was written may lack its state.
     states = {
-        int(match[1]): path / TRAINER_STATE
+        (_session_of(path), int(match[1])): path / TRAINER_STATE
         for path in folder.iterdir()
         if (match := _CHECKPOINT.fullmatch(path.name)) and (path / TRAINER_STATE).is_file()
     }
     return states[max(states)] if states else None
+
+
+def _session_of(checkpoint: Path) -> int:
+    """Number of the training that wrote it: a later one may have begun at an earlier step."""
+    try:
+        return int(json.loads((checkpoint / _PROGRESS).read_text(encoding="utf-8"))["session"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return 0
 
 
 def _read_file(path: Path) -> Run:
