@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from trl_cmdp import ConstrainedDistillTrainer
+from trl_cmdp.trainers.engine import forward
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "cost_limit": 1.7}
