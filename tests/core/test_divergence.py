@@ -287,46 +287,6 @@ def test_rows_of_weight_zero_poison_nothing(beta, cap, bad):
         torch.testing.assert_close(poisoned, clean, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_student_that_is_its_teacher(beta, dtype):
-    """A shared head over the same hidden states costs 0 with gradient 0."""
-    problem = make_heads(dtype)
-    problem |= {f"teacher_{part}": problem[f"student_{part}"] for part in ("hidden", "head")}
-    loss, costs = chunked_divergence(**problem, beta=beta)
-    loss.backward()
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
-    assert costs.abs().max() < tolerance
-    assert all(leaf.grad.abs().max() < 20 * tolerance for leaf in leaves(problem))
-
-
-def test_rows_are_independent_of_their_tile_and_order():
-    """Costs and gradients follow their rows when the rows are permuted; halves add up to the whole."""
-    problem, weights, order = make_heads(), torch.rand(N, dtype=torch.float64), torch.randperm(N)
-
-    def at(rows, **settings):
-        hidden = {name: problem[name][rows] for name in ("student_hidden", "teacher_hidden")}
-        return chunked_divergence(**(problem | hidden), weights=weights[rows], **settings)
-
-    loss, costs = at(slice(None))
-    loss_permuted, costs_permuted = at(order, memory_mb=SOME)
-    torch.testing.assert_close(costs_permuted, costs[order], rtol=1e-12, atol=0)
-    torch.testing.assert_close(loss_permuted, loss, rtol=1e-12, atol=0)
-    halves = at(slice(0, 3))[0] + at(slice(3, N))[0]
-    grads, of_halves = (torch.autograd.grad(whole, leaves(problem)) for whole in (loss, halves))
-    for whole, parts in zip(grads, of_halves, strict=True):
-        torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize("retain_graph", [True, False])
-def test_second_backward_is_an_error(retain_graph):
-    """The gradients are handed over, not copied: like any freed graph, also where it is retained."""
-    loss, _ = chunked_divergence(**make_heads())
-    loss.backward(retain_graph=retain_graph)
-    with pytest.raises(RuntimeError, match="second time"):
-        loss.backward()
-
-
 # ---------------------------------------------------------------------------------------------------------- memory
 
 

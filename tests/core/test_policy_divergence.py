@@ -157,30 +157,6 @@ def test_accuracy_of_float32_accumulation(dtype):
         assert error(leaf.grad, target.grad) < 1.05 * error(target.grad.to(dtype), target.grad) + 1e-5
 
 
-@pytest.mark.parametrize("frozen", [(1, 2), (0,)], ids=["head", "hidden"])
-def test_frozen_part_gets_no_gradient(frozen):
-    problem, whole = make_heads(weights=WEIGHTS), make_heads(weights=WEIGHTS)
-    for index in frozen:
-        leaves(problem)[index].requires_grad_(False)
-    for each in (problem, whole):
-        backward(fused(each))
-    for index, (leaf, trained) in enumerate(zip(leaves(problem), leaves(whole), strict=True)):
-        if index in frozen:
-            assert leaf.grad is None
-        else:
-            assert torch.equal(leaf.grad, trained.grad)
-
-
-def test_no_grad_gives_values_alone():
-    problem = make_heads(weights=WEIGHTS)
-    expected = fused(problem)
-    with torch.no_grad():
-        actual = fused(problem)
-    for value, target in zip(actual, expected, strict=True):
-        assert not value.requires_grad
-        assert error(value, target.detach()) < 1e-14
-
-
 @pytest.mark.parametrize("retain_graph", [True, False])
 def test_second_backward_is_an_error(retain_graph):
     log_probs, _, loss, _ = fused(make_heads(weights=WEIGHTS))
