@@ -141,13 +141,6 @@ def test_bootstrap_is_deterministic():
     assert bootstrap_interval(torch.full((5,), 0.25)) == (0.25, 0.25)
 
 
-def test_two_levels_of_one_group_are_the_plain_bootstrap():
-    """With one group there is nothing to resample above the observations."""
-    values = torch.randn(400, generator=torch.Generator().manual_seed(0))
-    expected = bootstrap_interval(values, num_resamples=4000)
-    assert two_level_bootstrap_interval([values], num_resamples=4000) == pytest.approx(expected, abs=0.01)
-
-
 def test_two_levels_of_constant_groups_are_the_bootstrap_of_their_means():
     """Of two groups, all 0 and all 1, resamples have means 0, 1/2 and 1 with probabilities 1/4, 1/2 and 1/4."""
     groups = [torch.zeros(7), torch.ones(300)]  # each group counts once, whatever its size

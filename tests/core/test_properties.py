@@ -7,7 +7,7 @@ import pytest
 import torch
 from core_reference import SCOPES, batches, tensors
 from head_reference import logits_of
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from trl_cmdp.core import (
@@ -22,8 +22,11 @@ from trl_cmdp.core import (
     clopper_pearson_interval,
     clustered_rate_interval,
     constrained_advantages,
+    modified_reward,
+    returns_to_go,
     rollout_cost,
     token_divergence,
+    token_modified_rewards,
     violation_weights,
     wilson_interval,
 )
@@ -61,9 +64,6 @@ def head_of(logits):
     weight = logits.T.masked_fill(logits.T.isneginf(), 0.0).contiguous()
     bias = torch.where(logits[0].isneginf(), logits[0], 0.0)
     return torch.eye(len(logits), dtype=logits.dtype), Head(weight, bias)
-
-
-# ------------------------------------------------------------------------------------------------- the divergences
 
 
 @few
@@ -184,9 +184,6 @@ def test_chunked_is_never_nan_either(pair, beta):
     torch.testing.assert_close(costs, token_divergence(student, teacher, beta), rtol=1e-3, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------- the budget
-
-
 @pytest.mark.parametrize("scope", SCOPES)
 @few
 @given(batch=batches(), raised=st.floats(0, 3))
@@ -200,7 +197,24 @@ def test_a_higher_limit_makes_no_feasible_rollout_infeasible(scope, batch, raise
         assert (high <= low).all()
 
 
-# --------------------------------------------------------------------------------------------------- the advantages
+@pytest.mark.parametrize("scope", ["sum", "worst_prefix"])
+@few
+@given(batch=batches(), rewards=st.lists(st.floats(-5, 5), min_size=3, max_size=3), horizon=st.integers(6, 12))
+def test_token_and_trajectory_reward_agree_within_the_budget(scope, batch, rewards, horizon):
+    """
+    Where a prefix never costs more than the whole, a feasible rollout has no infeasible step: its steps add up to
+    R̂(y) = R(y). A violator's add up to less than −n/H.
+    """
+    costs, mask, limit, _ = batch
+    costs, mask = tensors(costs, mask)
+    rewards = torch.tensor(rewards[: len(costs)]).double()
+    assume(mask.any(-1).all())
+    whole = modified_reward(rewards, costs, mask, limit, 20.0, scope)
+    steps = token_modified_rewards(rewards, costs, mask, limit, 20.0, scope, horizon=horizon)
+    first = returns_to_go(steps)[:, 0]
+    feasible = rollout_cost(costs, mask, scope) <= limit
+    torch.testing.assert_close(first[feasible], whole[feasible], rtol=0, atol=1e-12)
+    assert (first[~feasible] <= -20.0 / horizon).all()
 
 
 @st.composite
@@ -275,9 +289,6 @@ def test_padding_and_order_do_not_matter(batch, seed, scope, credit_assignment, 
     order = torch.cat([group[torch.randperm(size, generator=generator)] for group in order])
     permuted = compute(rewards[order], costs[order], mask[order])
     torch.testing.assert_close(permuted, expected[order], rtol=1e-9, atol=1e-9)
-
-
-# ---------------------------------------------------------------------------- multipliers, the limit, and intervals
 
 
 @few

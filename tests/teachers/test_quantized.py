@@ -14,8 +14,6 @@ import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from helpers import (
-    EOS,
-    PAD,
     history,
     make_dataset,
     make_model,
@@ -23,10 +21,11 @@ from helpers import (
     make_tokenizer,
     make_trainer,
     run,
+    save_model,
     weights,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from trl_cmdp.evaluation import sample_rollouts, score_rollouts
 from trl_cmdp.teachers import allow_fast_kernel, keep_differentiable, load_teacher
@@ -69,29 +68,17 @@ def processor(request, monkeypatch):
 @pytest.fixture(scope="module")
 def teacher_path(tmp_path_factory):
     """A checkpoint with some layers of which the kernel takes the shape (64 x 64) and some of which it does not."""
-    path = tmp_path_factory.mktemp("teacher")
-    make_model(1, hidden_size=64, spread=0.3).save_pretrained(path)
-    return str(path)
+    return save_model(tmp_path_factory.mktemp("teacher"), make_model(1, hidden_size=64, spread=0.3))
 
 
 @pytest.fixture(scope="module")
 def student_path(tmp_path_factory):
-    """A checkpoint with two blocks of layers of which the kernel takes every shape."""
-    path = tmp_path_factory.mktemp("student")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=16,
-        hidden_size=128,  # two blocks of 64 in each row: their order matters
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.1,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
-    return str(path)
+    """
+    A checkpoint with two blocks of layers of which the kernel takes every shape. A row of theirs is two blocks of 64, the
+    order of which matters.
+    """
+    model = make_model(hidden_size=128, intermediate_size=64, num_hidden_layers=2, spread=0.1)
+    return save_model(tmp_path_factory.mktemp("student"), model, make_tokenizer())
 
 
 def load_nf4(path: str, **quantization) -> LlamaForCausalLM:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fake_server import KEY, answer, in_turn, serving, silence
 from fake_vllm import DTYPES, FakeServer
-from helpers import make_teacher
+from helpers import make_teacher, save_model
 from test_models import MODELS, build
 from transformers import PhiConfig, PhiForCausalLM
 
@@ -36,9 +36,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("teacher"))
-    model.save_pretrained(path)
-    return path
+    return save_model(tmp_path_factory.mktemp("teacher"), model)
 
 
 @pytest.fixture
@@ -68,9 +66,6 @@ def assert_exact(teacher, model):
     for values, sequence, count in zip(hidden, SEQUENCES, NUM_LAST, strict=True):
         assert values.shape == (count, model.config.hidden_size)
         torch.testing.assert_close(values, expected_hidden(model, sequence, count))
-
-
-# --------------------------------------------------------------------------------------------------------- exact teacher
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values())
@@ -113,9 +108,6 @@ def test_a_sequence_that_just_fits(pooling, model):
     for count in (-1, 33):
         with pytest.raises(ValueError, match="`num_last`"):
             teacher.hidden_states([sequence], [count])
-
-
-# ------------------------------------------------------------------------------------------------ log-probabilities only
 
 
 @torch.no_grad()
@@ -167,9 +159,6 @@ def test_log_probs_that_cannot_be_correct(completions, position, match):
     completions.fault = answer(200, {"choices": [{"prompt_logprobs": [None, position]}]})
     with pytest.raises(TeacherServerError, match=match):
         teacher.log_probs([[2, 2]], [1])
-
-
-# ------------------------------------------------------------------------------------------------------- coming and going
 
 
 def cut_chunks(handler, payload):
@@ -267,9 +256,6 @@ def test_what_trying_again_would_not_change_is_an_error_at_once(pooling, fault, 
     assert len(pooling.requests) <= before + 2
 
 
-# ------------------------------------------------------------------------------------------------------------- the secret
-
-
 def test_a_redirect_is_not_followed(pooling):
     teacher = connect(pooling)
     with serving(FakeServer(pooling.model, "", key=KEY)) as other:
@@ -351,9 +337,6 @@ def test_urls_may_end_as_openai_clients_write_them(url, kept):
     assert TeacherServer(url).url == kept
 
 
-# ---------------------------------------------------------------------------------------------------- what the server is
-
-
 def test_nothing_listening_says_what_to_start():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -407,17 +390,6 @@ def test_a_server_of_another_kind(pooling, fault, match):
 def test_a_key_that_is_missing(pooling):
     with pytest.raises(TeacherServerError, match="needs an API key"):
         RemoteTeacher(pooling.url)
-
-
-def test_a_checkpoint_that_is_not_here(pooling, folder, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    pooling.models["data"][0]["root"] = "/on/the/server"
-    with pytest.raises(ValueError, match="config cannot be read from '/on/the/server'"):
-        connect(pooling)
-    assert connect(pooling, model=folder).exact
-
-
-# --------------------------------------------------------------------------------------------------------------- the head
 
 
 HEADS = {

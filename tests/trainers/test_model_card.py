@@ -144,6 +144,7 @@ def test_counts_are_of_the_last_logged_steps_and_by_prompt():
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
+        (["--name", "b c"], "--name 'b c'"),
         (["--hub_token", "abc"], "--hub_token ***"),
         (["--hub-token=abc"], "--hub-token=***"),
         (["--teacher_model_server_api_key", "abc"], "--teacher_model_server_api_key ***"),
@@ -158,10 +159,7 @@ def test_counts_are_of_the_last_logged_steps_and_by_prompt():
 )
 def test_secrets_are_hidden_in_the_command(arguments, shown):
     assert shell_command(["/usr/bin/trl-cmdp", *arguments], ["own-secret!", None]) == f"trl-cmdp {shown}"
-
-
-def test_a_script_is_shown_with_its_interpreter():
-    assert shell_command(["/home/me/train.py", "--a", "b c"]) == "python train.py --a 'b c'"
+    assert shell_command(["/home/me/train.py", *arguments], ["own-secret!"]) == f"python train.py {shown}"
 
 
 def test_an_error_is_described_with_its_causes_and_without_signatures():
