@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
@@ -291,6 +292,22 @@ def loss_and_gradients(trainer: GRPOTrainer, batches: list[dict]) -> tuple[float
     }
     trainer.model.zero_grad()
     return total, gradients
+
+
+class CreatedShapes(TorchDispatchMode):
+    """Context that records the shape of every tensor that an operator makes, views of its arguments left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.shapes.add(tuple(tensor.shape))
+        return out
 
 
 def capture_rollouts(trainer: GRPOTrainer, monkeypatch) -> list:

@@ -20,8 +20,8 @@ from head_reference import (
     reference_divergence,
     reference_loss,
 )
+from helpers import CreatedShapes
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from trl_cmdp.core import Comparison, Head, chunked_divergence, default_memory_mb, token_divergence
@@ -177,7 +177,7 @@ def test_frozen_part_gets_no_gradient_and_costs_none(frozen):
     chunked_divergence(**whole, memory_mb=SOME)[0].backward()
     for index in frozen:
         leaves(problem)[index].requires_grad_(False)
-    with _Created() as created:
+    with CreatedShapes() as created:
         chunked_divergence(**problem, memory_mb=SOME)[0].backward()
     for index, (leaf, trained) in enumerate(zip(leaves(problem), leaves(whole), strict=True)):
         if index in frozen:
@@ -201,7 +201,7 @@ def test_no_grad_computes_the_costs_alone():
     """Under no_grad: the same costs and loss, bit for bit, no graph, and no gradient buffer."""
     problem = make_heads()
     loss, costs = chunked_divergence(**problem, memory_mb=SOME)
-    with torch.no_grad(), _Created() as created:
+    with torch.no_grad(), CreatedShapes() as created:
         loss_alone, costs_alone = chunked_divergence(**problem, memory_mb=SOME)
     assert torch.equal(costs, costs_alone)
     assert torch.equal(loss, loss_alone)
@@ -231,22 +231,6 @@ def test_rows_of_weight_zero_poison_nothing(beta, cap, bad):
         results.append([loss.detach(), costs[WEIGHTS != 0], *(leaf.grad for leaf in leaves(problem))])
     for clean, poisoned in zip(*results, strict=True):
         torch.testing.assert_close(poisoned, clean, rtol=1e-13, atol=1e-13)
-
-
-class _Created(TorchDispatchMode):
-    """Records the shape of every tensor that an operator makes, views of its arguments left out."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
-                self.shapes.add(tuple(tensor.shape))
-        return out
 
 
 def _peak_mb(function):
@@ -290,7 +274,7 @@ def test_memory_is_bounded(dtype, grad, beta, cap, floor):
         if grad:
             loss.backward()
 
-    with _Created() as created:
+    with CreatedShapes() as created:
         run()
     assert max(4 * shape[0] * shape[1] for shape in created.shapes if len(shape) == 2) < memory_mb * 2**20
     # Beside it: the gradients in float32, and in half precision what they are rounded to.

@@ -60,7 +60,7 @@ def hostile_records(folder):
     files = [folder / f"{index}.jsonl" for index in range(2)]
     for name, file in zip(ESCAPES, files, strict=False):
         settings = make_settings(num_problems=1, num_samples=1, greedy=False, name=name, student=name)
-        write_records(file, settings, [make_rollout(0, 0, [0.1], completion=name)])
+        write_records(file, settings, [make_rollout(0, 0, [0.1], prompt="1+2=", answer="3", completion=name)])
     cells = [make_cell(name, trainer="none", config={"output_dir": name}) for name in ESCAPES]
     (folder / "cells.jsonl").write_text("".join(cell.to_json() + "\n" for cell in cells))
     state = {

@@ -61,11 +61,14 @@ def expected_hidden(model, sequence, count):
     return hidden[len(sequence) - count - 1 : -1]
 
 
-def assert_exact(teacher, model):
-    hidden = teacher.hidden_states(SEQUENCES, NUM_LAST)
+def assert_states(hidden, model, **tolerance):
+    """They are the model's own, of its shape and dtype."""
     for values, sequence, count in zip(hidden, SEQUENCES, NUM_LAST, strict=True):
-        assert values.shape == (count, model.config.hidden_size)
-        torch.testing.assert_close(values, expected_hidden(model, sequence, count))
+        torch.testing.assert_close(values, expected_hidden(model, sequence, count), **tolerance)
+
+
+def assert_exact(teacher, model, **tolerance):
+    assert_states(teacher.hidden_states(SEQUENCES, NUM_LAST), model, **tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values())
@@ -77,11 +80,7 @@ def test_hidden_states_of_uneven_sequences(folder, dtype):
         assert teacher.dtype == teacher.head.weight.dtype == dtype
         assert teacher.vocab_size == model.config.vocab_size
         assert teacher.config.name_or_path == folder
-        for values, sequence, count in zip(
-            teacher.hidden_states(SEQUENCES, NUM_LAST), SEQUENCES, NUM_LAST, strict=True
-        ):
-            assert values.dtype == dtype
-            torch.testing.assert_close(values, expected_hidden(model, sequence, count), rtol=1e-2, atol=1e-2)
+        assert_exact(teacher, model, rtol=1e-2, atol=1e-2)
         paths = [path for path, payload, _ in server.requests if payload and payload["encoding_format"] != "float"]
         assert len(paths) == 1 + 3  # the probe, and nothing for the sequence of which nothing is asked
 
@@ -202,8 +201,7 @@ def test_goes_on_after_a_restart(model, folder, caplog):
         with serving(FakeServer(model, folder, port=port)):
             waiting.join(timeout=20)
             assert_exact(teacher, model)
-    for values, sequence, count in zip(results[0], SEQUENCES, NUM_LAST, strict=True):
-        torch.testing.assert_close(values, expected_hidden(model, sequence, count))
+    assert_states(results[0], model)
     assert random.getstate() == state  # training must not depend on an outage
     warnings = [record.message for record in caplog.records if "Waiting for the teacher server" in record.message]
     assert len(warnings) == 1  # not one per thread

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import (
     EOS,
+    CreatedShapes,
     capture_rollouts,
     history,
     loss_and_gradients,
@@ -22,23 +23,6 @@ from helpers import (
     run,
     same_weights,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-
-class Forwards:
-    """Counts the forward passes of a model's backbone."""
-
-    def __init__(self, model):
-        self.count = 0
-        model.base_model.register_forward_hook(self._seen)
-
-    def _seen(self, *_):
-        self.count += 1
-
-    def since(self) -> int:
-        count, self.count = self.count, 0
-        return count
 
 
 class TestTeacherStates:
@@ -84,12 +68,15 @@ class TestTeacherStates:
             peft_config=make_lora() if lora else None,
         )
         student = trainer.model.get_base_model() if lora else trainer.model
-        student_calls, teacher_calls = Forwards(student), Forwards(teacher)
+        calls = []
+        student.base_model.register_forward_hook(lambda *_: calls.append("student"))
+        teacher.base_model.register_forward_hook(lambda *_: calls.append("teacher"))
         batches = micro_batches(trainer, make_rows(8))
-        assert (student_calls.since(), teacher_calls.since()) == (2, 2)  # rollouts are scripted: this is scoring alone
+        assert sorted(calls) == ["student"] * 2 + ["teacher"] * 2  # rollouts are scripted: this is scoring alone
         for batch in batches:
+            calls.clear()
             trainer.compute_loss(trainer.model, batch).backward()
-            assert (student_calls.since(), teacher_calls.since()) == (1, teacher_forwards)
+            assert sorted(calls) == ["student"] + ["teacher"] * teacher_forwards
 
     def test_teacher_is_frozen_and_in_eval_mode(self, tmp_path):
         teacher = make_teacher().train()
@@ -100,24 +87,11 @@ class TestTeacherStates:
         assert all(torch.equal(parameter, before[name]) for name, parameter in teacher.named_parameters())
 
 
-class LargestVocabularyTensor(TorchDispatchMode):
-    """Largest number of rows of any tensor with a dimension as long as the vocabulary."""
-
-    def __init__(self, vocab_size: int):
-        super().__init__()
-        self.vocab_size = vocab_size
-        self.rows = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and self.vocab_size in tensor.shape:
-                self.rows = max(self.rows, tensor.numel() // self.vocab_size)
-        return output
-
-
 class TestMemory:
     VOCAB = 4096
+
+    def most_rows(self, created: CreatedShapes) -> int:
+        return max(math.prod(shape) for shape in created.shapes if self.VOCAB in shape) // self.VOCAB
 
     def test_no_tensor_of_batch_times_vocabulary(self, tmp_path):
         """In scoring, loss and backward no tensor holds the logits of all tokens: tiles of the stated bound."""
@@ -136,15 +110,15 @@ class TestMemory:
         bound = int(0.25 * 2**20 // (2 * self.VOCAB * 4))  # rows of a tile: both models' in float32 share the memory
         assert sum(map(len, completions)) > 10 * bound
         rows = make_rows(8)
-        with LargestVocabularyTensor(self.VOCAB) as largest:
+        with CreatedShapes() as created:
             (batch,) = micro_batches(trainer, rows)
             trainer.compute_loss(trainer.model, batch).backward()
         assert "divergence_weights" in batch
-        # The heads themselves, (V, hidden) with hidden 4 here, are below the tile.
-        assert 0 < largest.rows <= bound
-        with LargestVocabularyTensor(self.VOCAB) as largest:  # it finds what it looks for
+        # The heads' gradients, (V, hidden) with hidden 4 here, are below the tile.
+        assert self.most_rows(created) <= bound
+        with CreatedShapes() as created:  # it finds what it looks for
             trainer.teacher_model(input_ids=torch.full((2, 9), 3))
-        assert largest.rows == 18
+        assert self.most_rows(created) == 18
 
 
 class TestPrecision:
