@@ -90,32 +90,24 @@ def test_values_and_gradients_equal_the_formula(comparison, heads, memory_mb):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_agrees_with_trl_on_log_probs_and_entropy(dtype):
-    """TRL's fused head: the same values and gradients."""
-    problem, theirs = (make_heads(dtype, scales=(0.5, 1.0), weights=WEIGHTS) for _ in range(2))
-    ours = fused(problem, Comparison(temperature=0.8))
-    assert ours[0].dtype == ours[1].dtype == torch.float32
-    their = ChunkedLogProbFunction.apply(*leaves(theirs), TOKENS, 0.8, 8, None, 0.5, ("entropy",))
-    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    for value, target in zip(ours[:2], their[:2], strict=True):
-        assert error(value, target.detach()) < tolerance
-    for outputs in (ours, their):
-        backward((*outputs[:2], None, None), ADVANTAGES.float(), BONUS.float(), None)
-    assert {leaf.grad.dtype for leaf in leaves(problem)} == {dtype}
-    assert_gradients(problem, [leaf.grad for leaf in leaves(theirs)], tolerance)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_accuracy_of_float32_accumulation(dtype):
-    """Against float64 on the same inputs: 1e-5, and gradients no worse than their own rounding."""
-    problem = make_heads(dtype, weights=WEIGHTS)
-    wide = widened(problem)
-    actual, expected = fused(problem), reference(wide)
+    """
+    Against float64 on the same inputs: 1e-5, and gradients no worse than their own rounding. TRL's fused head gives the
+    same log-probabilities and entropies.
+    """
+    problem = make_heads(dtype, scales=(0.5, 1.0), weights=WEIGHTS)
+    wide, comparison = widened(problem), Comparison(temperature=0.8)
+    actual, expected = fused(problem, comparison), reference(wide, comparison)
     for value, target in zip(actual, expected, strict=True):
+        assert value.dtype == torch.float32
         assert error(value, target) < 1e-5
+    their = ChunkedLogProbFunction.apply(*leaves(problem), TOKENS, 0.8, 8, None, 0.5, ("entropy",))
+    for value, target in zip(actual[:2], their[:2], strict=True):
+        assert error(value, target.detach()) < (1e-5 if dtype == torch.float32 else 3e-2)
     for outputs in (expected, actual):
         backward(outputs)
     for leaf, target in zip(leaves(problem), leaves(wide), strict=True):
+        assert leaf.grad.dtype == dtype
         assert error(leaf.grad, target.grad) < 1.05 * error(target.grad.to(dtype), target.grad) + 1e-5
 
 
