@@ -9,6 +9,8 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ._verify import answer_text
+
 
 ALPHABET = "0123456789+=,#"
 _SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>")
@@ -44,7 +46,7 @@ def final_answer_reward(completions: list[str], answer: list[str], **kwargs: Any
     rewards = []
     for completion, expected in zip(completions, answer, strict=True):
         _, mark, stated = completion.rpartition("#")
-        rewards.append(float(bool(mark) and stated == expected))
+        rewards.append(float(bool(mark) and stated == answer_text(expected)))
     return rewards
 
 

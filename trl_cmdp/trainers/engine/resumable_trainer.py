@@ -179,7 +179,7 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         self._check_weights(folder)
         left = (
-            "The ones before it are whole: once the cause is gone (if the disk is full, make room), go on with "
+            "The ones before it are whole: once the cause is gone (if the disk is full, make room), continue with "
             "`trainer.train(resume_from_checkpoint=True)`, which passes over this one."
         )
         limit = self.args.save_total_limit
