@@ -1,6 +1,8 @@
 """`trl-cmdp evaluate`: files, a second run, tables from records without a model, and mistakes in one line."""
 
 import json
+import linecache
+import re
 import shutil
 import sys
 
@@ -75,6 +77,120 @@ def test_the_same_command_does_nothing_twice_and_another_one_is_refused(folders,
     capsys.readouterr()
     assert run(*options, "--temperature", "0.7") == 2
     assert "another `temperature`" in error_line(capsys)
+
+
+REWARD = """
+from trl_cmdp.tasks.arithmetic import final_answer_reward
+
+
+def mine(completions, answer, **kwargs):
+    return final_answer_reward(completions, answer)
+"""
+ROWS = [{"q": "1+2+3+4+5=", "a": "15", "b": "5", "p": "1+1+1+1+1="}] * 2
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A folder in which everything that an evaluation reads is, and its records: finished, and stopped half way."""
+    folder = tmp_path_factory.mktemp("begun")
+    for path, name in ((STUDENT, "student"), (TEACHER, "teacher")):
+        shutil.copytree(path, folder / name)
+    write_rows(folder / "data.jsonl", ROWS)
+    (folder / "my_reward.py").write_text(REWARD)
+    for name in ("mine", "other"):
+        (folder / f"{name}_module.py").write_text(REWARD.replace("mine", name))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run(*options_of(folder)) == 0
+    content = (folder / "out" / "records.jsonl").read_bytes()
+    (folder / "half").mkdir()
+    (folder / "half" / "records.jsonl").write_bytes(content[: len(content) * 3 // 4])
+    return folder
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def options_of(folder, out="out", **changes):
+    options = {
+        "student": folder / "student",
+        "teacher": folder / "teacher",
+        "dataset": folder / "data.jsonl",
+        "prompt_column": "q",
+        "answer_column": "a",
+        "reward": "my_reward.mine",
+        "split": "train",
+        "num_problems": 2,
+        "num_samples": 2,
+        "batch_size": 2,
+        "max_new_tokens": 4,
+        "output_dir": folder / out,
+        **changes,
+    }
+    return [part for name, value in options.items() for part in (f"--{name}", value)]
+
+
+def other_template(folder):
+    """As text in the tokenizer's config, as transformers writes it too."""
+    path = folder / "student" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": "{{ messages[0]['content'] }}"}))
+
+
+def other_weights(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    model.get_input_embeddings().weight.data += 1e-3
+    model.save_pretrained(folder / "teacher")
+
+
+CHANGES = {
+    "reward": ("reward", {"reward": "other_module.other"}, None),
+    "the reward's source": (
+        "reward_fingerprint",
+        {},
+        lambda folder: (folder / "my_reward.py").write_text(REWARD.replace("return ", "return 2 * ")),
+    ),
+    "teacher": ("teacher_fingerprint", {}, other_weights),
+    "answers": (
+        "problems_fingerprint",
+        {},
+        lambda folder: write_rows(folder / "data.jsonl", [ROWS[0], {**ROWS[1], "a": "16"}]),
+    ),
+    "answer column": ("problems_fingerprint", {"answer_column": "b"}, None),
+    "prompt column": ("problems_fingerprint", {"prompt_column": "p"}, None),
+    "difficulty column": ("problems_fingerprint", {"difficulty_column": "b"}, None),
+    "chat template": ("(problems|tokenizer)_fingerprint", {}, other_template),  # the prompts are then messages
+    "dtype": ("(teacher_fingerprint|student_dtype)", {"dtype": "bfloat16"}, None),
+}
+
+
+@pytest.mark.parametrize("out", ["out", "half"])
+@pytest.mark.parametrize(("field", "changes", "edit"), CHANGES.values(), ids=CHANGES)
+def test_what_decides_a_record_may_not_change(begun, tmp_path, monkeypatch, capsys, out, field, changes, edit):
+    """Neither of a finished evaluation, whose figures would be called the new ones, nor of one half way."""
+    folder = tmp_path / "begun"
+    shutil.copytree(begun, folder)
+    if edit is not None:
+        edit(folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    for module in ("my_reward", "other_module"):
+        sys.modules.pop(module, None)
+    linecache.clearcache()
+    before = (folder / out / "records.jsonl").read_bytes()
+    # The folder's own paths are part of the settings, so the records are given them.
+    text = before.decode().replace(str(begun), str(folder))
+    (folder / out / "records.jsonl").write_text(text)
+    assert run(*options_of(folder, out, **changes)) == 2
+    assert re.search(rf"is of an evaluation with another `{field}`", error_line(capsys))
+    assert (folder / out / "records.jsonl").read_text() == text
+
+
+def test_the_same_evaluation_is_resumed_where_it_was_stopped(begun, tmp_path, monkeypatch):
+    shutil.copytree(begun / "half", tmp_path / "half")
+    monkeypatch.chdir(begun)
+    assert run(*options_of(begun, output_dir=tmp_path / "half")) == 0
+    assert (tmp_path / "half" / "records.jsonl").read_bytes() == (begun / "out" / "records.jsonl").read_bytes()
 
 
 def test_tables_come_from_records_without_a_model(folders, tmp_path):

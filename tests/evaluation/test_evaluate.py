@@ -1,6 +1,8 @@
 """Evaluation: what is recorded, and that a stopped evaluation ends as if it had not been stopped."""
 
+import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_cmdp.core import token_divergence
 from trl_cmdp.evaluation import evaluate, read_rollout_records
 from trl_cmdp.evaluation.progress import show_progress
-from trl_cmdp.evaluation.provenance import git_state, library_versions, weights_fingerprint
+from trl_cmdp.evaluation.provenance import (
+    dotted_name,
+    git_state,
+    library_versions,
+    source_fingerprint,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
 from trl_cmdp.tasks.arithmetic import demo_model_path, final_answer_reward, load_problems
 
 
@@ -237,3 +246,28 @@ def test_a_fingerprint_is_of_the_weights(tmp_path):
     assert weights_fingerprint(tmp_path) != first
     commit, _ = git_state()
     assert commit is None or len(commit) == 40
+
+
+def test_a_fingerprint_is_of_a_tokenizer_and_of_a_source():
+    """Another template, another special token; another module, also behind a partial; a built-in has no source."""
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path("student"))
+    found = {tokenizer_fingerprint(tokenizer)}
+    tokenizer.chat_template = "{{ messages }}"
+    found.add(tokenizer_fingerprint(tokenizer))
+    tokenizer.pad_token = tokenizer.eos_token
+    found.add(tokenizer_fingerprint(tokenizer))
+    assert len(found) == 3
+    assert tokenizer_fingerprint(AutoTokenizer.from_pretrained(demo_model_path("student"))) in found
+    assert source_fingerprint(evaluate) not in (None, source_fingerprint(final_answer_reward))
+    assert source_fingerprint(partial(evaluate, engine=None)) == source_fingerprint(evaluate)
+    assert source_fingerprint(len) is None
+    assert dotted_name(final_answer_reward) == "trl_cmdp.tasks.arithmetic.final_answer_reward"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"temperature": math.inf}, {"temperature": math.nan}, {"cost_limit": math.nan}, {"teacher_beta": math.nan}],
+)
+def test_numbers_that_are_not_finite(run, changes):
+    with pytest.raises(ValueError, match=f"`{next(iter(changes))}` must"):
+        run(settings=replace(SETTINGS, **changes))

@@ -4,7 +4,9 @@ import hashlib
 import inspect
 import platform
 import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,17 +59,22 @@ def weights_fingerprint(model: str | Path) -> str | None:
 
 def dotted_name(function: Callable[..., Any]) -> str:
     """Module and name of a function, of an object that is called its class's."""
-    named = function if inspect.isroutine(function) else type(function)
+    named = _named(function)
     return f"{named.__module__}.{named.__qualname__}"
 
 
 def source_fingerprint(function: Callable[..., Any]) -> str | None:
     """Fingerprint of the source of a function's module, `None` where it cannot be read."""
-    named = function if inspect.isroutine(function) else type(function)
     try:
-        return fingerprint(inspect.getsource(inspect.getmodule(named) or named))
-    except (OSError, TypeError):
+        return fingerprint(inspect.getsource(sys.modules[_named(function).__module__]))
+    except (OSError, TypeError, KeyError):
         return None
+
+
+def _named(function: Callable[..., Any]) -> Any:
+    while isinstance(function, partial):
+        function = function.func
+    return function if inspect.isroutine(function) else type(function)
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
