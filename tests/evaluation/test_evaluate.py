@@ -261,7 +261,7 @@ def test_a_fingerprint_is_of_a_tokenizer_and_of_a_source():
     assert source_fingerprint(evaluate) not in (None, source_fingerprint(final_answer_reward))
     assert source_fingerprint(partial(evaluate, engine=None)) == source_fingerprint(evaluate)
     assert source_fingerprint(len) is None
-    assert dotted_name(final_answer_reward) == "trl_cmdp.tasks.arithmetic.final_answer_reward"
+    assert dotted_name(evaluate) == "trl_cmdp.evaluation.evaluator.evaluate"
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,17 @@ def mistakes(*others: type[Exception]) -> Iterator[None]:
         raise Mistake(str(error)) from error
 
 
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turn what refuses a training run, before it begins, into a [`Mistake`]."""
+    from ..trainers.engine.guards import RefusedRun
+
+    try:
+        yield
+    except RefusedRun as refusal:
+        raise Mistake(str(refusal)) from refusal
+
+
 def positive_int(text: str) -> int:
     """An integer of at least 1, for `argparse`."""
     value = int(text)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._arguments import Mistake, mistakes, positive_float, positive_int
+from ._arguments import Mistake, mistakes, positive_float, positive_int, refusals
 from ._evaluation import TEACHER_KEY_VARIABLE, load_student, problems_of, replace_arguments, task_of
 
 
@@ -106,7 +106,8 @@ def imitate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         return found
     with mistakes(DatasetsError, TeacherServerError, NotImplementedError):
         trainer = _make_trainer(student, tokenizer, problems, arguments, settings, folder)
-    trainer.train()
+    with refusals():
+        trainer.train()
     trainer.save_model(str(folder))
     costs = [entry["constraint/cost"] for entry in trainer.state.log_history if "constraint/cost" in entry]
     run = {"settings": settings, "mean_costs": costs}

@@ -32,10 +32,9 @@ from ..tasks.table import load_splits
 from ..teachers import TeacherServerError
 from ..trainers.engine.config import DistillConfig
 from ..trainers.engine.distill_trainer import DistillTrainer
-from ..trainers.engine.guards import RefusedRun
 from ..trainers.telemetry.card import CURVES_FILE
 from ..trainers.telemetry.hub import describe_error
-from ._arguments import Mistake, mistakes
+from ._arguments import mistakes, refusals
 from ._progress import TrainingProgress
 from ._tasks import load_problems, load_reward, load_task
 
@@ -242,9 +241,8 @@ def _train(trainer: DistillTrainer, dataset_name: str | None) -> int:
     if args.push_to_hub:
         trainer.add_callback(CurvesOnPush())
     try:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    except RefusedRun as refusal:
-        raise Mistake(str(refusal)) from refusal
+        with refusals():
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     finally:
         progress.stop()
     with mistakes(RuntimeError):
