@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .._defaults import COST_LIMIT, COST_SCOPE, CostScope
 from ._lines import from_line, read_lines, to_line
@@ -46,6 +46,10 @@ class EvaluationSettings:
             Longest completion, in tokens.
         batch_size (`int`, *optional*, defaults to `32`):
             Rollouts generated at a time. Part of what the seed means.
+        chat_template (`str`, *optional*):
+            Chat template of prompts that are messages, in place of the tokenizer's own.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Further arguments of the chat template, such as `{"enable_thinking": False}`: those of the training.
         backend (`str`, *optional*, defaults to `"transformers"`):
             What generates: `"transformers"` or `"vllm"`.
         teacher_beta (`float`, *optional*, defaults to `1.0`):
@@ -73,6 +77,8 @@ class EvaluationSettings:
     temperature: float = 1.0
     max_new_tokens: int
     batch_size: int = 32
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     backend: Literal["transformers", "vllm"] = "transformers"
     teacher_beta: float = 1.0
     cost_limit: float = COST_LIMIT

@@ -7,12 +7,19 @@ from itertools import islice
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import GRPOConfig
+from trl.trainer.utils import get_config_model_id
 
+from ..._prompts import check_chat_template, check_column, check_prompts
 from .config import DistillConfig
 
 
+# Extras that bring a tracker. Those that transformers finds in other ways than by a package are left to it.
+_TRACKER_EXTRAS = {"wandb": "wandb", "tensorboard": "tracking", "trackio": "tracking"}
+_FOUND_OTHERWISE = {"azure_ml", "flyte"}
 # What TRL itself passes to a reward function, beside the columns of the dataset.
 _REWARD_ARGUMENTS = {
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"
@@ -60,6 +67,55 @@ def check_arguments(config_class: type[DistillConfig], args: GRPOConfig, with_te
             "`multi_objective_aggregation='normalize_then_sum'` cannot be used with a teacher: it leaves no "
             "single reward to weigh against the limit. Use 'sum_then_normalize' and `reward_weights`."
         )
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that what `report_to` names is installed."""
+    if not names:
+        return
+    for name in set(names) - {*get_available_reporting_integrations(), *_FOUND_OTHERWISE}:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"`report_to` names {name!r}, which is no tracker: take of {', '.join(INTEGRATION_TO_CALLBACK)}."
+            )
+        extra = _TRACKER_EXTRAS.get(name)
+        install = name if extra is None else f'"trl-cmdp[{extra}]"'
+        raise ImportError(f"`report_to` names {name!r}, which is not installed: pip install {install}.")
+
+
+def check_data(
+    model: str | PreTrainedModel,
+    args: GRPOConfig,
+    train_dataset: Any,
+    eval_dataset: Any,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
+    *,
+    has_rollout_func: bool,
+    has_environment: bool,
+) -> None:
+    """
+    Check the prompts of the datasets, and that the student's chat template renders messages. A `rollout_func` may take
+    prompts of any kind, and an environment may bring them in place of the column.
+    """
+    for name, dataset in _named(train_dataset, eval_dataset).items():
+        if not isinstance(dataset, Dataset | IterableDataset):
+            continue
+        columns = dataset.column_names or next(iter(dataset), {})
+        if has_rollout_func and not has_environment:
+            check_column(columns, f"the {name} dataset")
+        if has_rollout_func or (has_environment and "prompt" not in columns):
+            continue
+        prompt = check_prompts(dataset, f"the {name} dataset")
+        if isinstance(prompt, str):
+            continue
+        if processing_class is None:  # where TRL takes it from, after it has loaded the model
+            processing_class = AutoProcessor.from_pretrained(
+                model if isinstance(model, str) else get_config_model_id(model.config),
+                revision=(args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None,
+                trust_remote_code=args.trust_remote_code,
+            )
+        kwargs = args.chat_template_kwargs
+        check_chat_template(processing_class, prompt, f"the {name} dataset", chat_template_kwargs=kwargs)
 
 
 def no_reward(completions: list, **kwargs: Any) -> list[float]:
@@ -112,7 +168,8 @@ def check_no_images(train_dataset: Any, eval_dataset: Any) -> None:
             if columns:
                 raise ValueError(f"The {name} dataset has the column {columns[0]!r}. {IMAGES_REFUSED}")
             messages = row.get("prompt", [])
-            contents = [] if isinstance(messages, str) else [message.get("content") for message in messages]
+            messages = messages if isinstance(messages, list) else []
+            contents = [message.get("content") for message in messages]
             parts = [part for content in contents if isinstance(content, list) for part in content]
             if any(part["type"] == "image" for part in parts):
                 raise ValueError(f"A message of the {name} dataset has an image. {IMAGES_REFUSED}")

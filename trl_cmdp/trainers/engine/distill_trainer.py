@@ -24,8 +24,10 @@ from ..telemetry.shading import ShadedCompletions
 from .checks import (
     IMAGES_REFUSED,
     check_arguments,
+    check_data,
     check_no_images,
     check_reward_columns,
+    check_trackers,
     checked_rollout_func,
     has_teacher,
     no_reward,
@@ -85,6 +87,16 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         with_teacher = has_teacher(teacher_model, args)
         check_arguments(
             self._config_class, args, with_teacher, reward_funcs is not None or environment_factory is not None
+        )
+        check_trackers(args.report_to)
+        check_data(
+            model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            has_rollout_func=rollout_func is not None,
+            has_environment=environment_factory is not None,
         )
         if with_teacher:
             check_no_images(train_dataset, eval_dataset)
