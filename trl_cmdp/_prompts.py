@@ -76,8 +76,8 @@ def check_prompts(
     for index, prompt in enumerate(_read(dataset, name, column)):
         fault = prompt_fault(prompt)
         if fault is None and one_kind and first is not None and isinstance(prompt, str) != isinstance(first, str):
-            text, messages = ("this", "the first") if isinstance(prompt, str) else ("the first", "this")
-            fault = f"is of another kind than the first: {text} is text, {messages} messages. Make all of one kind."
+            found, expected = ("text", "messages") if isinstance(prompt, str) else ("messages", "text")
+            fault = f"is {found}, and that of row 0 is {expected}. Make all of one kind (`dataset.map`)."
         if fault is not None:
             raise ValueError(f"Row {index} of {name}: the prompt (column {column!r}) {fault}")
         first = prompt if first is None else first
@@ -147,8 +147,16 @@ def _read(dataset: Dataset | IterableDataset, name: str, column: str) -> Iterato
         # Images are stored as bytes, which would all be read and decoded.
         whole = "binary" not in str(dataset.features.arrow_schema.field(column).type)
     if whole:
-        for batch in dataset.select_columns([column]).with_format(None).iter(_BATCH_SIZE):
-            yield from batch[column]
+        num_read = 0
+        try:
+            for batch in dataset.select_columns([column]).with_format(None).iter(_BATCH_SIZE):
+                yield from batch[column]
+                num_read += _BATCH_SIZE
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"Of the rows {num_read} to {num_read + _BATCH_SIZE - 1} of {name}, one has a prompt (column {column!r}) "
+                f"that is not UTF-8 text: {error.reason}."
+            ) from error
         return
     for row in islice(dataset, _FIRST_ROWS):
         check_column(row, name, column)

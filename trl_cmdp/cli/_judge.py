@@ -90,7 +90,7 @@ def judge_evaluations(
     for judge in judges:
         if isinstance(judge, LLMJudge):
             for reason, count in judge.reasons.most_common(_SHOWN_REASONS):
-                print(f"{judge.name} gave no reply to {count} questions: {reason}", file=sys.stderr)
+                print(f"{judge.name} left questions unanswered ({count}): {reason}", file=sys.stderr)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(write_judgements(judgements))

@@ -3,11 +3,22 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 
 Record = TypeVar("Record")
+
+
+def read_text(path: Path) -> str:
+    """What a file of lines holds. A line that is not UTF-8 is a `ValueError`."""
+    content = path.read_bytes()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"Line {number} is not UTF-8 text: {error.reason}.") from error
 
 
 def to_line(values: Any) -> str:
@@ -26,7 +37,8 @@ def from_line(record: Any, line: str) -> dict[str, Any]:
     types = get_type_hints(record)
     required = {field.name for field in fields(record) if field.default is MISSING}
     if not required <= values.keys() <= types.keys():
-        raise ValueError(f"it has the wrong keys: {', '.join(sorted(values.keys() ^ types.keys()))}.")
+        wrong = (required - values.keys()) | (values.keys() - types.keys())
+        raise ValueError(f"it has the wrong keys: {', '.join(sorted(wrong))}.")
     for name, value in values.items():
         if not _has_type(value, types[name]):
             raise ValueError(f"`{name}` or an element of it has the wrong type: {str(value)[:80]}.")

@@ -15,6 +15,7 @@ from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._prompts import Prompt, check_chat_template, check_prompts
+from ._lines import read_text
 from .divergence import AnyTeacher, score_rollouts
 from .rollout_records import EvaluationSettings, RolloutRecord, read_rollout_records
 from .rollouts import Rollout, eos_ids, sample_rollouts
@@ -255,11 +256,11 @@ def _records_file(
 
 def _resume(path: Path, settings: EvaluationSettings, batches: Sequence[Sequence[_Key]]) -> list[RolloutRecord]:
     """The records of whole batches that the file holds. What follows them is cut off; a missing file is created."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if "\n" not in text:  # not even the settings were written to their end
-        path.write_text(f"{settings.to_json()}\n", encoding="utf-8", newline="\n")
-        return []
     try:
+        text = read_text(path) if path.exists() else ""
+        if "\n" not in text:  # not even the settings were written to their end
+            path.write_text(f"{settings.to_json()}\n", encoding="utf-8", newline="\n")
+            return []
         found, records = read_rollout_records(text)
     except ValueError as error:
         raise ValueError(f"{path} cannot be resumed: {error}") from error

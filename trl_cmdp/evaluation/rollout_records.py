@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .._defaults import COST_LIMIT, COST_SCOPE, CostScope
-from ._lines import from_line, read_lines, to_line
+from ._lines import from_line, read_lines, read_text, to_line
 from .provenance import git_state, library_versions
 
 
@@ -182,7 +182,7 @@ def read_rollout_records(source: Path | str) -> tuple[EvaluationSettings, list[R
         ValueError: If a line is not a record that the settings ask for (its number is named), or if a rollout is
             recorded twice.
     """
-    text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
+    text = read_text(source) if isinstance(source, Path) else source
     if "\n" not in text:
         raise ValueError("There are no settings on the first line: nothing was recorded.")
     try:

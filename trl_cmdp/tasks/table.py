@@ -39,7 +39,10 @@ def load_splits(path: str, name: str | None = None, streaming: bool = False) -> 
     file_format = _FILE_FORMATS.get(Path(path).suffix)
     files = {} if file_format is None else {"data_files": path}
     try:
-        return load_dataset(file_format or path, name=name, streaming=streaming, **files)
+        splits = load_dataset(file_format or path, name=name, streaming=streaming, **files)
+        for split in splits.values() if streaming else ():
+            next(iter(split), None)
+        return splits
     except (DatasetGenerationError, StopIteration, ValueError) as error:  # which hide what they are about
         cause = _damage(Path(path)) or error.__cause__ or error
         raise ValueError(f"The dataset {path!r} cannot be read: {cause}") from error
@@ -50,8 +53,8 @@ def _damage(path: Path) -> str | None:
     files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in _FILE_FORMATS)
     for file in files:
         content = file.read_bytes()
-        if not content.strip():
-            return f"{file.name} is empty."
+        if b"\n" not in content.strip() and (not content.strip() or file.suffix == ".csv"):
+            return f"{file.name} has no rows."
         if _FILE_FORMATS[file.suffix] == "json" and (found := _damaged_line(content, file.suffix == ".jsonl")):
             return f"{file.name}, {found}"
     return None
@@ -69,12 +72,12 @@ def _damaged_line(content: bytes, as_lines: bool) -> str | None:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return f"line {number} is not JSON: {error}"
         if len(lines) > 1 and not isinstance(row, dict):
             return f"line {number} is no JSON object but {type(row).__name__}."
         if isinstance(row, list) and not row:
-            return "the list is empty."
+            return "which is an empty list."
     return None
 
 

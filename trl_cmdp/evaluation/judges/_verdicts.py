@@ -7,7 +7,7 @@ import unicodedata
 # Reasoning that a model shows before its reply. Some chat templates open the block, so that the reply only closes it.
 _THOUGHT = r"(?:think|thinking|thought|thoughts|reasoning|reflection)"
 _TAG = re.compile(rf"(</?{_THOUGHT}>|\[/?think\])")
-_SPECIAL_TOKEN = re.compile(r"<\|[^|<>\n]*\|>|</?[a-z_]{2,}>|</s>")
+_SPECIAL_TOKEN = re.compile(r"<\|[^|<>\n]*\|>|</?(?!tie|draw)[a-z_]{2,}>|</s>")
 _TEX = re.compile(r"\\(?:boxed|text|textbf|mathbf|mathrm)(?=\s*\{)")
 
 _MARKUP = r"[ \t\r*_`#<>|\"'\u201c\u201d\u2018\u2019\u200b$\\{}\[\]()]"

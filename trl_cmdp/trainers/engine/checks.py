@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import GRPOConfig
+from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
 
 from ..._prompts import check_chat_template, check_column, check_prompts
@@ -145,6 +146,23 @@ def check_reward_columns(reward_funcs: list, names: list[str], train_dataset: An
                     f"{sorted(dataset.column_names)}. Add or rename the column (`dataset.rename_column`), or give "
                     "the argument a default."
                 )
+
+
+def check_reward_templates(reward_funcs: list, processing_classes: list, train_dataset: Any) -> None:
+    """A reward model reads messages through the chat template of its own tokenizer."""
+    models = [
+        (model, processing_class)
+        for model, processing_class in zip(reward_funcs, processing_classes, strict=True)
+        if isinstance(model, torch.nn.Module)
+    ]
+    if not models or not is_conversational(next(iter(train_dataset))):
+        return
+    for model, processing_class in models:
+        if processing_class.chat_template is None:
+            raise ValueError(
+                f"The prompts are messages, and the tokenizer of the reward model {get_config_model_id(model.config)!r} "
+                "has no chat template. Give one with a template as `reward_processing_classes`, or make text of the prompts."
+            )
 
 
 def check_violation_penalty(rewards: torch.Tensor, penalty: float, step: int) -> None:

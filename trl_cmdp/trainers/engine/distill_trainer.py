@@ -27,6 +27,7 @@ from .checks import (
     check_data,
     check_no_images,
     check_reward_columns,
+    check_reward_templates,
     check_trackers,
     checked_rollout_func,
     has_teacher,
@@ -124,6 +125,7 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         )
         if rollout_func is None and environment_factory is None:
             check_reward_columns(self.reward_funcs, self.reward_func_names, self.train_dataset, self.eval_dataset)
+        check_reward_templates(self.reward_funcs, self.reward_processing_classes, self.train_dataset)
 
         self.command = sys.argv  # what the model card says that made the run; secrets are hidden there
         self.teachers: dict[str, Teacher] = make_teachers(self, teacher_model) if with_teacher else {}
