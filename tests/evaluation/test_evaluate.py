@@ -172,7 +172,7 @@ def test_arguments_of_the_chat_template(run, models, tmp_path, template):
     )  # fmt: skip
     assert [record.completion_ids for record in records] == [record.completion_ids for record in plain]
     assert read_rollout_records(path) == (settings, records)
-    with pytest.raises(ValueError, match="another `chat_template_kwargs`: {'sign': '='}, now None"):
+    with pytest.raises(ValueError, match=r"another `chat_template_kwargs`: \{'sign': '='\}, now None"):
         evaluate(
             models[0], tokenizer, problems, final_answer_reward, records_path=path,
             settings=replace(settings, chat_template_kwargs=None),
