@@ -185,11 +185,10 @@ def check_no_images(train_dataset: Any, eval_dataset: Any) -> None:
             columns = sorted({"image", "images"} & row.keys())
             if columns:
                 raise ValueError(f"The {name} dataset has the column {columns[0]!r}. {IMAGES_REFUSED}")
-            messages = row.get("prompt", [])
-            messages = messages if isinstance(messages, list) else []
-            contents = [message.get("content") for message in messages]
-            parts = [part for content in contents if isinstance(content, list) for part in content]
-            if any(part["type"] == "image" for part in parts):
+            prompt = row.get("prompt")
+            messages = [message for message in prompt if isinstance(message, dict)] if isinstance(prompt, list) else []
+            contents = [content for message in messages if isinstance(content := message.get("content"), list)]
+            if any(isinstance(part, dict) and part.get("type") == "image" for content in contents for part in content):
                 raise ValueError(f"A message of the {name} dataset has an image. {IMAGES_REFUSED}")
 
 

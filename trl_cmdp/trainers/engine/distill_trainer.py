@@ -90,6 +90,8 @@ class DistillTrainer(OffPolicyGRPOTrainer):
             self._config_class, args, with_teacher, reward_funcs is not None or environment_factory is not None
         )
         check_trackers(args.report_to)
+        if with_teacher:
+            check_no_images(train_dataset, eval_dataset)
         check_data(
             model,
             args,
@@ -100,7 +102,6 @@ class DistillTrainer(OffPolicyGRPOTrainer):
             has_environment=environment_factory is not None,
         )
         if with_teacher:
-            check_no_images(train_dataset, eval_dataset)
             if reward_funcs is None and environment_factory is None:
                 reward_funcs = no_reward
             if rollout_func is not None:
