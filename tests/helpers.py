@@ -12,7 +12,6 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
@@ -282,13 +281,6 @@ def loss_and_gradients(trainer: GRPOTrainer, batches: list[dict]) -> tuple[float
     }
     trainer.model.zero_grad()
     return total, gradients
-
-
-def flops_of_loss(trainer: GRPOTrainer, batches: list[dict]) -> int:
-    """Floating-point operations of one optimizer step's losses and gradients."""
-    with FlopCounterMode(display=False) as counter:
-        loss_and_gradients(trainer, batches)
-    return counter.get_total_flops()
 
 
 def capture_rollouts(trainer: GRPOTrainer, monkeypatch) -> list:

@@ -35,6 +35,15 @@ def trl_advantages(rewards, num_generations, scale_rewards):
     return torch.nan_to_num(advantages, nan=0.0)
 
 
+def trl_normalize_then_sum(rewards, weights, num_generations):
+    """GRPO's advantages of several rewards (B, F), each standardised before the sum, by TRL's operations."""
+    grouped = rewards.view(-1, num_generations, rewards.size(1))
+    each = (grouped - torch.nanmean(grouped, dim=1, keepdim=True)) / (nanstd(grouped, dim=1, keepdim=True) + 1e-4)
+    total = (each.view_as(rewards) * weights.unsqueeze(0)).nansum(dim=1)
+    total[rewards.isnan().all(dim=1)] = torch.nan
+    return torch.nan_to_num((total - torch.nanmean(total)) / (nanstd(total) + 1e-4), nan=0.0)
+
+
 def single_tokens(costs):
     """Rollouts of one token each, which cost what is given."""
     costs = torch.tensor(costs, dtype=torch.float64).unsqueeze(-1)
@@ -86,6 +95,71 @@ def test_all_feasible_is_grpo_bit_for_bit(credit_assignment, aggregation, scale_
             assert torch.equal(actual, expected)
         else:  # on every token that counts; what lies behind the last one is masked in the loss
             assert torch.equal(actual[mask], expected.unsqueeze(-1).expand(24, 7)[mask])
+
+
+class TestNormalizeThenSum:
+    """Several rewards, each standardised before their weighted sum, with NaN where a function did not score."""
+
+    WEIGHTS = torch.tensor([1.0, 0.3, -2.0])
+
+    @pytest.fixture
+    def rewards(self):
+        torch.manual_seed(0)
+        rewards = torch.randn(24, 3) * torch.tensor([1.0, 30.0, 1e4])
+        rewards[torch.rand(24, 3) < 0.3] = torch.nan
+        rewards[3] = torch.nan
+        return rewards
+
+    @pytest.mark.parametrize("credit_assignment", ["trajectory", "token"])
+    @pytest.mark.parametrize("scale_rewards", SCALES)
+    @pytest.mark.parametrize("violators", [[], [6, 9, 20]])
+    def test_a_feasible_group_is_grpo_bit_for_bit(self, rewards, credit_assignment, scale_rewards, violators):
+        """Whatever the other groups of the batch hold."""
+        costs = torch.rand(24, 5)
+        costs[violators] += 2
+        actual = constrained_advantages(
+            rewards, costs, torch.ones(24, 5), 6, 1.0, 20.0, "mean", credit_assignment, "lexicographic", scale_rewards, 5,
+            self.WEIGHTS,
+        )  # fmt: skip
+        feasible = [row for row in range(24) if row // 6 not in {violator // 6 for violator in violators}]
+        expected = trl_normalize_then_sum(rewards, self.WEIGHTS, 6)
+        expected = expected if credit_assignment == "trajectory" else expected.unsqueeze(-1).expand(24, 5)
+        assert torch.equal(actual[feasible], expected[feasible])
+
+    @pytest.mark.parametrize("scale_rewards", SCALES)
+    def test_z_is_over_the_feasible_rollouts(self, scale_rewards):
+        """By hand: two functions over the three that are feasible, the deviation of the batch's four sums as TRL's."""
+        rewards = torch.tensor([[3.0, 0.0], [1.0, 0.0], [2.0, 6.0], [9.0, 9.0]]).double()
+        costs, mask = single_tokens([0.0, 0.0, 0.0, 5.0])
+        weights = torch.tensor([1.0, 0.5])
+        values = constrained_advantages(
+            rewards, costs, mask, 4, 1.0, 20.0, scale_rewards=scale_rewards, reward_weights=weights
+        )
+        first = [1 / (1 + 1e-4), -1 / (1 + 1e-4), 0.0]
+        second = [-2.0 / (math.sqrt(12) + 1e-4), -2.0 / (math.sqrt(12) + 1e-4), 4.0 / (math.sqrt(12) + 1e-4)]
+        whole = (rewards - rewards.mean(0)) / (rewards.std(0) + 1e-4) @ weights.double()
+        z = [(a + 0.5 * b) / (whole.std().item() + 1e-4) for a, b in zip(first, second, strict=True)]
+        utilities = torch.tensor([*z, min(z) - 1 - 5 / 20]).double()
+        torch.testing.assert_close(values, utilities - utilities.mean(), rtol=TOLERANCE, atol=TOLERANCE)
+
+    def test_degenerate_batches_are_finite(self, rewards):
+        """Groups of one give 0, and so does what nothing scores; a single feasible rollout has no z of its own."""
+        costs, mask = torch.full((24, 2), 0.5), torch.ones(24, 2)
+        settings = {"cost_limit": 1.0, "penalty": 20.0, "reward_weights": self.WEIGHTS}
+        assert torch.equal(constrained_advantages(rewards, costs, mask, 1, **settings), torch.zeros(24))
+        unscored = torch.full_like(rewards, torch.nan)
+        assert torch.equal(constrained_advantages(unscored, costs, mask, 4, **settings), torch.zeros(24))
+        costs[1:] = 3.0
+        utilities = torch.tensor([0.0, *[-1 - 3 / 20] * 3])
+        alone = constrained_advantages(rewards, costs, mask, 4, **settings)[:4]
+        torch.testing.assert_close(alone, utilities - utilities.mean(), rtol=0, atol=1e-5)
+
+    def test_with_sum_then_normalize(self):
+        with pytest.raises(ValueError, match="Leave out `reward_weights`"):
+            constrained_advantages(
+                torch.ones(4, 2), torch.ones(4, 2), torch.ones(4, 2), 2, 1.0, 20.0,
+                constraint_aggregation="sum_then_normalize", reward_weights=torch.ones(2),
+            )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- feasibility, then reward

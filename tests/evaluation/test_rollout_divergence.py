@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from fake_vllm import FakeServer, serving
+from fake_server import serving
+from fake_vllm import FakeServer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

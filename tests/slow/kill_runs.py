@@ -55,7 +55,7 @@ TRAINERS = {
         LagrangianDistillTrainer,
         [DUAL | cell for cell in GRID[::3]]
         + [PID | cell for cell in GRID if cell not in GRID[::3]]
-        + [DUAL | PARTS, PID | PARTS | {"multiplier_signal": "violation_rate"}],
+        + [DUAL | PARTS, PID | PARTS],
     ),
     "gkd": (
         GKDDistillTrainer,

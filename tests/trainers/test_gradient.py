@@ -8,7 +8,6 @@ import torch
 from helpers import (
     LIMIT,
     assert_gradient_is_dense,
-    flops_of_loss,
     make_lora,
     make_rows,
     make_scripted_trainer,
@@ -90,17 +89,3 @@ def test_loss_types(tmp_path, loss_type, credit_assignment, accumulation, per_ge
 def test_settings(tmp_path, settings):
     trainer = build(tmp_path, **settings, cost_limit=1e-9)
     assert_gradient_is_dense(trainer, micro_batches(trainer, make_rows(8)))
-
-
-def test_nothing_is_projected_twice(tmp_path):
-    """On policy no loss type multiplies more than another; an entropy bonus, which cannot be foreseen, does."""
-
-    def flops(**settings) -> int:
-        trainer = build(tmp_path, **settings)
-        return flops_of_loss(trainer, micro_batches(trainer, make_rows(8)))
-
-    for credit_assignment, loss_types in (("trajectory", LOSS_TYPES[::2]), ("token", LOSS_TYPES[1::2])):
-        bonus = flops(entropy_coef=0.1, credit_assignment=credit_assignment)
-        on_policy = {flops(loss_type=loss_type, credit_assignment=credit_assignment) for loss_type in loss_types}
-        assert len(on_policy) == 1
-        assert on_policy.pop() < bonus

@@ -5,7 +5,6 @@ import pytest
 import torch
 from helpers import (
     assert_gradient_is_dense,
-    flops_of_loss,
     loss_and_gradients,
     make_lora,
     make_model,
@@ -90,15 +89,6 @@ def test_gradient(tmp_path, mode, settings):
     """TRL's own corrected loss, plus the divergence, which is not corrected."""
     trainer = build(tmp_path, mode, **settings)
     assert_gradient_is_dense(trainer, batches_with_ratio(trainer))
-
-
-def test_nothing_is_projected_twice(tmp_path):
-    """The correction multiplies nothing again: TRL's old log-probabilities, which would need it, are left out."""
-    flops = []
-    for mode in (None, "token_truncate", "sequence_mask"):
-        trainer = build(tmp_path, mode)
-        flops.append(flops_of_loss(trainer, micro_batches(trainer, make_rows(8))))
-    assert flops[0] == flops[1] == flops[2]
 
 
 def test_scoring_does_not_depend_on_the_correction(tmp_path):
