@@ -32,15 +32,13 @@ from helpers import (
 )
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, TrainerCallback
 
-from trl_cmdp import ConstrainedDistillTrainer, GKDDistillTrainer
-from trl_cmdp.trainers.engine import checks
-
 from trl_cmdp import (
     ConstrainedDistillTrainer,
     GKDDistillTrainer,
     LagrangianDistillTrainer,
     MiniLLMDistillTrainer,
 )
+from trl_cmdp.trainers.engine import checks
 
 
 class TestVocabulary:

@@ -183,15 +183,14 @@ def check_columns(rows: Dataset, columns: list[str], path: str) -> None:
             raise ValueError(f"The dataset {path!r} has no column {column!r}, it has {there}.")
 
 
-def check_texts(rows: Dataset, columns: list[str], path: str) -> None:
-    """An error that names row and column, if one of these columns holds anything but text."""
-    for column in columns:
-        for index, value in enumerate(rows[column]):
-            if not isinstance(value, str) or not value.strip():
-                raise ValueError(
-                    f"Row {index} of the dataset {path!r}: its {column!r} must be text, got {repr(value)[:60]}. Leave "
-                    "such rows out."
-                )
+def check_text(rows: Dataset, column: str, path: str) -> None:
+    """An error that names the row, if the column holds anything but text there."""
+    for index, value in enumerate(rows[column]):
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(
+                f"Row {index} of the dataset {path!r}: its {column!r} must be text, got {repr(value)[:60]}. Leave such "
+                "rows out."
+            )
 
 
 def draw(rows: Dataset, n: int | None, seed: int) -> Dataset:

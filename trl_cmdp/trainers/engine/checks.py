@@ -85,9 +85,8 @@ def check_data(
     train_dataset: Any,
     eval_dataset: Any,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
-    *,
-    has_rollout_func: bool,
-    has_environment: bool,
+    rollout_func: Any,
+    environment_factory: Any,
 ) -> None:
     """
     Check the prompts of the datasets, and that the student's chat template renders messages. A `rollout_func` may take
@@ -97,9 +96,10 @@ def check_data(
         if not isinstance(dataset, Dataset | IterableDataset):
             continue
         columns = dataset.column_names or next(iter(dataset), {})
-        if has_rollout_func and not has_environment:
+        if environment_factory is not None and "prompt" not in columns:
+            continue
+        if rollout_func is not None:
             check_column(columns, f"the {name} dataset")
-        if has_rollout_func or (has_environment and "prompt" not in columns):
             continue
         prompt = check_prompts(dataset, f"the {name} dataset")
         if isinstance(prompt, str):

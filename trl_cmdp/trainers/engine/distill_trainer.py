@@ -27,8 +27,8 @@ from .checks import (
     check_data,
     check_no_images,
     check_reward_columns,
-    check_rewards_finite,
     check_reward_templates,
+    check_rewards_finite,
     check_trackers,
     checked_rollout_func,
     has_teacher,
@@ -94,20 +94,11 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         check_trackers(args.report_to)
         if with_teacher:
             check_no_images(train_dataset, eval_dataset)
-        check_data(
-            model,
-            args,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            has_rollout_func=rollout_func is not None,
-            has_environment=environment_factory is not None,
-        )
-        if with_teacher:
             if reward_funcs is None and environment_factory is None:
                 reward_funcs = no_reward
             if rollout_func is not None:
                 rollout_func = checked_rollout_func(rollout_func)
+        check_data(model, args, train_dataset, eval_dataset, processing_class, rollout_func, environment_factory)
         selects = asks_for_feasible_reward(args, with_teacher, eval_dataset)
 
         super().__init__(
