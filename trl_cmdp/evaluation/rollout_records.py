@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .._defaults import COST_LIMIT, COST_SCOPE, CostScope
-from ._lines import from_line, read_lines, to_line
+from ._lines import from_line, read_lines, read_text, to_line
 from .provenance import git_state, library_versions
 
 
@@ -46,6 +46,10 @@ class EvaluationSettings:
             Longest completion, in tokens.
         batch_size (`int`, *optional*, defaults to `32`):
             Rollouts generated at a time. Part of what the seed means.
+        chat_template (`str`, *optional*):
+            Chat template of prompts that are messages, in place of the tokenizer's own.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Further arguments of the chat template, such as `{"enable_thinking": False}`: those of the training.
         backend (`str`, *optional*, defaults to `"transformers"`):
             What generates: `"transformers"` or `"vllm"`.
         teacher_beta (`float`, *optional*, defaults to `1.0`):
@@ -73,6 +77,8 @@ class EvaluationSettings:
     temperature: float = 1.0
     max_new_tokens: int
     batch_size: int = 32
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     backend: Literal["transformers", "vllm"] = "transformers"
     teacher_beta: float = 1.0
     cost_limit: float = COST_LIMIT
@@ -176,7 +182,7 @@ def read_rollout_records(source: Path | str) -> tuple[EvaluationSettings, list[R
         ValueError: If a line is not a record that the settings ask for (its number is named), or if a rollout is
             recorded twice.
     """
-    text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
+    text = read_text(source) if isinstance(source, Path) else source
     if "\n" not in text:
         raise ValueError("There are no settings on the first line: nothing was recorded.")
     try:
