@@ -185,6 +185,43 @@ def test_a_mistake_is_one_line(arguments, message, folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "data.jsonl has no rows"),
+        ('{"prompt": "1+2="}\n{"prompt": "3+', "data.jsonl, line 2 is not JSON: Unterminated string"),
+        ('{"question": "1+2="}\n', "The training dataset has no column 'prompt', it has 'question'"),
+        (
+            '{"prompt": "1+2="}\n{"prompt": null}\n',
+            "Row 1 of the training dataset: the prompt (column 'prompt') is null",
+        ),
+        ('{"prompt": [{"from": "human", "value": "1+2="}]}\n', "messages in ShareGPT's format"),
+        ('{"prompt": [{"role": "user", "content": "1+2="}]}\n', "messages, and the tokenizer has no chat template"),
+    ],
+)
+@pytest.mark.parametrize("arguments", [[], ["--dataset_streaming"]], ids=["rows", "stream"])
+def test_a_dataset_that_cannot_be_trained_on_is_one_line(content, message, arguments, folder, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text(content)
+    dataset = ["--dataset_name", str(tmp_path / "data.jsonl"), *arguments]
+    assert train("constrained", folder / "config.yaml", tmp_path / "out", *dataset) == 2
+    assert message in error_line(capsys)
+
+
+@pytest.mark.parametrize(("content", "message"), [("", "a file is empty"), ("words\n", "JSON parse error")])
+def test_a_mixture_that_cannot_be_read_is_one_line(content, message, folder, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text(content)
+    mixture = [{"path": "json", "data_files": str(tmp_path / "data.jsonl")}]
+    write_config(tmp_path / "config.yaml", folder, datasets=mixture, dataset_name=None)
+    assert train("constrained", tmp_path / "config.yaml", tmp_path / "out") == 2
+    assert f"The `datasets` of the YAML file cannot be read: {message}" in error_line(capsys)
+
+
+def test_a_missing_tracker_is_one_line_with_its_extra(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("trl_cmdp.trainers.engine.checks.get_available_reporting_integrations", list)
+    assert train("gkd", folder / "config.yaml", tmp_path, "--report_to", "wandb") == 2
+    assert "names 'wandb', which is not installed: pip install \"trl-cmdp[wandb]\"" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"teacher_model": None, "reward_funcs": None}, "neither a reward nor a teacher"),

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._arguments import Mistake, mistakes, positive_float, positive_int, refusals
-from ._evaluation import TEACHER_KEY_VARIABLE, load_student, problems_of, replace_arguments, task_of
+from ._evaluation import TEACHER_KEY_VARIABLE, load_student, load_tokenizer, problems_of, replace_arguments, task_of
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 NUM_GENERATIONS = 2  # GRPO's least: imitation compares no rollouts, so it takes as many prompts as it can
 STEPS, LEARNING_RATE, BATCH_SIZE, SPLIT = 0, 1e-5, 32, "train"
@@ -68,8 +68,7 @@ def imitate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     steps, batch_size = arguments.imitation_steps, arguments.imitation_batch_size
     num_problems = arguments.imitation_problems or steps * batch_size // NUM_GENERATIONS
     with mistakes(DatasetsError):
-        # As the training commands do: trained weights are float32.
-        student, tokenizer = load_student(replace_arguments(arguments, dtype="float32"), trainable=True)
+        tokenizer = load_tokenizer(arguments)
         problems = _train_problems(tokenizer, num_problems, arguments)
     settings = {
         "student": arguments.student,
@@ -88,6 +87,8 @@ def imitate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "num_generations": NUM_GENERATIONS,
         "temperature": arguments.temperature,
         "teacher_beta": arguments.teacher_beta,
+        "chat_template": arguments.chat_template,
+        "chat_template_kwargs": arguments.chat_template_kwargs,
         "cost_scope": arguments.cost_scope,
         "max_completion_length": arguments.max_new_tokens or task_of(arguments).MAX_COMPLETION_LENGTH,
         "seed": arguments.seed,
@@ -100,12 +101,12 @@ def imitate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             before = found["settings"].get(name)
             if before != value:
                 raise Mistake(
-                    f"{file} is of an imitation with another `{name}`: {before!r}, now {value!r}. Choose another "
-                    "--output_dir, or delete the folder."
+                    f"{file} is of an imitation with another `{name}`: {before!r}, now {value!r}. "
+                    "Choose another --output_dir, or delete the folder."
                 )
         return found
     with mistakes(DatasetsError, TeacherServerError, NotImplementedError):
-        trainer = _make_trainer(student, tokenizer, problems, arguments, settings, folder)
+        trainer = _make_trainer(tokenizer, problems, arguments, settings, folder)
     with refusals():
         trainer.train()
     trainer.save_model(str(folder))
@@ -116,18 +117,18 @@ def imitate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _read_run(file: Path) -> dict[str, Any]:
-    """What [`imitate`] wrote."""
     try:
-        run = json.loads(file.read_text())
-        if isinstance(run["settings"], dict) and isinstance(run["mean_costs"], list):
-            return run
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise Mistake(f"{file} is damaged. Choose another --output_dir, or delete the folder.")
+        run = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Mistake(f"{file} is damaged ({error}): delete its folder, or choose another --output_dir.") from error
+    if not (
+        isinstance(run, dict) and isinstance(run.get("settings"), dict) and isinstance(run.get("mean_costs"), list)
+    ):
+        raise Mistake(f"{file} is not of an imitation: delete its folder, or choose another --output_dir.")
+    return run
 
 
 def _make_trainer(
-    student: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     problems: "Dataset",
     arguments: argparse.Namespace,
@@ -141,7 +142,10 @@ def _make_trainer(
     from ._progress import TrainingProgress
 
     on_gpu = torch.cuda.is_available()
+    # As the training commands do: trained weights are float32.
+    student = load_student(replace_arguments(arguments, dtype="float32"), trainable=True)
     names = ("learning_rate", "num_generations", "max_completion_length", "temperature", "seed", "teacher_beta")
+    names = (*names, "chat_template_kwargs")
     trainer = GKDDistillTrainer(
         model=student,
         args=GKDDistillConfig(

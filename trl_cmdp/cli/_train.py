@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
-from datasets.exceptions import DatasetsError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import constants
 from packaging.version import Version
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -218,7 +218,11 @@ def _make_trainer(
 
 def _load_dataset(script_args: DistillScriptArguments, dataset_args: DatasetMixtureConfig) -> Any:
     if dataset_args.datasets:
-        return get_dataset(dataset_args)
+        try:
+            return get_dataset(dataset_args)
+        except (DatasetGenerationError, StopIteration) as error:  # which hide what they are about
+            cause = error.__cause__ or "a file is empty."
+            raise ValueError(f"The `datasets` of the YAML file cannot be read: {cause}") from error
     if not script_args.dataset_name:
         raise ValueError("Either --dataset_name, or `datasets` in the YAML file, is needed.")
     return load_splits(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)

@@ -1,8 +1,9 @@
 """Records as lines of JSON, each value checked against the type that the record's field declares."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -10,26 +11,37 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 Record = TypeVar("Record")
 
 
+def read_text(path: Path) -> str:
+    """What a file of lines holds. A line that is not UTF-8 is a `ValueError`."""
+    content = path.read_bytes()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"Line {number} is not UTF-8 text: {error.reason}.") from error
+
+
 def to_line(values: Any) -> str:
     """JSON on one line, without spaces. A NaN is an error."""
     return json.dumps(values, separators=(",", ":"), allow_nan=False)
 
 
-def from_line(record: type, line: str, absent_before: Sequence[str] = ()) -> dict[str, Any]:
+def from_line(record: Any, line: str) -> dict[str, Any]:
     """
-    The values of a record's fields, or a `ValueError` that says what is wrong with them. What lines of earlier versions
-    do not have is `None` there.
+    The values of a record's fields, or a `ValueError` that says what is wrong with them. A field that has a default may
+    be missing: an earlier release, which did not have it, wrote the line.
     """
     values = json.loads(line, parse_constant=_refuse)
     if not isinstance(values, dict):
         raise ValueError(f"it is not a JSON object but {type(values).__name__}.")
-    values = dict.fromkeys(absent_before) | values
     types = get_type_hints(record)
-    if values.keys() != types.keys():
-        raise ValueError(f"it has the wrong keys: {', '.join(sorted(values.keys() ^ types.keys()))}.")
-    for name, declared in types.items():
-        if not _has_type(values[name], declared):
-            raise ValueError(f"`{name}` or an element of it has the wrong type: {str(values[name])[:80]}.")
+    required = {field.name for field in fields(record) if field.default is MISSING}
+    if not required <= values.keys() <= types.keys():
+        wrong = (required - values.keys()) | (values.keys() - types.keys())
+        raise ValueError(f"it has the wrong keys: {', '.join(sorted(wrong))}.")
+    for name, value in values.items():
+        if not _has_type(value, types[name]):
+            raise ValueError(f"`{name}` or an element of it has the wrong type: {str(value)[:80]}.")
     return values
 
 

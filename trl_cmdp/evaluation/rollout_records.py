@@ -3,20 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .._defaults import COST_LIMIT, COST_SCOPE, CostScope
-from ._lines import from_line, read_lines, to_line
+from ._lines import from_line, read_lines, read_text, to_line
 from .provenance import git_state, library_versions
 
 
 # Settings that decide which problems were rolled out: students with others are never compared.
 PROBLEM_SETTINGS = ("task", "split", "num_problems", "seed")
-# Settings that records of earlier versions do not have.
-_ABSENT_BEFORE = (
-    *("teacher_fingerprint", "reward", "reward_fingerprint", "problems_fingerprint"),
-    *("tokenizer_fingerprint", "student_dtype"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +59,10 @@ class EvaluationSettings:
             Longest completion, in tokens.
         batch_size (`int`, *optional*, defaults to `32`):
             Rollouts generated at a time. Part of what the seed means.
+        chat_template (`str`, *optional*):
+            Chat template of prompts that are messages, in place of the tokenizer's own.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Further arguments of the chat template, such as `{"enable_thinking": False}`: those of the training.
         backend (`str`, *optional*, defaults to `"transformers"`):
             What generates: `"transformers"` or `"vllm"`.
         teacher_beta (`float`, *optional*, defaults to `1.0`):
@@ -97,6 +96,8 @@ class EvaluationSettings:
     temperature: float = 1.0
     max_new_tokens: int
     batch_size: int = 32
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     backend: Literal["transformers", "vllm"] = "transformers"
     teacher_beta: float = 1.0
     cost_limit: float = COST_LIMIT
@@ -111,7 +112,7 @@ class EvaluationSettings:
     @classmethod
     def from_json(cls, line: str) -> "EvaluationSettings":
         """Read [`~EvaluationSettings.to_json`]'s line. One of other keys, or values of other types, is a `ValueError`."""
-        return cls(**from_line(cls, line, absent_before=_ABSENT_BEFORE))
+        return cls(**from_line(cls, line))
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def read_rollout_records(source: Path | str) -> tuple[EvaluationSettings, list[R
         ValueError: If a line is not a record that the settings ask for (its number is named), or if a rollout is
             recorded twice.
     """
-    text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
+    text = read_text(source) if isinstance(source, Path) else source
     if "\n" not in text:
         raise ValueError("There are no settings on the first line: nothing was recorded.")
     try:
