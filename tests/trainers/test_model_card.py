@@ -13,7 +13,7 @@ from trl_cmdp import GKDDistillTrainer, LagrangianDistillTrainer
 from trl_cmdp.core import clustered_rate_interval
 from trl_cmdp.trainers.telemetry.hub import describe_error
 from trl_cmdp.trainers.telemetry.satisfaction import LOGGED_STEPS, SatisfactionCounts
-from trl_cmdp.trainers.telemetry.secrets import hide_secrets, shell_command
+from trl_cmdp._messages import hide_secrets, shell_command
 
 
 def card_of(trainer, **kwargs) -> ModelCard:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._messages import without_secrets
 from ._arguments import Mistake, mistakes, positive_float, positive_int
 from ._evaluation import TEACHER_KEY_VARIABLE, load_student, problems_of, replace_arguments, task_of
 
@@ -83,6 +84,7 @@ def imitate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "seed": arguments.seed,
         "versions": library_versions(),
     }
+    settings = without_secrets(settings)
     file = folder / RUN_FILE
     if file.exists():
         found = json.loads(file.read_text())

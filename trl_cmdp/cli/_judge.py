@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._files import write_whole
+from .._messages import say
 from ._tasks import EMBEDDED_TASKS, load_task
 
 
@@ -87,8 +89,8 @@ def judge_evaluations(
             rows.append(row)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(write_judgements(judgements))
-        print(f"Judgements are in {path}.")
+        write_whole(path, write_judgements(judgements))
+        say(f"Judgements are in {path}.")
     return rows
 
 

@@ -110,7 +110,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
     """Token ids of a prompt, a conversation's with the chat template's opening of the answer."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    encoded: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    try:
+        encoded: Any = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+    except Exception as error:  # of many kinds: a template is a program
+        raise ValueError(f"The chat template cannot render a prompt: {type(error).__name__}: {error}.") from error
     return list(encoded["input_ids"])
 
 

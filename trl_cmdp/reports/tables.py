@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from .._defaults import COST_UNITS
+from .._messages import printable
 from ..evaluation import Comparison, EvaluationDifference, EvaluationSummary, MethodSummary, RolloutSummary
 from ..evaluation.rates import ValueWithInterval
 
@@ -22,8 +23,8 @@ def markdown_table(
     A table of GitHub Markdown. The columns with the indices `left` are aligned left, the others right; `padded` cells
     align in a terminal too.
     """
-    # A name is the user's own, and may hold what ends a cell.
-    lines = [[cell.replace("|", "/") for cell in line] for line in (columns, *rows)]
+    # A name is the user's own, and may hold what ends a cell or a row.
+    lines = [[" ".join(printable(cell).split("\n")).replace("|", "/") for cell in line] for line in (columns, *rows)]
     widths = [max(map(len, column)) if padded else 0 for column in zip(*lines, strict=True)]
     dashes = ["-" * max(3, width - 1) for width in widths]
     rule = [f":{dash}" if index in left else f"{dash}:" for index, dash in enumerate(dashes)]

@@ -126,7 +126,7 @@ class ChatEndpoint(HttpServer):
         if status in (404, 405):
             problem = f"has no such address or model: check the URL (as in 'http://host:8000/v1') and {self.model!r}"
         if problem is not None:
-            raise JudgeError(f"The judge at {self.url} {problem} (HTTP {status}).")
+            raise JudgeError(f"The judge at {self.url} {problem}: {self._describe(answer)}.")
         if status != 200:
             raise HttpFailure("refused", self._describe(answer))
         if answer.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
