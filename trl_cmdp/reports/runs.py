@@ -12,6 +12,7 @@ from ..evaluation.rollout_records import PROBLEM_SETTINGS, difference_of_setting
 
 
 TRAINER_STATE = "trainer_state.json"
+_TOO_MANY = 2**53  # steps or rollouts, which a float counts no longer
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What has to be equal for two students to stand in one table.
 _SHARED_SETTINGS = (
@@ -112,13 +113,18 @@ def _read_state(path: Path) -> TrainingRun:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         history, batch_size, steps = state["log_history"], state["train_batch_size"], state["global_step"]
-        if not (isinstance(steps, int) and isinstance(history, list) and all(isinstance(e, dict) for e in history)):
+        if not (
+            isinstance(steps, int)
+            and 0 <= steps < _TOO_MANY
+            and isinstance(history, list)
+            and all(isinstance(e, dict) for e in history)
+        ):
             raise TypeError
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a state that a trainer saved, or it is damaged.") from error
     folder = path.resolve().parent
     name = folder.parent.name if _CHECKPOINT.fullmatch(folder.name) else folder.name
-    known = isinstance(batch_size, int) and batch_size > 0
+    known = isinstance(batch_size, int) and 0 < batch_size < _TOO_MANY
     return TrainingRun(name, str(path), history, batch_size if known else None, steps)
 
 
