@@ -52,7 +52,7 @@ def write(path: Path, num_problems: int, num_samples: int) -> None:
                     right=generator.random() < 0.5,
                     costs=[round(generator.expovariate(4), 6) for _ in ids],
                 )
-                file.write(record.to_json() + "\n")
+                file.write(json.dumps(vars(record)) + "\n")
 
 
 def measure() -> None:

@@ -68,8 +68,8 @@ def secrets_in(values: Any) -> Iterator[str]:
     """The texts that stand under a secret's name, however deep they are."""
     if isinstance(values, dict):
         for key, value in values.items():
-            if isinstance(key, str) and is_secret(key) and isinstance(value, str | int):
-                yield str(value)
+            if isinstance(key, str) and is_secret(key) and isinstance(value, str) and len(value) >= 4:
+                yield value  # a shorter one may stand in any word
             else:
                 yield from secrets_in(value)
     elif isinstance(values, list | tuple):
