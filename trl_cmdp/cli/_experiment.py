@@ -9,6 +9,7 @@ from typing import Any
 
 from .._files import read_yaml
 from .._messages import hide_secrets, secrets_in
+from ..evaluation._lines import parse_json
 from ._run import TRAINERS, distill_class, training_args
 from ._tasks import EMBEDDED_TASKS
 
@@ -166,7 +167,7 @@ def _check_config(method: Method, experiment: Experiment) -> None:
                 f"method {method.name!r} has the unknown config field `{key}`: see the fields of {config.__name__}."
             )
     try:
-        json.dumps(method.fields, allow_nan=False)
+        parse_json(json.dumps(method.fields, allow_nan=False))  # a record of it can be read
         shared = {"steps": experiment.steps, "seed": experiment.seeds[0], "cost_limit": experiment.cost_limit}
         training_args(method.trainer, experiment.task, method.fields, output_dir="unused", **shared)
     except (ArithmeticError, RecursionError, TypeError, ValueError) as error:

@@ -67,7 +67,11 @@ def read_lines(
 
 
 _SCALARS: dict[Any, set[type]] = {int: {int}, str: {str}, bool: {bool}, float: {float, int}}
-_types = cache(get_type_hints)
+
+
+@cache
+def _types(record: Any) -> dict[str, Any]:
+    return get_type_hints(record)
 
 
 def _has_type(value: Any, declared: Any) -> bool:
