@@ -121,6 +121,76 @@ def test_an_adapter_is_a_student_and_its_base_its_teacher(tmp_path):
     assert max(cost for record in records for cost in record.costs) > 1e-4
 
 
+TEMPLATE = "{{ messages[0]['content'] }}{% if not thinking %}={% endif %}"
+
+
+def test_the_chat_template_and_its_arguments(tmp_path):
+    """As in training: those asked for make the tokens, and stand in the records."""
+    for name, prompt in (("messages", [{"role": "user", "content": "1+2+3+4+5"}]), ("text", "1+2+3+4+5=")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": prompt, "answer": "15"}) + "\n")
+    (tmp_path / "template.jinja").write_text(TEMPLATE)
+
+    def completions(name, *options):
+        dataset = [
+            "--dataset",
+            tmp_path / f"{name.partition('-')[0]}.jsonl",
+            "--split",
+            "train",
+            "--num_problems",
+            "1",
+        ]
+        reward = ["--reward", "helpers.length_reward", "--max_new_tokens", "8", "--num_samples", "0", "--greedy"]
+        assert run("--student", STUDENT, *dataset, *reward, "--output_dir", tmp_path / name, *options) == 0
+        settings, records = read_rollout_records(tmp_path / name / "records.jsonl")
+        return settings, [record.completion_ids for record in records]
+
+    _, expected = completions("text")
+    template = ["--chat_template", tmp_path / "template.jinja"]
+    settings, found = completions("messages", *template, "--chat_template_kwargs", '{"thinking": false}')
+    assert (settings.chat_template, settings.chat_template_kwargs) == (TEMPLATE, {"thinking": False})
+    assert found == expected
+    _, thinking = completions("messages-thinking", *template, "--chat_template_kwargs", '{"thinking": true}')
+    assert thinking != expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("", "data.jsonl has no rows"),
+        ('{"prompt": "1+2=", "answer": "3"}\nwords\n', "data.jsonl, line 2 is not JSON"),
+        ('{"question": "1+2=", "answer": "3"}\n', "has no column 'prompt'"),
+        ('{"prompt": null, "answer": "3"}\n', "Row 0 of the dataset"),
+        ('{"prompt": 12, "answer": "3"}\n', "of type `int` (12)"),
+        ('{"prompt": [{"from": "human", "value": "1+2="}], "answer": "3"}\n', "ShareGPT"),
+        ('{"prompt": [{"role": "user", "content": "1+2="}], "answer": "3"}\n', "no chat template"),
+    ],
+)
+@pytest.mark.parametrize("command", ["evaluate", "calibrate"])
+def test_problems_that_cannot_be_used_are_one_line_before_a_model_is_loaded(
+    command, rows, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    (tmp_path / "data.jsonl").write_text(rows)
+    dataset = ["--dataset", str(tmp_path / "data.jsonl"), "--split", "train", "--num_problems", "1"]
+    models = ["--student", STUDENT, "--teacher", TEACHER, "--output_dir", str(tmp_path / "out")]
+    assert main([command, *models, *dataset]) == 2
+    assert message in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--chat_template_kwargs", "thinking"], "must be JSON"),
+        (["--chat_template_kwargs", "[1]"], "must be a JSON object"),
+        (["--chat_template", "missing.jinja"], "cannot be read"),
+    ],
+)
+def test_arguments_that_cannot_be_parsed(options, message, capsys):
+    with pytest.raises(SystemExit):
+        run("--student", STUDENT, "--task", "arithmetic", *options)
+    assert message in error_line(capsys)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

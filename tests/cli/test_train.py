@@ -10,39 +10,32 @@ import sys
 import pytest
 import torch
 import yaml
-from helpers import CHARACTERS, error_line, make_dataset, make_model, make_teacher, make_tokenizer
+from helpers import (
+    CHARACTERS,
+    MINUTE_RUN,
+    error_line,
+    make_dataset,
+    make_model,
+    make_teacher,
+    make_tokenizer,
+    save_model,
+)
 from transformers import AutoModelForCausalLM
 
 from trl_cmdp.cli import main
 
 
 COMMANDS = ["constrained", "lagrangian", "gkd", "minillm"]
-SETTINGS = {
-    "reward_funcs": ["helpers.length_reward"],
-    "per_device_train_batch_size": 4,
-    "num_generations": 4,
-    "max_completion_length": 6,
-    "max_steps": 3,
-    "learning_rate": 1e-2,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-}
+SETTINGS = {**MINUTE_RUN, "reward_funcs": ["helpers.length_reward"], "max_steps": 3, "learning_rate": 1e-2}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A student, teachers, a dataset as JSONL, Parquet and a folder of splits, and a YAML file that names them."""
     folder = tmp_path_factory.mktemp("train")
-    make_model().save_pretrained(folder / "student")
-    make_tokenizer().save_pretrained(folder / "student")
-    make_teacher().save_pretrained(folder / "teacher")
-    make_tokenizer().save_pretrained(folder / "teacher")
-    make_teacher().save_pretrained(folder / "stranger")
-    make_tokenizer(CHARACTERS[::-1]).save_pretrained(folder / "stranger")
+    save_model(folder / "student", make_model(), make_tokenizer())
+    save_model(folder / "teacher", make_teacher(), make_tokenizer())
+    save_model(folder / "stranger", make_teacher(), make_tokenizer(CHARACTERS[::-1]))
     dataset = make_dataset()
     dataset.to_json(folder / "data.jsonl")
     dataset.to_parquet(folder / "data.parquet")
@@ -188,6 +181,43 @@ def test_a_mistake_is_one_line(arguments, message, folder, tmp_path, capsys):
     arguments = [str(folder / "stranger") if argument == "STRANGER" else argument for argument in arguments]
     assert train("constrained", folder / "config.yaml", tmp_path, *arguments) == 2
     assert message in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "data.jsonl has no rows"),
+        ('{"prompt": "1+2="}\n{"prompt": "3+', "data.jsonl, line 2 is not JSON: Unterminated string"),
+        ('{"question": "1+2="}\n', "The training dataset has no column 'prompt', it has 'question'"),
+        (
+            '{"prompt": "1+2="}\n{"prompt": null}\n',
+            "Row 1 of the training dataset: the prompt (column 'prompt') is null",
+        ),
+        ('{"prompt": [{"from": "human", "value": "1+2="}]}\n', "messages in ShareGPT's format"),
+        ('{"prompt": [{"role": "user", "content": "1+2="}]}\n', "messages, and the tokenizer has no chat template"),
+    ],
+)
+@pytest.mark.parametrize("arguments", [[], ["--dataset_streaming"]], ids=["rows", "stream"])
+def test_a_dataset_that_cannot_be_trained_on_is_one_line(content, message, arguments, folder, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text(content)
+    dataset = ["--dataset_name", str(tmp_path / "data.jsonl"), *arguments]
+    assert train("constrained", folder / "config.yaml", tmp_path / "out", *dataset) == 2
+    assert message in error_line(capsys)
+
+
+@pytest.mark.parametrize(("content", "message"), [("", "a file is empty"), ("words\n", "JSON parse error")])
+def test_a_mixture_that_cannot_be_read_is_one_line(content, message, folder, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text(content)
+    mixture = [{"path": "json", "data_files": str(tmp_path / "data.jsonl")}]
+    write_config(tmp_path / "config.yaml", folder, datasets=mixture, dataset_name=None)
+    assert train("constrained", tmp_path / "config.yaml", tmp_path / "out") == 2
+    assert f"The `datasets` of the YAML file cannot be read: {message}" in error_line(capsys)
+
+
+def test_a_missing_tracker_is_one_line_with_its_extra(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("trl_cmdp.trainers.engine.checks.get_available_reporting_integrations", list)
+    assert train("gkd", folder / "config.yaml", tmp_path, "--report_to", "wandb") == 2
+    assert "names 'wandb', which is not installed: pip install \"trl-cmdp[wandb]\"" in error_line(capsys)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """Argument types that the commands share, and the errors that they show as one line."""
 
 import argparse
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 
 class Mistake(Exception):
@@ -32,3 +35,22 @@ def positive_float(text: str) -> float:
     if not value > 0:
         raise argparse.ArgumentTypeError(f"must be positive, got {text}")
     return value
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object, for `argparse`."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be JSON ({error}), got {text}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'must be a JSON object, such as {{"enable_thinking": false}}, got {text}')
+    return value
+
+
+def text_of_file(path: str) -> str:
+    """What a file holds, for `argparse`."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"cannot be read: {error}") from error

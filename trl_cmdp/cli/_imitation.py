@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._messages import without_secrets
 from ._arguments import Mistake, mistakes, positive_float, positive_int
-from ._evaluation import TEACHER_KEY_VARIABLE, load_student, problems_of, replace_arguments, task_of
+from ._evaluation import TEACHER_KEY_VARIABLE, load_student, load_tokenizer, problems_of, replace_arguments, task_of
 
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ def imitate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "num_generations": NUM_GENERATIONS,
         "temperature": arguments.temperature,
         "teacher_beta": arguments.teacher_beta,
+        "chat_template": arguments.chat_template,
+        "chat_template_kwargs": arguments.chat_template_kwargs,
         "cost_scope": arguments.cost_scope,
         "max_completion_length": arguments.max_new_tokens or task_of(arguments).MAX_COMPLETION_LENGTH,
         "seed": arguments.seed,
@@ -87,11 +89,12 @@ def imitate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     settings = without_secrets(settings)
     file = folder / RUN_FILE
     if file.exists():
-        found = json.loads(file.read_text())
+        found = _read_run(file)
         for name, value in settings.items():
-            if found["settings"][name] != value:
+            before = found["settings"].get(name)
+            if before != value:
                 raise Mistake(
-                    f"{file} is of an imitation with another `{name}`: {found['settings'][name]!r}, now {value!r}. "
+                    f"{file} is of an imitation with another `{name}`: {before!r}, now {value!r}. "
                     "Choose another --output_dir, or delete the folder."
                 )
         return found
@@ -105,6 +108,18 @@ def imitate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return run
 
 
+def _read_run(file: Path) -> dict[str, Any]:
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Mistake(f"{file} is damaged ({error}): delete its folder, or choose another --output_dir.") from error
+    if not (
+        isinstance(run, dict) and isinstance(run.get("settings"), dict) and isinstance(run.get("mean_costs"), list)
+    ):
+        raise Mistake(f"{file} is not of an imitation: delete its folder, or choose another --output_dir.")
+    return run
+
+
 def _make_trainer(arguments: argparse.Namespace, settings: dict[str, Any], folder: Path) -> Any:
     import torch
     from transformers import PrinterCallback
@@ -113,9 +128,12 @@ def _make_trainer(arguments: argparse.Namespace, settings: dict[str, Any], folde
     from ._progress import TrainingProgress
 
     on_gpu = torch.cuda.is_available()
+    tokenizer = load_tokenizer(arguments)
+    train_dataset = _train_problems(tokenizer, settings["num_problems"], arguments)
     # As the training commands do: trained weights are float32.
-    student, tokenizer = load_student(replace_arguments(arguments, dtype="float32"), trainable=True)
+    student = load_student(replace_arguments(arguments, dtype="float32"), trainable=True)
     names = ("learning_rate", "num_generations", "max_completion_length", "temperature", "seed", "teacher_beta")
+    names = (*names, "chat_template_kwargs")
     trainer = GKDDistillTrainer(
         model=student,
         args=GKDDistillConfig(
@@ -135,7 +153,7 @@ def _make_trainer(arguments: argparse.Namespace, settings: dict[str, Any], folde
             bf16=on_gpu and torch.cuda.is_bf16_supported(),
             **{name: settings[name] for name in names},
         ),
-        train_dataset=_train_problems(tokenizer, settings["num_problems"], arguments),
+        train_dataset=train_dataset,
         processing_class=tokenizer,
         callbacks=[TrainingProgress()],
         teacher_model=arguments.teacher,

@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
-from datasets.exceptions import DatasetsError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import constants
 from jinja2 import TemplateError
 from packaging.version import Version
@@ -29,7 +29,7 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts.grpo import GRPOScriptArguments
 
 from .._files import check_yaml
-from .._messages import say
+from .._messages import message, say
 from ..reports import plot_training_curves
 from ..tasks.table import load_splits
 from ..teachers import TeacherServerError
@@ -231,7 +231,11 @@ def _make_trainer(
 
 def _load_dataset(script_args: DistillScriptArguments, dataset_args: DatasetMixtureConfig) -> Any:
     if dataset_args.datasets:
-        return get_dataset(dataset_args)
+        try:
+            return get_dataset(dataset_args)
+        except (DatasetGenerationError, StopIteration) as error:  # which hide what they are about
+            cause = error.__cause__ or "a file is empty."
+            raise ValueError(f"The `datasets` of the YAML file cannot be read: {cause}") from error
     if not script_args.dataset_name:
         raise ValueError("Either --dataset_name, or `datasets` in the YAML file, is needed.")
     return load_splits(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
@@ -260,7 +264,7 @@ def _train(trainer: DistillTrainer, dataset_name: str | None) -> int:
     finally:
         progress.stop()
     trainer.save_model(args.output_dir, _internal_call=True)  # not pushed yet
-    trainer.accelerator.print(f"Model saved to {args.output_dir}.")
+    trainer.accelerator.print(message(f"Model saved to {args.output_dir}."))
     pushed = _push(trainer, dataset_name) if args.push_to_hub else True
     # Finish the trackers and destroy the process group, as TRL's scripts do.
     if Version(transformers.__version__) >= Version("5.18.0"):

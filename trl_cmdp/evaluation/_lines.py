@@ -3,7 +3,7 @@
 import json
 import reprlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -16,22 +16,32 @@ LARGEST = 1e38  # of a number: sums and squares of thousands stay finite
 _DEEPEST = 50  # of values of any type: whoever walks through them recurses
 
 
+def read_text(path: Path) -> str:
+    """What a file of lines holds. A line that is not UTF-8 is a `ValueError`."""
+    return "".join(lines_of(path))
+
+
 def to_line(values: Any) -> str:
     """JSON on one line, without spaces. A NaN is an error."""
     return json.dumps(values, separators=(",", ":"), allow_nan=False)
 
 
-def from_line(record: type, line: str) -> dict[str, Any]:
-    """The values of a record's fields, or a `ValueError` that says what is wrong with them."""
+def from_line(record: Any, line: str) -> dict[str, Any]:
+    """
+    The values of a record's fields, or a `ValueError` that says what is wrong with them. A field that has a default may
+    be missing: an earlier release, which did not have it, wrote the line.
+    """
     values = parse_json(line)
     if not isinstance(values, dict):
         raise ValueError(f"it is not a JSON object but {type(values).__name__}.")
     types = _types(record)
-    if values.keys() != types.keys():
-        raise ValueError(f"it has the wrong keys: {', '.join(sorted(values.keys() ^ types.keys()))}.")
-    for name, declared in types.items():
-        if not _has_type(values[name], declared):
-            raise ValueError(f"`{name}` or an element of it has the wrong type: {reprlib.repr(values[name])}.")
+    required = {field.name for field in fields(record) if field.default is MISSING}
+    if not required <= values.keys() <= types.keys():
+        wrong = (required - values.keys()) | (values.keys() - types.keys())
+        raise ValueError(f"it has the wrong keys: {', '.join(sorted(wrong))}.")
+    for name, value in values.items():
+        if not _has_type(value, types[name]):
+            raise ValueError(f"`{name}` or an element of it has the wrong type: {reprlib.repr(value)}.")
     return values
 
 

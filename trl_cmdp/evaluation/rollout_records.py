@@ -47,6 +47,10 @@ class EvaluationSettings:
             Longest completion, in tokens.
         batch_size (`int`, *optional*, defaults to `32`):
             Rollouts generated at a time. Part of what the seed means.
+        chat_template (`str`, *optional*):
+            Chat template of prompts that are messages, in place of the tokenizer's own.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Further arguments of the chat template, such as `{"enable_thinking": False}`: those of the training.
         backend (`str`, *optional*, defaults to `"transformers"`):
             What generates: `"transformers"` or `"vllm"`.
         teacher_beta (`float`, *optional*, defaults to `1.0`):
@@ -74,6 +78,8 @@ class EvaluationSettings:
     temperature: float = 1.0
     max_new_tokens: int
     batch_size: int = 32
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     backend: Literal["transformers", "vllm"] = "transformers"
     teacher_beta: float = 1.0
     cost_limit: float = COST_LIMIT

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation import CellRecord, EvaluationSettings, RolloutRecord, read_records, read_rollout_records
+from ..evaluation._lines import read_text
 from ..evaluation.rollout_records import PROBLEM_SETTINGS, difference_of_settings
 
 
@@ -149,7 +150,7 @@ def _read_records(path: Path) -> Run:
             if not rollouts:
                 raise ValueError("There are no rollouts yet.")
             return EvaluationRun(settings.name, str(path), settings, rollouts)
-        cells = read_records(path.read_text(encoding="utf-8"))
+        cells = read_records(read_text(path))
         if not cells:
             raise ValueError("There is no complete record yet.")
         return ComparisonRun(path.resolve().parent.name, str(path), cells)
