@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 
 Record = TypeVar("Record")
@@ -102,7 +102,7 @@ def _has_type(value: Any, declared: Any) -> bool:
     if origin is dict:
         return type(value) is dict and all(_has_type(element, arguments[1]) for element in value.values())
     if is_dataclass(declared):  # one of thousands: its values alone, in the order of its fields
-        types = list(_types(declared).values())
+        types = list(_types(cast(type, declared)).values())
         return type(value) is list and len(value) == len(types) and all(map(_has_type, value, types))
     return False
 
