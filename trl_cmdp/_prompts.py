@@ -35,17 +35,23 @@ def encode_prompt(
 
     Returns:
         `list[int]`: Token ids.
+
+    Raises:
+        ValueError: If the chat template cannot render the messages.
     """
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    encoded: Any = tokenizer.apply_chat_template(
-        prompt,
-        chat_template=chat_template,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        **(chat_template_kwargs or {}),
-    )
+    try:
+        encoded: Any = tokenizer.apply_chat_template(
+            prompt,
+            chat_template=chat_template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **(chat_template_kwargs or {}),
+        )
+    except Exception as error:  # of many kinds: a template is a program
+        raise ValueError(f"The chat template cannot render a prompt: {type(error).__name__}: {error}.") from error
     return list(encoded["input_ids"])
 
 

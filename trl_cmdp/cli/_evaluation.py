@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from .._defaults import COST_SCOPE, CostScope
+from .._messages import hide_secrets, without_secrets
 from ._arguments import json_object, mistakes, positive_float, positive_int, text_of_file
 from ._tasks import load_problems, load_reward, load_task, task_name
 
@@ -86,7 +87,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser, records_help: str)
 
 def output_folder(command: str, arguments: argparse.Namespace) -> Path:
     """The folder asked for, or one named by the command, the task and the student."""
-    task = Path(arguments.dataset or arguments.task or "").stem
+    task = Path(hide_secrets(arguments.dataset or arguments.task or "")).stem
     name = Path(_student_name(arguments)).name  # a name is text, and no way out of the folder
     return arguments.output_dir or Path("outputs") / f"{command}-{task}-{name}"
 
@@ -264,7 +265,8 @@ def _settings(
         "num_problems": num_problems,
         "max_new_tokens": arguments.max_new_tokens or task.MAX_COMPLETION_LENGTH,
     }
-    return EvaluationSettings(**{name: value for name, value in (asked | found).items() if value is not None})
+    given = {name: value for name, value in (asked | found).items() if value is not None}
+    return EvaluationSettings(**without_secrets(given))
 
 
 def _load_teacher(

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._messages import without_secrets
 from ._arguments import Mistake, mistakes, positive_float, positive_int, refusals
 from ._evaluation import TEACHER_KEY_VARIABLE, load_student, load_tokenizer, problems_of, replace_arguments, task_of
 
@@ -94,6 +95,7 @@ def imitate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "seed": arguments.seed,
         "versions": library_versions(),
     }
+    settings = without_secrets(settings)
     file = folder / RUN_FILE
     if file.exists():
         found = _read_run(file)

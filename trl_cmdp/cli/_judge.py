@@ -2,12 +2,13 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._files import write_whole
+from .._messages import say
 from ._tasks import EMBEDDED_TASKS, load_task
 
 
@@ -90,11 +91,11 @@ def judge_evaluations(
     for judge in judges:
         if isinstance(judge, LLMJudge):
             for reason, count in judge.reasons.most_common(_SHOWN_REASONS):
-                print(f"{judge.name} left questions unanswered ({count}): {reason}", file=sys.stderr)
+                say(f"{judge.name} left questions unanswered ({count}): {reason}", error=True)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(write_judgements(judgements))
-        print(f"Judgements are in {path}.")
+        write_whole(path, write_judgements(judgements))
+        say(f"Judgements are in {path}.")
     return rows
 
 

@@ -2,9 +2,9 @@
 
 import json
 import os
-import sys
 from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import constants
+from jinja2 import TemplateError
 from packaging.version import Version
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import (
@@ -27,6 +28,8 @@ from trl import (
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts.grpo import GRPOScriptArguments
 
+from .._files import check_yaml
+from .._messages import message, say
 from ..reports import plot_training_curves
 from ..tasks.table import load_splits
 from ..teachers import TeacherServerError
@@ -34,7 +37,7 @@ from ..trainers.engine.config import DistillConfig
 from ..trainers.engine.distill_trainer import DistillTrainer
 from ..trainers.telemetry.card import CURVES_FILE
 from ..trainers.telemetry.hub import describe_error
-from ._arguments import mistakes, refusals
+from ._arguments import Mistake, mistakes, refusals
 from ._progress import TrainingProgress
 from ._tasks import load_problems, load_reward, load_task
 
@@ -134,6 +137,7 @@ def _parse(command: str, config_class: type[DistillConfig], arguments: list[str]
     """Script, model, dataset and training arguments, and what is none of them, of the file and of the command line."""
     if arguments[-1:] == ["--config"]:
         raise ValueError("--config expects a YAML file.")
+    _check_yaml_files(arguments)
     try:
         return TrainingParser(command, config_class).parse_args_and_config(
             arguments, return_remaining_strings=True, separate_remaining_strings=True
@@ -142,8 +146,20 @@ def _parse(command: str, config_class: type[DistillConfig], arguments: list[str]
         raise ValueError(str(error)) from error
 
 
+def _check_yaml_files(arguments: list[str]) -> None:
+    """Check the YAML files that arguments name, this command's and accelerate's, before they are read by others."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    for option, path in pairwise(words):
+        if option in ("--config", "--accelerate_config", "--config_file") and Path(path).is_file():
+            try:
+                check_yaml(path)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+
+
 def _launch(command: str, of_config: list[str], of_command_line: list[str], arguments: list[str]) -> None:
     """Run the command in the processes that accelerate starts."""
+    _check_yaml_files(of_config)
     launch_args = resolve_accelerate_config_argument(of_config + of_command_line)
     left_over = iter([*of_command_line, None])  # in the order of `arguments`
     current = next(left_over)
@@ -247,11 +263,13 @@ def _train(trainer: DistillTrainer, dataset_name: str | None) -> int:
     try:
         with refusals():
             trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    except TemplateError as error:  # of the student's chat template, which is not this program's
+        raise Mistake(f"The chat template cannot render a prompt: {type(error).__name__}: {error}.") from error
     finally:
         progress.stop()
     with mistakes(RuntimeError):
         trainer.save_model(args.output_dir, _internal_call=True)  # not pushed yet
-    trainer.accelerator.print(f"Model saved to {args.output_dir}.")
+    trainer.accelerator.print(message(f"Model saved to {args.output_dir}."))
     pushed = _push(trainer, dataset_name) if args.push_to_hub else True
     # Finish the trackers and destroy the process group, as TRL's scripts do.
     if Version(transformers.__version__) >= Version("5.18.0"):
@@ -264,11 +282,11 @@ def _push(trainer: DistillTrainer, dataset_name: str | None) -> bool:
     try:
         trainer.push_to_hub(dataset_name=dataset_name)
     except Exception as error:  # of many kinds, from the Hub's client
-        print(
+        say(
             f"The push to the Hub failed: {describe_error(error)}.\nTraining is done and the model is in "
             f"{trainer.args.output_dir}. Push it later with: hf upload {trainer.hub_model_id} {trainer.args.output_dir} "
             "--exclude 'checkpoint-*'",
-            file=sys.stderr,
+            error=True,
         )
         return False
     trainer.accelerator.print(f"Model pushed to {constants.ENDPOINT}/{trainer.hub_model_id}.")

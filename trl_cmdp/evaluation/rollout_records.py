@@ -1,12 +1,13 @@
 """The records of one evaluation, from which every figure is computed again without a model."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from .._defaults import COST_LIMIT, COST_SCOPE, CostScope
-from ._lines import from_line, read_lines, read_text, to_line
+from ._lines import from_line, lines_of, read_lines, to_line
 from .provenance import git_state, library_versions
 
 
@@ -201,21 +202,26 @@ def read_rollout_records(source: Path | str) -> tuple[EvaluationSettings, list[R
         ValueError: If a line is not a record that the settings ask for (its number is named), or if a rollout is
             recorded twice.
     """
-    text = read_text(source) if isinstance(source, Path) else source
-    if "\n" not in text:
+    lines = lines_of(source) if isinstance(source, Path) else io.StringIO(source)
+    first = next(lines, "")
+    if not first.endswith("\n"):
         raise ValueError("There are no settings on the first line: nothing was recorded.")
     try:
-        settings = EvaluationSettings.from_json(text[: text.index("\n")])
+        settings = EvaluationSettings.from_json(first)
     except ValueError as error:
         raise ValueError(f"Line 1 holds no settings of an evaluation: {error}") from error
+
+    shared = _Shared()
 
     def record_of(line: str) -> RolloutRecord:
         record = RolloutRecord.from_json(line)
         _check_expected(record, settings)
+        record.tokens[:] = map(shared.__getitem__, record.tokens)
+        record.completion_ids[:] = map(shared.__getitem__, record.completion_ids)
         return record
 
     records: dict[tuple[int, bool, int], RolloutRecord] = {}
-    for number, record in read_lines(text, record_of, "record", first=2):
+    for number, record in read_lines(lines, record_of, "record", first=2):
         if record.key in records:
             raise ValueError(
                 f"Line {number}: the {'greedy rollout' if record.greedy else f'sample {record.sample}'} of problem "
@@ -234,6 +240,15 @@ def difference_of_settings(
         if values[0] != values[1]:
             return name, *values
     return None
+
+
+class _Shared(dict[Any, Any]):
+    """Equal values as one object, up to a number of them: a file names few tokens, millions of times."""
+
+    def __missing__(self, value: Any) -> Any:
+        if len(self) < 2**18:
+            self[value] = value
+        return value
 
 
 def _check_expected(record: RolloutRecord, settings: EvaluationSettings) -> None:

@@ -158,9 +158,8 @@ class LLMJudge:
         return None
 
     def _reply(self, messages: list[Message], order: str, failures: Counter[str]) -> str:
-        key = ReplyCache.key(
-            {"model": self._chat.model, "sampling": self._chat.sampling_params, "messages": messages, "order": order}
-        )
+        asked = {"server": self._chat.url, "model": self._chat.model, "sampling": self._chat.sampling_params}
+        key = ReplyCache.key({**asked, "messages": messages, "order": order})
         reply = None if self._cache is None else self._cache.get(key)
         if reply is None:
             reply, before = self._chat.complete(messages)

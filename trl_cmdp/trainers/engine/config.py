@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from trl import GRPOConfig
 
+from ..._messages import without_secrets
 from ...core import Comparison
 
 
@@ -143,13 +144,15 @@ class DistillConfig(GRPOConfig):
     # What is written anywhere (logs, cards, `training_args.bin`) comes from one of these: none has the key.
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "teacher_model_server_api_key": None}
+        return {**without_secrets(super().to_dict()), "teacher_model_server_api_key": None}
 
     def __str__(self) -> str:
         return super(DistillConfig, copy.copy(self)).__str__()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "teacher_model_server_api_key": None, "hub_token": None}
+        # A token may stand in `model_init_kwargs`.
+        state = {name: without_secrets(value) if type(value) is dict else value for name, value in vars(self).items()}
+        return {**state, "teacher_model_server_api_key": None, "hub_token": None}
 
     def _check_cost_limit(self) -> None:
         self._check_positive("cost_limit")
