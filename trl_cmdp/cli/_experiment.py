@@ -9,7 +9,6 @@ from typing import Any
 
 from .._files import read_yaml
 from .._messages import hide_secrets, secrets_in
-from ..evaluation._lines import parse_json
 from ._run import TRAINERS, distill_class, training_args
 from ._tasks import EMBEDDED_TASKS
 
@@ -157,6 +156,8 @@ def _method(name: Any, entry: Any) -> Method:
 
 
 def _check_config(method: Method, experiment: Experiment) -> None:
+    from ..evaluation._lines import parse_json  # with torch, which the command line's help does not wait for
+
     config = distill_class(method.trainer, "Config")
     known = {field.name for field in fields(config) if field.init}
     for key in method.fields:
