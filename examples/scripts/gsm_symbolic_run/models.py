@@ -83,7 +83,8 @@ def heal(folder: Path, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
         student.save_pretrained(folder)
         used += number
         if right >= HEALED[0] * teacher:
-            (folder / "healing.json").write_text(json.dumps(rounds, indent=2) + "\n")
+            if measured:
+                (folder / "healing.json").write_text(json.dumps(rounds, indent=2) + "\n")
             return
     raise SystemExit(
         f"After {used} worked solutions the student is not right {HEALED[0]:.2f} to {HEALED[1]:.2f} times as often as "
