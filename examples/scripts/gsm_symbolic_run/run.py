@@ -43,7 +43,10 @@ class Run:
 
     def problems(self, name: str) -> Dataset:
         """One of the sets of problems that [`write_problems`] has made."""
-        lines = (self.folder / "problems" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        path = self.folder / "problems" / f"{name}.jsonl"
+        if not path.exists():
+            raise SystemExit(f"{path} is missing. Run the stage `problems` first.")
+        lines = path.read_text(encoding="utf-8").splitlines()
         return Dataset.from_list([json.loads(line) for line in lines])
 
 
