@@ -128,7 +128,7 @@ class TestTeacherIsTheStudent:
         model = make_model()
         with pytest.raises(ValueError, match="shares parameters with the model being trained"):
             make_trainer(tmp_path, model=model, teacher_model=model, peft_config=make_lora() if lora else None)
-        if not lora:  # the caller may go on with it
+        if not lora:  # the caller may continue with it
             assert all(parameter.requires_grad for parameter in model.parameters())
 
     def test_shared_layer(self, tmp_path):

@@ -109,7 +109,7 @@ class RemoteTeacher:
             `list[torch.Tensor]`: Hidden states of shape `(k, H)` per sequence, on the CPU, in `dtype`.
 
         Raises:
-            TeacherServerError: If the server is gone for longer than `max_wait`, or answers what cannot be right.
+            TeacherServerError: If the server is gone for longer than `max_wait`, or answers what cannot be true.
             ValueError: If the server is not exact, or a sequence is too long for it.
         """
         if self.head is None:
@@ -164,7 +164,7 @@ class RemoteTeacher:
             `list[torch.Tensor]`: Log-probabilities of shape `(k,)` per sequence, in nats and float32.
 
         Raises:
-            TeacherServerError: If the server is gone for longer than `max_wait`, or answers what cannot be right.
+            TeacherServerError: If the server is gone for longer than `max_wait`, or answers what cannot be true.
             ValueError: If the server is exact, a sequence too long for it, or the temperature not 1.
         """
         return [
