@@ -147,18 +147,22 @@ def test_a_student_that_does_not_come_into_range_is_an_error(healed, share):
 
 
 def test_one_call_that_fails_is_named_and_the_others_end(tmp_path):
-    calls = {name: partial(os.mkdir, tmp_path / name) for name in ("first", "second", "third")}
-    (tmp_path / "second").mkdir()
-    with pytest.raises(SystemExit, match="Failed: second\\."):
+    calls = {name: partial(os.mkdir, tmp_path / name) for name in ("first", "second")}
+    (tmp_path / "first").mkdir()
+    with pytest.raises(SystemExit, match="Failed: first\\."):
         run_all(calls, 2)
-    assert (tmp_path / "first").is_dir()
-    assert (tmp_path / "third").is_dir()
+    assert (tmp_path / "second").is_dir()
 
 
 @pytest.mark.slow
-def test_seeds_side_by_side(tmp_path):
+def test_seeds_are_evaluated_side_by_side(folder, tmp_path):
+    shutil.copytree(folder / "seed-0", tmp_path / "seed-0")
+    shutil.copytree(folder / "seed-0", tmp_path / "seed-1", ignore=shutil.ignore_patterns("evaluate", "records"))
     command = [sys.executable, str(SCRIPTS / "gsm_symbolic.py"), "--scale", "tiny", "--output-dir", str(tmp_path)]
     subprocess.run([*command, "--jobs", "2", "--seeds", "0", "1"], check=True)
+    for name in MODELS:
+        settings, _ = read_rollout_records(tmp_path / "seed-1" / "records" / f"{name}-test.jsonl")
+        assert settings.seed == 1
     table = (tmp_path / "seeds.md").read_text()
     assert "seeds 0, 1" in table
     assert table.count("| constrained |") == 2
