@@ -1,12 +1,13 @@
 import os
-import runpy
+import sys
 from pathlib import Path
 
 import pytest
 from helpers import make_model, make_tokenizer, save_model
 
 
-DEMO_LLM = Path(__file__).parents[2] / "examples" / "scripts" / "demo_llm.py"
+SCRIPTS = Path(__file__).parents[2] / "examples" / "scripts"
+sys.path.append(str(SCRIPTS))  # what `demo_llm.py` imports from beside it, when it is run from here
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +16,9 @@ def smollm2(tmp_path_factory) -> Path:
     if "SMOLLM2" in os.environ:
         return Path(os.environ["SMOLLM2"])
     folder = tmp_path_factory.mktemp("models") / "smollm2"
-    runpy.run_path(str(DEMO_LLM))["save_teacher"](folder)
+    from smollm2 import save_teacher
+
+    save_teacher(folder)
     return folder
 
 
