@@ -163,7 +163,8 @@ def gradient_kernel(
         gradient += tl.where(tl.abs(of_log_prob) + tl.abs(of_entropy) != 0.0, by_logit, 0.0)
     if STUDENT[1] != 0.0:
         t = z / STUDENT[0]
-        gradient *= STUDENT[0] * STUDENT[1] * (1.0 - t * t)
+        slope = STUDENT[0] * STUDENT[1] * (1.0 - t * t)
+        gradient = tl.where(gradient == 0.0, 0.0, gradient * slope)  # also where the logit is NaN
     else:
         gradient *= STUDENT[0]
     tl.store(out + row * LAYOUT[0] + tokens, gradient.to(out.dtype.element_ty), mask=inside)

@@ -12,15 +12,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ...core import (
-    Head,
-    chunked_divergence,
-    chunked_log_probs,
-    chunked_policy_divergence,
-    chunked_scores,
-    default_memory_mb,
-)
+from ...core import Head, chunked_divergence, chunked_log_probs, default_memory_mb
 from ...teachers import backbone, last_hidden_state, lm_head, predicting
+from ...teachers.kernels import divergence, divergence_scores, policy_divergence
 from .config import DistillConfig
 
 
@@ -173,7 +167,7 @@ class StudentForward:
         head = lm_head(self._student)
         with self._gathered_head(head.weight, head.bias), self._gathered_head(states.head.weight, states.head.bias):
             log_probs, entropy, request.loss, costs = self._in_tiles(
-                chunked_policy_divergence,
+                policy_divergence,
                 hidden[mask],
                 head,
                 teacher_hidden,
@@ -193,13 +187,15 @@ class StudentForward:
         """Set the loss Σ weights·divergences, with gradient to the student's hidden states (B, T, H) and head."""
         request.loss = hidden.new_zeros((), dtype=torch.float32)
         head = lm_head(self._student)
+        # Of a head that may be partitioned again by the time of backward, the gradient must be formed now.
+        compute = divergence if self._fused else chunked_divergence
         for states in request.teachers:
             with (
                 self._gathered_head(head.weight, head.bias),
                 self._gathered_head(states.head.weight, states.head.bias),
             ):
                 loss, costs = self._in_tiles(
-                    chunked_divergence,
+                    compute,
                     hidden[states.mask],
                     head,
                     states.hidden,
@@ -220,7 +216,7 @@ class StudentForward:
                 self._gathered_head(states.head.weight, states.head.bias),
             ):
                 scores = self._in_tiles(
-                    chunked_scores,
+                    divergence_scores,
                     hidden[states.mask],
                     head,
                     states.hidden,
