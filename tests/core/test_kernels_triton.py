@@ -28,7 +28,7 @@ from head_reference import (
 )
 
 from trl_cmdp.core import Comparison, Head, chunked_divergence, chunked_policy_divergence, chunked_scores
-from trl_cmdp.core.kernels import triton_heads
+from trl_cmdp.core.kernels import triton_tiles
 
 
 pytest.importorskip("triton")
@@ -43,18 +43,18 @@ BONUS = torch.tensor([0.1, 0.2, 0.3, 0.0, 0.0, 0.6, 0.7])
 COMPARED = WEIGHTS != 0
 # Largest error of a gradient, which is written and multiplied in the dtype of the inputs.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-# Tiles of one row, of three rows, of which backward keeps three and projects the others again, and of all rows.
-ROW_MB = 28 * 12 / 2**20
-MEMORY_MB = [1e-9, 6.5 * ROW_MB, 1]
+# Tiles of one row, which backward projects again; of two, of which it keeps a part; and of two, of which it keeps all.
+ROW_MB = 28 * 14 / 2**20
+MEMORY_MB = [1e-9, 4 * ROW_MB, 1]
 
 
 @pytest.fixture(autouse=True)
 def triton_kernels(monkeypatch):
     """Both kernels read a vocabulary of 23 in two steps, and tiles have some of the rows."""
     monkeypatch.setenv("TRL_CMDP_KERNEL", "triton")
-    monkeypatch.setattr(triton_heads, "_BLOCK", 16)
-    monkeypatch.setattr(triton_heads, "_ALIGNMENT", 4)
-    monkeypatch.setattr(triton_heads, "_TILE_MB", 3.5 * ROW_MB)
+    monkeypatch.setattr(triton_tiles, "_BLOCK", 16)
+    monkeypatch.setattr(triton_tiles, "_ALIGNMENT", 4)
+    monkeypatch.setattr(triton_tiles, "_TILE_MB", 2.5 * ROW_MB)
 
 
 def on_device(problem):
@@ -207,7 +207,7 @@ def heads_of(student_logits, teacher_logits):
 @pytest.mark.parametrize(("beta", "offset"), [(0.0, 20.0), (0.5, 1000.0), (1.0, 20.0), (1.0, 1000.0)])
 def test_holds_for_close_distributions_of_large_logits(monkeypatch, beta, offset):
     """A cost of 5e-3, as of a student inside its budget: 1e-5 relative, also in the gradient."""
-    monkeypatch.setattr(triton_heads, "_BLOCK", 1024)
+    monkeypatch.setattr(triton_tiles, "_BLOCK", 1024)
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(4, 4000, generator=generator) * 3 + offset
     teacher = student + (0.1 if beta in (0.0, 1.0) else 0.25) * torch.randn(4, 4000, generator=generator)
