@@ -34,7 +34,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from trl_cmdp import ConstrainedDistillConfig, ConstrainedDistillTrainer
 from trl_cmdp.tasks.arithmetic import demo_model_path, load_problems
-from trl_cmdp.trainers import _forward
+from trl_cmdp.trainers.engine import forward
 
 
 NUM_GENERATIONS = 8
@@ -161,8 +161,8 @@ def timed_training(trainer_class, config_class, models, batch, length, steps, te
         names = ("chunked_divergence", "chunked_policy_divergence", "chunked_scores")
         with ExitStack() as patches:
             for name in names:
-                timed = timer.timed("divergence", getattr(_forward, name))
-                patches.enter_context(mock.patch.object(_forward, name, timed))
+                timed = timer.timed("divergence", getattr(forward, name))
+                patches.enter_context(mock.patch.object(forward, name, timed))
             trainer.train()
     return timer.steps[1:], timer.parts[1:]  # the first step warms up
 

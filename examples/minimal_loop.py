@@ -18,6 +18,7 @@ from trl_cmdp.tasks.arithmetic import demo_model_path, final_answer_reward, load
 
 COST_LIMIT = 0.25  # d, in nats per token
 PENALTY = 20.0  # n
+DISTILL_COEF = 0.1
 GROUP = 8  # G, rollouts per prompt
 
 
@@ -52,7 +53,7 @@ def advantages_and_weights(rewards, costs, mask):
         worst = z.min().clamp(max=0)
         utility[group] = torch.where(inside, z, worst - 1 - grouped_cost[group].clamp(max=PENALTY) / PENALTY)
     advantages = (utility - utility.mean(1, keepdim=True)).flatten()
-    weights = (~feasible).flatten().float().unsqueeze(1) * mask  # imitate, where outside the budget
+    weights = DISTILL_COEF * (~feasible).flatten().float().unsqueeze(1) * mask  # imitate, where outside the budget
     return advantages, weights
 
 

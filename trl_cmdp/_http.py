@@ -46,21 +46,6 @@ class HttpFailure(Exception):
 class HttpServer:
     """
     One HTTP server: a connection per request, no proxy, no redirect followed, and a key that is sent to it alone.
-
-    Args:
-        name (`str`):
-            What errors call it: `"judge"`.
-        url (`str`):
-            Its address.
-        example (`str`):
-            An address as it should be, for errors.
-        api_key (`str`, *optional*):
-            Sent as a bearer token. It is in no log, `repr` or error.
-        timeout (`float`):
-            Seconds until an answer begins, its headers included, and again that its body may take.
-
-    Raises:
-        ValueError: If the URL or the key cannot be used.
     """
 
     def __init__(self, name: str, url: str, example: str, api_key: str | None, timeout: float):

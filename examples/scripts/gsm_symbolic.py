@@ -120,8 +120,9 @@ METHODS = {
 }
 STAGES = ("teacher", "student", *METHODS, "evaluate")
 SFT_BATCH_SIZE, SAVE_STEPS = 8, 10
-# float32 on a CPU: few multiply in bfloat16, and on the others it is several times slower.
 CUDA = torch.cuda.is_available()
+# What is trained has float32 weights: bfloat16 rounds updates of this size away. On CUDA its forward and backward run in
+# bfloat16 (`bf16=CUDA`), as do models that only answer; few CPUs multiply in bfloat16.
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 
 
@@ -130,9 +131,9 @@ def load_problems(number: int, split: str, seed: int, scale: Scale):
     return gsm_symbolic.load_problems(number, split, seed, max_steps=scale.max_steps, max_number=scale.max_number)
 
 
-def load_model(folder: Path | str) -> PreTrainedModel:
-    """A model in the run's precision, on its device."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE, device_map="cuda" if CUDA else "cpu")
+def load_model(folder: Path | str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model on the run's device, to be trained unless a `dtype` is given."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cuda" if CUDA else "cpu")
 
 
 def train_on_solutions(
@@ -219,7 +220,7 @@ def make_trained(method: str, folder: Path, options) -> None:
         max_completion_length=scale.max_completion_length,
         learning_rate=scale.learning_rate,
         seed=options.seed,
-        model_init_kwargs={"dtype": DTYPE},
+        model_init_kwargs={"dtype": torch.float32},
         teacher_model_init_kwargs={"dtype": DTYPE},
         bf16=CUDA,
         gradient_checkpointing=False,  # TRL's default is True; here memory is plenty and time is not
@@ -251,7 +252,7 @@ def evaluate_all(folder: Path, options) -> None:
     """Records of every model on both splits, and what is computed from them."""
     scale = options.scale
     teacher_folder = options.output_dir / "teacher"
-    tokenizer, teacher = AutoTokenizer.from_pretrained(teacher_folder), load_model(teacher_folder)
+    tokenizer, teacher = AutoTokenizer.from_pretrained(teacher_folder), load_model(teacher_folder, DTYPE)
     records = options.output_dir / "records"  # kept when this stage is stopped, and gone on with
     for split, number in (("validation", scale.validation_problems), ("test", scale.test_problems)):
         problems = load_problems(number, split, options.seed, scale)
@@ -272,7 +273,7 @@ def evaluate_all(folder: Path, options) -> None:
             )
             with show_progress(f"  {name}, {split}") as progress:
                 evaluate(
-                    load_model(options.output_dir / name),
+                    load_model(options.output_dir / name, DTYPE),
                     tokenizer,
                     problems,
                     gsm_symbolic.final_answer_reward,

@@ -10,39 +10,32 @@ import sys
 import pytest
 import torch
 import yaml
-from helpers import CHARACTERS, error_line, make_dataset, make_model, make_teacher, make_tokenizer
+from helpers import (
+    CHARACTERS,
+    MINUTE_RUN,
+    error_line,
+    make_dataset,
+    make_model,
+    make_teacher,
+    make_tokenizer,
+    save_model,
+)
 from transformers import AutoModelForCausalLM
 
 from trl_cmdp.cli import main
 
 
 COMMANDS = ["constrained", "lagrangian", "gkd", "minillm"]
-SETTINGS = {
-    "reward_funcs": ["helpers.length_reward"],
-    "per_device_train_batch_size": 4,
-    "num_generations": 4,
-    "max_completion_length": 6,
-    "max_steps": 3,
-    "learning_rate": 1e-2,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-}
+SETTINGS = {**MINUTE_RUN, "reward_funcs": ["helpers.length_reward"], "max_steps": 3, "learning_rate": 1e-2}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A student, teachers, a dataset as JSONL, Parquet and a folder of splits, and a YAML file that names them."""
     folder = tmp_path_factory.mktemp("train")
-    make_model().save_pretrained(folder / "student")
-    make_tokenizer().save_pretrained(folder / "student")
-    make_teacher().save_pretrained(folder / "teacher")
-    make_tokenizer().save_pretrained(folder / "teacher")
-    make_teacher().save_pretrained(folder / "stranger")
-    make_tokenizer(CHARACTERS[::-1]).save_pretrained(folder / "stranger")
+    save_model(folder / "student", make_model(), make_tokenizer())
+    save_model(folder / "teacher", make_teacher(), make_tokenizer())
+    save_model(folder / "stranger", make_teacher(), make_tokenizer(CHARACTERS[::-1]))
     dataset = make_dataset()
     dataset.to_json(folder / "data.jsonl")
     dataset.to_parquet(folder / "data.parquet")

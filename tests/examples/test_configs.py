@@ -68,6 +68,7 @@ def test_values_of_the_paper(name):
     assert (model.model_name_or_path, script.teacher_model, script.task) == MODELS[name]
     assert (training.cost_limit, training.violation_penalty, training.learning_rate) == (0.35, 20.0, 1e-5)
     assert training.optim == "adamw_torch"
+    assert (model.dtype, training.bf16) == ("float32", False)  # `parse` takes bf16 away, which needs a GPU
     assert training.num_generations == 8
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 8 * 8
     assert training.generation_batch_size == 8 * 8

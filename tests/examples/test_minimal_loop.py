@@ -23,7 +23,8 @@ def test_its_signal_is_the_librarys():
     expected = constrained_advantages(rewards, costs, mask, loop["GROUP"], loop["COST_LIMIT"], loop["PENALTY"])
     assert 0 < weights.sum() < mask.sum()
     torch.testing.assert_close(advantages, expected)
-    torch.testing.assert_close(weights, violation_weights(costs, mask, loop["COST_LIMIT"]))
+    expected = loop["DISTILL_COEF"] * violation_weights(costs, mask, loop["COST_LIMIT"])
+    torch.testing.assert_close(weights, expected)
 
 
 def test_it_runs():

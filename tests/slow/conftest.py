@@ -3,9 +3,7 @@ import runpy
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import make_tokenizer, save_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from helpers import make_model, make_tokenizer, save_model
 
 
 DEMO_LLM = Path(__file__).parents[2] / "examples" / "scripts" / "demo_llm.py"
@@ -26,19 +24,14 @@ def llamas(tmp_path_factory) -> list[str]:
     """Folders of two random Llamas, of the smallest heads that vLLM's attention for CPUs has."""
     folders = []
     for seed in range(2):
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=len(make_tokenizer()),
+        model = make_model(
+            seed,
             hidden_size=128,
             intermediate_size=256,
             num_hidden_layers=2,
             num_attention_heads=4,
-            head_dim=32,
             max_position_embeddings=2048,
-            initializer_range=0.2,
-            pad_token_id=0,
-            eos_token_id=1,
+            spread=0.2,
         )
-        folder = tmp_path_factory.mktemp("llama")
-        folders.append(save_model(folder, LlamaForCausalLM(config), make_tokenizer()))
+        folders.append(save_model(tmp_path_factory.mktemp("llama"), model, make_tokenizer()))
     return folders

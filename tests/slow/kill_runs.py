@@ -27,12 +27,7 @@ from helpers import make_dataset, make_lora, make_teacher, make_trainer, weights
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from trl_cmdp import (
-    ConstrainedDistillTrainer,
-    GKDDistillTrainer,
-    LagrangianDistillTrainer,
-    MiniLLMDistillTrainer,
-)
+from trl_cmdp import ConstrainedDistillTrainer, GKDDistillTrainer, LagrangianDistillTrainer, MiniLLMDistillTrainer
 from trl_cmdp.trainers.engine.checkpoints import last_whole_checkpoint
 
 
@@ -55,7 +50,7 @@ TRAINERS = {
         LagrangianDistillTrainer,
         [DUAL | cell for cell in GRID[::3]]
         + [PID | cell for cell in GRID if cell not in GRID[::3]]
-        + [DUAL | PARTS, PID | PARTS | {"multiplier_signal": "violation_rate"}],
+        + [DUAL | PARTS, PID | PARTS],
     ),
     "gkd": (
         GKDDistillTrainer,

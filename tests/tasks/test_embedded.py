@@ -103,6 +103,11 @@ class TestFinalAnswerReward:
     def test_wrong(self, completion):
         assert arithmetic.final_answer_reward([completion], ["32"]) == [0.0]
 
+    def test_answers_that_are_numbers(self):
+        assert arithmetic.final_answer_reward(["#32", "#33"], [32, 32]) == [1.0, 0.0]
+        with pytest.raises(TypeError, match="must be text or a number, got NoneType"):
+            arithmetic.final_answer_reward(["#32"], [None])
+
     def test_takes_what_trl_passes(self):
         columns = {"prompts": ["7+5+9+3+8="] * 2, "completion_ids": [[1], [2]]}
         rewards = nested.final_answer_reward(completions=["#32", "#33"], answer=["32", "32"], **columns)

@@ -1,7 +1,11 @@
 """Any dataset by the names of its columns."""
 
+import re
+from datetime import date
+from decimal import Decimal
+
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 
 from trl_cmdp.tasks.table import final_answer_reward, load_problems
 
@@ -62,3 +66,50 @@ def test_missing_column(path):
         load_problems(None, "train", 0, path=path, prompt_column="question", answer_column="a")
     with pytest.raises(ValueError, match="no column 'level', it has 'q', 'a', 'steps'"):
         load_problems(None, "train", 0, path=path, **COLUMNS, difficulty_column="level")
+
+
+def written(tmp_path, answers, feature=None):
+    """A file of problems with these answers, in order."""
+    columns = {"prompt": [f"Problem {index}" for index in range(len(answers))], "answer": answers}
+    features = None if feature is None else Features({"prompt": Value("string"), "answer": feature})
+    Dataset.from_dict(columns, features).to_parquet(tmp_path / "rows.parquet")
+    return str(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize(
+    ("answers", "feature", "texts"),
+    [
+        ([1, -2], None, ["1", "-2"]),
+        ([1e-07, 1e22, 0.1 + 0.2], None, ["0.0000001", "1" + "0" * 22, "0.3"]),
+        ([0.1, 2.5, 1234.567], Value("float32"), ["0.1", "2.5", "1234.567"]),
+        ([0.1, 2.5], Value("float16"), ["0.1", "2.5"]),
+        ([True, False], None, ["True", "False"]),
+        ([Decimal("1.50"), Decimal("1000.00")], Value("decimal128(8, 2)"), ["1.50", "1000.00"]),
+        (["B", "A"], ClassLabel(names=["A", "B"]), ["B", "A"]),
+    ],
+)
+def test_answers_that_are_numbers_become_text(tmp_path, answers, feature, texts):
+    problems = load_problems(None, "train", 0, path=written(tmp_path, answers, feature))
+    by_prompt = {row["prompt"]: row["answer"] for row in problems}
+    assert [by_prompt[f"Problem {index}"] for index in range(len(answers))] == texts
+    assert final_answer_reward([rf"\boxed{{{text}}}" for text in texts], answers) == [1.0] * len(answers)
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ([{"ground_truth": "2"}], "got dict: {'ground_truth': '2'}"),
+        ([["2"]], "got list: ['2']"),
+        (["1", None], "got NoneType: None"),
+        ([1.0, None], "got NoneType: None"),
+        ([1.0, float("nan")], "a finite number, got nan"),
+        (["1", " "], "not empty, or a finite number, got ' '"),
+        ([b"1"], "got bytes: b'1'"),
+        ([date(2024, 5, 1)], "got date: datetime.date(2024, 5, 1)"),
+    ],
+)
+def test_answers_that_no_completion_can_state_are_refused(tmp_path, answers, said):
+    path = written(tmp_path, answers)
+    with pytest.raises(ValueError, match=re.escape(said)) as refusal:
+        load_problems(None, "train", 0, path=path)
+    assert f"Row {len(answers) - 1} of {path!r} has no final answer in its column 'answer'." in str(refusal.value)

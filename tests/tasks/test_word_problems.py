@@ -123,8 +123,14 @@ def test_what_is_not_there(task, tmp_path):
         (gsm8k, GSM8K[:3], 0, "train", "from 1 to the 3 problems"),
         (gsm8k, GSM8K[:3], -1, "train", "from 1 to the 3 problems"),
         (gsm8k, GSM8K[:3], 4, "train", "from 1 to the 3 problems"),
-        (gsm8k, [{"question": "a", "answer": "It is 5."}], None, "train", "no '####'"),
-        (math, [{**MATH[0], "solution": "It is 5."}], None, "train", r"no \\boxed"),
+        *(
+            (gsm8k, [{"question": "a", "answer": answer}], None, "train", "no '####'")
+            for answer in ("It is 5.", "It is 5.\n#### ", None)
+        ),
+        *(
+            (math, [{**MATH[0], "solution": solution}], None, "train", r"no \\boxed")
+            for solution in ("It is 5.", r"It is \boxed{}.", None)
+        ),
         (math, MATH, None, "validation", "must be one of 'train', 'test', 'test500', got 'validation'"),
     ],
 )

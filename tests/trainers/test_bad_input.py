@@ -10,6 +10,7 @@ from helpers import (
     dense_costs,
     gradients_of,
     history,
+    length_reward,
     loss_and_gradients,
     make_dataset,
     make_lora,
@@ -28,6 +29,13 @@ from helpers import (
     scripted,
 )
 from transformers import AutoModelForCausalLM, TrainerCallback
+
+from trl_cmdp import (
+    ConstrainedDistillTrainer,
+    GKDDistillTrainer,
+    LagrangianDistillTrainer,
+    MiniLLMDistillTrainer,
+)
 
 
 class TestVocabulary:
@@ -92,11 +100,13 @@ class TestVocabulary:
 
 
 class TestArguments:
-    def test_normalize_then_sum(self, tmp_path):
-        settings = {"multi_objective_aggregation": "normalize_then_sum"}
-        with pytest.raises(ValueError, match="multi_objective_aggregation='normalize_then_sum'"):
-            make_trainer(tmp_path, teacher_model=make_teacher(), **settings)
-        make_trainer(tmp_path, **settings)  # without a teacher it is TRL's
+    def test_several_rewards_in_one_that_is_standardised(self, tmp_path):
+        with pytest.raises(ValueError, match="`constraint_aggregation='sum_then_normalize'` needs one reward"):
+            make_trainer(
+                tmp_path,
+                multi_objective_aggregation="normalize_then_sum",
+                constraint_aggregation="sum_then_normalize",
+            )
 
     @pytest.mark.parametrize(
         "field", [{"teacher_model_init_kwargs": {"dtype": "bfloat16"}}, {"teacher_model_revision": "main"}]
@@ -118,7 +128,7 @@ class TestTeacherIsTheStudent:
         model = make_model()
         with pytest.raises(ValueError, match="shares parameters with the model being trained"):
             make_trainer(tmp_path, model=model, teacher_model=model, peft_config=make_lora() if lora else None)
-        if not lora:  # the caller may go on with it
+        if not lora:  # the caller may continue with it
             assert all(parameter.requires_grad for parameter in model.parameters())
 
     def test_shared_layer(self, tmp_path):
@@ -144,7 +154,27 @@ class TestRewards:
                 reward_funcs=lambda completions, **kwargs: [size] + [0.0] * (len(completions) - 1),
                 teacher_model=make_teacher(),
                 violation_penalty=penalty,
+                constraint_aggregation="sum_then_normalize",
             )
+
+    @pytest.mark.parametrize(
+        ("method", "value"),
+        [
+            (ConstrainedDistillTrainer, math.inf),
+            (LagrangianDistillTrainer, -math.inf),
+            (GKDDistillTrainer, 1e39),
+            (MiniLLMDistillTrainer, math.inf),
+        ],
+    )
+    def test_infinite(self, tmp_path, method, value):
+        """Of the second function, in the second step; 1e39 is infinite in float32."""
+
+        def unbounded(completions, trainer_state, **kwargs):
+            return [value if trainer_state.global_step == 1 else None] + [0.0] * (len(completions) - 1)
+
+        returned = f"'unbounded' returned {'-' if value < 0 else ''}inf at step 1. A reward must be finite"
+        with pytest.raises(ValueError, match=returned):
+            run(tmp_path, method, reward_funcs=[length_reward, unbounded], teacher_model=make_teacher())
 
     @pytest.mark.parametrize("teacher", [True, False])
     def test_missing_column(self, tmp_path, teacher):

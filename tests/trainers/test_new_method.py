@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from helpers import history, length_reward, make_args, make_dataset, make_model, make_teacher, make_tokenizer, weights
 
-from trl_cmdp.core import group_advantages
 from trl_cmdp.core.signal import Rollouts, Signal
 from trl_cmdp.trainers.engine.config import DistillConfig
 from trl_cmdp.trainers.engine.distill_trainer import DistillTrainer
@@ -19,9 +18,9 @@ class ImitateFailuresTrainer(DistillTrainer):
     _name = "Imitate failures"
 
     def _signal(self, rollouts: Rollouts) -> Signal:
-        advantages = group_advantages(rollouts.rewards, rollouts.num_generations, self.scale_rewards)
         weights = rollouts.mask * (rollouts.rewards < 1).float().unsqueeze(1)  # (B, T)
-        return Signal(advantages, weights, self._log_constraint(rollouts, self.args.cost_limit, self.args.cost_scope))
+        columns = self._log_constraint(rollouts, self.args.cost_limit, self.args.cost_scope)
+        return Signal(rollouts.grpo_advantages, weights, columns)
 
 
 def test_a_method_of_ten_lines_trains(tmp_path):

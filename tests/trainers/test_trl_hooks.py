@@ -1,103 +1,29 @@
 """The private parts of TRL that the trainers touch are still where and what they expect."""
 
-import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
 import trl.trainer.utils
-from helpers import length_reward, make_args, make_dataset, make_model, make_tokenizer, make_trainer
+from helpers import (
+    history,
+    length_reward,
+    make_args,
+    make_dataset,
+    make_model,
+    make_teacher,
+    make_tokenizer,
+    make_trainer,
+    run,
+)
 from trl import GRPOConfig, GRPOTrainer
-from trl.models import utils as model_utils
-from trl.trainer import utils as trainer_utils
 
-
-HOOKS = {
-    "_calculate_rewards": "(self, inputs, prompts, completions, completion_ids_list)",
-    "_generate_and_score_completions": "(self, inputs)",
-    "_generate_single_turn": "(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False)",
-    "_compute_loss": "(self, model, inputs)",
-    "_prepare_inputs": "(self, generation_batch)",
-    "_get_train_sampler": "(self, dataset=None)",
-    "_save_checkpoint": "(self, model, trial)",
-    "_save_rng_state": "(self, output_dir)",
-    "train": "(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)",
-    "_load_optimizer_and_scheduler": "(self, checkpoint)",
-    "_get_output_dir": "(self, trial)",
-    "_push_from_checkpoint": "(self, checkpoint_folder)",
-    "create_model_card": "(self, model_name=None, dataset_name=None, tags=None)",
-    "log": "(self, logs, start_time=None)",
-}
-IMPORTS = {
-    (model_utils, "disable_gradient_checkpointing"): "(model, gradient_checkpointing_kwargs=None)",
-    (model_utils, "prepare_deepspeed"): "(model, accelerator)",
-    (trainer_utils, "get_config_model_id"): "(config)",
-    (trainer_utils, "maybe_gather_lm_head_ctx"): "(*params)",
-}
-ATTRIBUTES = {
-    "_metrics": dict,
-    "_logs": dict,
-    "_step": int,
-    "_buffered_inputs": type(None),
-    "_last_world_entropy": float,
-    "_tokenizer": object,
-    "_tag_names": list,
-    "_name": str,
-    "_paper": dict,
-    "beta": float,
-    "entropy_coef": float,
-    "epsilon_high": float,
-    "is_deepspeed_enabled": bool,
-    "loss_type": str,
-    "max_completion_length": int,
-    "model_wrapped": torch.nn.Module,
-    "use_adaptive_entropy": bool,
-    "use_transformers_continuous_batching": bool,
-    "use_vllm": bool,
-    "chat_template": (str, type(None)),
-    "chat_template_kwargs": dict,
-    "eos_token_ids": list,
-    "num_generations": int,
-    "num_iterations": int,
-    "num_generations_eval": int,
-    "reward_func_names": list,
-    "reward_funcs": list,
-    "reward_weights": torch.Tensor,
-    "scale_rewards": str,
-    "temperature": float,
-}
+from trl_cmdp.trainers.engine.trl_hooks import ATTRIBUTES, TESTED_TRL, check_trl_hooks
 
 
 def moved(what: str, where: str) -> str:
     return f"TRL moved or changed {what}: adapt {where} in trl_cmdp/trainers, then this test."
-
-
-def signature(function) -> str:
-    """Signature without annotations, which TRL edits freely."""
-    parameters = inspect.signature(inspect.unwrap(function)).parameters.values()
-    return str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters]))
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "expected"),
-    [
-        *((GRPOTrainer, name, expected) for name, expected in HOOKS.items()),
-        *((module, name, expected) for (module, name), expected in IMPORTS.items()),
-    ],
-    ids=lambda value: value if isinstance(value, str) and "(" not in value else "",
-)
-def test_signature(owner, name, expected):
-    assert hasattr(owner, name), moved(f"`{owner.__name__}.{name}`", f"`{name}`")
-    assert signature(getattr(owner, name)) == expected, moved(f"`{owner.__name__}.{name}`", f"`{name}`")
-
-
-def test_forward_redirection():
-    """Called as `(wrapper_module, original_module, method, *args, **kwargs)`."""
-    redirection = getattr(model_utils, "_ForwardRedirection", None)
-    assert redirection is not None, moved("`_ForwardRedirection`", "`LocalTeacher`")
-    names = list(inspect.signature(redirection.__call__).parameters)
-    assert names[:4] == ["self", "wrapper_module", "original_module", "method"], moved(
-        "`_ForwardRedirection.__call__`", "`LocalTeacher`"
-    )
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +38,48 @@ def generation_batch(plain_trainer):
     return plain_trainer._generate_and_score_completions(rows)
 
 
-@pytest.mark.parametrize("name", ATTRIBUTES)
-def test_attribute(plain_trainer, name):
-    assert hasattr(plain_trainer, name), moved(f"`GRPOTrainer.{name}`", "its use")
-    assert isinstance(getattr(plain_trainer, name), ATTRIBUTES[name]), moved(f"`GRPOTrainer.{name}`", "its use")
+def test_signatures_and_attributes(plain_trainer):
+    """The table that every trainer with a teacher checks."""
+    check_trl_hooks(plain_trainer)
+    types = {name: type(getattr(plain_trainer, name)) for name, kind in ATTRIBUTES.items()}
+    assert all(issubclass(types[name], kind) for name, kind in ATTRIBUTES.items()), types
+
+
+class TestMovedHook:
+    """A release that moved a hook is refused by name, with a teacher only."""
+
+    MESSAGE = rf"TRL {trl.__version__} has moved .*{{}}.* tested with TRL {' and '.join(TESTED_TRL)}: install one"
+
+    @pytest.fixture
+    def loss_with_another_argument(self, monkeypatch):
+        compute = GRPOTrainer._compute_loss
+        monkeypatch.setattr(
+            GRPOTrainer, "_compute_loss", lambda self, model, inputs, window=0: compute(self, model, inputs)
+        )
+
+    @pytest.mark.usefixtures("loss_with_another_argument")
+    def test_signature(self, tmp_path):
+        found = r"`GRPOTrainer._compute_loss` is \(self, model, inputs, window=0\), not \(self, model, inputs\)"
+        with pytest.raises(ImportError, match=self.MESSAGE.format(found)):
+            make_trainer(tmp_path, teacher_model=make_teacher())
+        assert len(history(run(tmp_path), "loss")) == 2
+
+    def test_gone(self, tmp_path, monkeypatch):
+        monkeypatch.delattr(trl.models.utils, "prepare_deepspeed")
+        with pytest.raises(ImportError, match=self.MESSAGE.format(r"`trl.models.utils.prepare_deepspeed` is gone")):
+            make_trainer(tmp_path, teacher_model=make_teacher())
+
+    def test_function_that_takes_more(self, tmp_path, monkeypatch):
+        """What is only called may take another argument that has a default."""
+        monkeypatch.setattr(trl.models.utils, "prepare_deepspeed", lambda model, accelerator, config=None: model)
+        make_trainer(tmp_path, teacher_model=make_teacher())
+
+    def test_gone_at_import(self):
+        """A private name that the package imports."""
+        code = "import trl; trl.GRPOTrainer; del trl.models.utils.prepare_deepspeed; import trl_cmdp.trainers"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert f"ImportError: TRL {trl.__version__} has moved what trl-cmdp builds on" in result.stderr
+        assert "prepare_deepspeed" in result.stderr.splitlines()[-1]
 
 
 def test_logs_and_metrics(plain_trainer, generation_batch):
@@ -186,4 +150,4 @@ def test_accumulation_steps_of_the_window(tmp_path):
 
     args = make_args(tmp_path, GRPOConfig, gradient_accumulation_steps=3, max_steps=1)
     Spy(make_model(), length_reward, args, make_dataset(), processing_class=make_tokenizer()).train()
-    assert seen == [3, 3, 3], moved("`current_gradient_accumulation_steps`", "`_policy_token_weight`")
+    assert seen == [3, 3, 3], moved("`current_gradient_accumulation_steps`", "`policy_token_weight`")

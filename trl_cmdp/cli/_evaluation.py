@@ -94,13 +94,7 @@ def read_evaluation(path: Path) -> "tuple[EvaluationSettings, list[RolloutRecord
 
 
 def roll_out(arguments: argparse.Namespace, records_path: Path) -> "tuple[EvaluationSettings, list[RolloutRecord]]":
-    """
-    Roll the student out as the arguments say, or resume from its records.
-
-    Raises:
-        Mistake: For a mistake in what was asked for.
-        RuntimeError: If the reward function raises an error.
-    """
+    """Roll the student out as the arguments say, or resume from its records."""
     # Imported here: neither `trl-cmdp --help` nor --records should wait for transformers.
     from datasets.exceptions import DatasetsError
     from filelock import Timeout

@@ -41,14 +41,7 @@ def load_problems(task: Any, n: int | None, split: str, seed: int, **options: An
 
 
 def load_reward(name: str) -> Callable[..., list[float | None]]:
-    """
-    A reward function by the name that `trl grpo` knows it by, or by its dotted path from the working directory.
-
-    Raises:
-        ValueError: If there is no such function.
-        ImportError: If the module of a dotted path cannot be imported.
-        RuntimeError: If the module raises another error: it is the user's own.
-    """
+    """A reward function by the name that `trl grpo` knows it by, or by its dotted path from the working directory."""
     if name in _TRL_REWARDS:
         from trl import rewards
 

@@ -47,6 +47,7 @@ def constrained_advantages(
     constraint_aggregation: ConstraintAggregation = "lexicographic",
     scale_rewards: ScaleRewards = "group",
     horizon: int | None = None,
+    reward_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Group-relative advantages of the constrained problem. They equal GRPO's when every rollout is feasible.
@@ -66,7 +67,7 @@ def constrained_advantages(
         rewards (`torch.Tensor`):
             Task rewards of shape `(B,)`, whole groups of `num_generations` after one another. NaN where a rollout
             could not be scored: its reward part is 0 and it is left out of every z. The same holds for a rollout
-            without tokens that count.
+            without tokens that count. Of shape `(B, F)`, one column per reward function, with `reward_weights`.
         costs (`torch.Tensor`):
             Per-token costs of shape `(B, T)`, in nats.
         mask (`torch.Tensor`):
@@ -76,7 +77,7 @@ def constrained_advantages(
         cost_limit (`float` or `torch.Tensor`):
             Limit d, in the unit of the scope; one for all rollouts, or of shape `(B,)`.
         penalty (`float`):
-            Penalty n.
+            Penalty n. In `"sum_then_normalize"` it must exceed the largest |R|.
         scope (`str`, *optional*, defaults to `"mean"`):
             `"mean"`, `"sum"` or `"worst_prefix"`, as in [`rollout_cost`].
         credit_assignment (`str`, *optional*, defaults to `"trajectory"`):
@@ -89,6 +90,11 @@ def constrained_advantages(
             correction, NaN left out, + 1e-4.
         horizon (`int`, *optional*):
             `max_completion_length`. Needed by `credit_assignment="token"` alone.
+        reward_weights (`torch.Tensor`, *optional*):
+            Weights of the reward functions, of shape `(F,)`. z is then TRL's
+            `multi_objective_aggregation="normalize_then_sum"`, whatever `scale_rewards` says: each function is
+            standardised over the group's feasible rollouts, and the weighted sum brought to the batch's scale. Only
+            for `"lexicographic"`, as R̂ needs one reward.
 
     Returns:
         `torch.Tensor`: Advantages of shape `(B,)` for `"trajectory"`, `(B, T)` for `"token"`.
@@ -101,6 +107,12 @@ def constrained_advantages(
         )
     if scale_rewards not in ("group", "batch", "none"):
         raise ValueError(f"`scale_rewards` must be 'group', 'batch' or 'none', got {scale_rewards!r}.")
+    if reward_weights is not None and constraint_aggregation == "sum_then_normalize":
+        raise ValueError(
+            "`constraint_aggregation='sum_then_normalize'` standardises one modified reward, which rewards that are "
+            "standardised apart do not make. Leave out `reward_weights` and give the weighted sum as `rewards`, or use "
+            "'lexicographic'."
+        )
     if rewards.shape[0] % num_generations != 0:
         raise ValueError(f"{rewards.shape[0]} rollouts are not whole groups of {num_generations}.")
     if num_generations == 1:
@@ -108,12 +120,16 @@ def constrained_advantages(
 
     cost = rollout_cost(costs, mask, scope)  # (B,)
     feasible = cost <= cost_limit  # (B,)
-    # NaN where there is nothing to judge: no reward, or no tokens.
-    scored = torch.where((mask != 0).any(-1), rewards.to(costs.dtype), torch.nan)  # (B,)
+    has_tokens = (mask != 0).any(-1)  # (B,)
+    rewards = rewards.to(costs.dtype)
 
-    if constraint_aggregation == "lexicographic":
-        in_budget = torch.where(feasible, scored, torch.nan)  # (B,)
-        z = group_advantages(in_budget, num_generations, scale_rewards)  # (B,)
+    if reward_weights is None:
+        # NaN where there is nothing to judge: no reward, or no tokens.
+        scored = torch.where(has_tokens, rewards, torch.nan)  # (B,)
+        z = group_advantages(torch.where(feasible, scored, torch.nan), num_generations, scale_rewards)  # (B,)
+    else:
+        z = _normalize_then_sum(rewards, reward_weights, feasible & has_tokens, num_generations)  # (B,)
+        scale_rewards = "group"  # z has a scale, also where `scale_rewards` asks for none
 
     if credit_assignment == "trajectory":
         if constraint_aggregation == "sum_then_normalize":
@@ -206,6 +222,27 @@ def _lexicographic(
     # z is centred already: subtracting its mean again would move GRPO's advantages by a rounding error.
     all_feasible = _per_group(feasible, num_generations).all(1).repeat_interleave(num_generations)
     return torch.where(all_feasible, z, centred)
+
+
+def _normalize_then_sum(
+    rewards: torch.Tensor, weights: torch.Tensor, counted: torch.Tensor, num_generations: int
+) -> torch.Tensor:
+    """
+    TRL's `"normalize_then_sum"` of rewards (B, F) over the rollouts that are `counted` (B,), 0 for the others. Mean and
+    deviation of the batch are those of all its rollouts, so that a group counted as a whole has TRL's advantages
+    whatever the others are.
+    """
+
+    def weighted_sum(values: torch.Tensor) -> torch.Tensor:
+        grouped = values.view(-1, num_generations, values.size(1))  # TRL's shape: another would round otherwise
+        std = nanstd(grouped, dim=1).unsqueeze(1)
+        normalized = (grouped - grouped.nanmean(1, keepdim=True)) / (std + _STD_EPSILON)
+        total = (normalized.view_as(values) * weights.to(values)).nansum(1)
+        return total.masked_fill(values.isnan().all(1), torch.nan)
+
+    batch = weighted_sum(rewards)
+    kept = weighted_sum(torch.where(counted.unsqueeze(1), rewards, torch.nan))
+    return ((kept - batch.nanmean()) / (nanstd(batch) + _STD_EPSILON)).nan_to_num(nan=0.0)
 
 
 def _standardize(

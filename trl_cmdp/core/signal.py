@@ -31,6 +31,10 @@ class Rollouts:
             Teacher's, of shape `(B, T)`.
         divergence_lower_bound (`torch.Tensor`, *optional*):
             Lower bound of each divergence from the teacher's likeliest tokens, of shape `(B, T)`. Never a cost.
+        grpo_advantages (`torch.Tensor`, *optional*):
+            GRPO's own advantages of shape `(B,)`, as TRL has computed them of all rewards.
+        rewards_per_func (`torch.Tensor`, *optional*):
+            Rewards of shape `(B, F)`, before they are weighted, NaN where a function did not score the rollout.
     """
 
     rewards: torch.Tensor
@@ -42,6 +46,8 @@ class Rollouts:
     student_logps: torch.Tensor | None = None
     teacher_logps: torch.Tensor | None = None
     divergence_lower_bound: torch.Tensor | None = None
+    grpo_advantages: torch.Tensor | None = None
+    rewards_per_func: torch.Tensor | None = None
 
 
 @dataclass

@@ -19,49 +19,24 @@ _SHARED = (*PROBLEM_SETTINGS, "num_samples", "temperature", "max_new_tokens", "t
 
 @dataclass(frozen=True)
 class CostDistribution:
-    """
-    Costs of the sampled rollouts of one student.
+    """Costs of the sampled rollouts of one student."""
 
-    Args:
-        settings ([`EvaluationSettings`]):
-            Settings of its evaluation.
-        num_rollouts (`int`):
-            Number of rollouts.
-        quantiles (`dict[str, dict[str, float]]`):
-            For each scope the quantiles of their costs: `"0.05"`, `"0.25"`, `"0.5"`, `"0.75"`, `"0.9"`, `"0.95"`.
-        satisfaction (`list[Figure]`):
-            Share of rollouts within each of the calibration's limits.
-    """
-
-    settings: EvaluationSettings
-    num_rollouts: int
+    settings: EvaluationSettings  # settings of its evaluation
+    num_rollouts: int  # number of rollouts
+    # For each scope the quantiles of their costs: `"0.05"`, `"0.25"`, `"0.5"`, `"0.75"`, `"0.9"`, `"0.95"`
     quantiles: dict[str, dict[str, float]]
-    satisfaction: list[Figure]
+    satisfaction: list[Figure]  # share of rollouts within each of the calibration's limits
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """
-    The figures that a limit is chosen from.
+    """The figures that a limit is chosen from."""
 
-    Args:
-        cost_scope (`str`):
-            Scope of the limits and of the suggestion.
-        limits (`list[float]`):
-            Limits that satisfaction is given for, in the unit of the scope.
-        start ([`CostDistribution`]):
-            The student.
-        imitation ([`CostDistribution`], *optional*):
-            The student after imitation alone, `None` where that was not measured.
-        suggestion ([`~core.LimitRange`]):
-            Estimate of the useful limits.
-    """
-
-    cost_scope: CostScope
-    limits: list[float]
-    start: CostDistribution
-    imitation: CostDistribution | None
-    suggestion: LimitRange
+    cost_scope: CostScope  # scope of the limits and of the suggestion
+    limits: list[float]  # limits that satisfaction is given for, in the unit of the scope
+    start: CostDistribution  # the student
+    imitation: CostDistribution | None  # the student after imitation alone, `None` where that was not measured
+    suggestion: LimitRange  # estimate of the useful limits
 
 
 def calibrate_limit(

@@ -18,100 +18,51 @@ _SATISFACTION_WINDOW = 5
 
 @dataclass(frozen=True)
 class Estimate(ValueWithInterval):
-    """
-    A mean over seeds with its 95% interval (two-level bootstrap over seeds and problems).
+    """A mean over seeds with its 95% interval (two-level bootstrap over seeds and problems)."""
 
-    Args:
-        value, low, high (`float`):
-            The mean of the seeds' means, and the bounds of its interval.
-        by_seed (`dict[int, float]`):
-            Mean of each seed.
-    """
-
-    by_seed: dict[int, float]
+    by_seed: dict[int, float]  # mean of each seed
 
 
 @dataclass(frozen=True)
 class MethodSummary:
-    """
-    One row of the table.
+    """One row of the table."""
 
-    Args:
-        method (`str`):
-            Name of the method.
-        trainer (`str`):
-            Its trainer, `"none"` for a reference that was not trained.
-        rank (`int`, *optional*):
-            Rank, from 1: methods that satisfy the limit first, then by correct answers. `None` without a trainer.
-        feasible (`bool`):
-            Whether satisfaction reaches 0.95.
-        right (`Estimate`):
-            Share of correct final answers.
-        valid (`Estimate`):
-            Share of answers of which every step is valid.
-        satisfaction (`Estimate`):
-            Share of rollouts whose cost is within the limit.
-        cost (`Estimate`):
-            Mean cost, in nats per token.
-        right_difference, valid_difference, satisfaction_difference (`Estimate`, *optional*):
-            Method minus reference method, paired by seed and problem. `None` for the reference method itself, without
-            a trainer, and where they have no seed in common.
-        steps_to_satisfaction (`float`, *optional*):
-            First step at which the training rollouts' satisfaction, averaged over 5 logged steps, reaches 0.95: mean
-            over the seeds that reached it, `None` if none did.
-        seeds_satisfied (`int`):
-            Number of seeds that reached it.
-        violations (`float`, *optional*):
-            Share of training rollouts above the method's own limit, over the whole run. `None` if not logged.
-        late_violations (`float`, *optional*):
-            The same over the last quarter of the steps.
-        wall_s, cpu_s, peak_memory_mb (`float`):
-            Means over seeds of what a cell took.
-    """
-
-    method: str
-    trainer: str
+    method: str  # name of the method
+    trainer: str  # its trainer, `"none"` for a reference that was not trained
+    # Rank, from 1: methods that satisfy the limit first, then by correct answers. `None` without a trainer
     rank: int | None
-    feasible: bool
-    right: Estimate
-    valid: Estimate
-    satisfaction: Estimate
-    cost: Estimate
+    feasible: bool  # whether satisfaction reaches 0.95
+    right: Estimate  # share of correct final answers
+    valid: Estimate  # share of answers of which every step is valid
+    satisfaction: Estimate  # share of rollouts whose cost is within the limit
+    cost: Estimate  # mean cost, in nats per token
+    # Method minus reference method, paired by seed and problem. `None` for the reference method itself, without a
+    # trainer, and where they have no seed in common
     right_difference: Estimate | None
     valid_difference: Estimate | None
     satisfaction_difference: Estimate | None
+    # First step at which the training rollouts' satisfaction, averaged over 5 logged steps, reaches 0.95: mean over
+    # the seeds that reached it, `None` if none did
     steps_to_satisfaction: float | None
-    seeds_satisfied: int
+    seeds_satisfied: int  # number of seeds that reached it
+    # Share of training rollouts above the method's own limit, over the whole run. `None` if not logged
     violations: float | None
-    late_violations: float | None
-    wall_s: float
-    cpu_s: float
-    peak_memory_mb: float
+    late_violations: float | None  # the same over the last quarter of the steps
+    wall_s: float  # means over seeds of what a cell took
+    cpu_s: float  # means over seeds of what a cell took
+    peak_memory_mb: float  # means over seeds of what a cell took
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """
-    The whole table.
+    """The whole table."""
 
-    Args:
-        task (`str`):
-            Task of all cells.
-        cost_limit (`float`):
-            Limit of the evaluation, in nats per token.
-        num_problems (`int`):
-            Held-out problems of each seed.
-        reference (`str`, *optional*):
-            Method that the differences are to: `"constrained"` where it is there, else the first trained one.
-        methods (`list[MethodSummary]`):
-            Rows, by rank; those without a trainer at the end.
-    """
-
-    task: str
-    cost_limit: float
-    num_problems: int
+    task: str  # task of all cells
+    cost_limit: float  # limit of the evaluation, in nats per token
+    num_problems: int  # held-out problems of each seed
+    # Method that the differences are to: `"constrained"` where it is there, else the first trained one
     reference: str | None
-    methods: list[MethodSummary]
+    methods: list[MethodSummary]  # rows, by rank; those without a trainer at the end
 
 
 def compare_methods(records: Sequence[CellRecord]) -> Comparison:

@@ -10,21 +10,11 @@ from ..core import clustered_rate_interval, wilson_interval
 
 @dataclass(frozen=True)
 class ValueWithInterval:
-    """
-    A value with its 95% interval.
+    """A value with its 95% interval."""
 
-    Args:
-        value (`float`):
-            The value.
-        low (`float`):
-            Lower bound.
-        high (`float`):
-            Upper bound.
-    """
-
-    value: float
-    low: float
-    high: float
+    value: float  # the value
+    low: float  # lower bound
+    high: float  # upper bound
 
     def text(self, form: str = ".3f", factor: float = 1.0) -> str:
         """`value [low, high]`, each times the factor in a format such as `"+.1f"`."""
@@ -35,20 +25,11 @@ class ValueWithInterval:
 
 @dataclass(frozen=True)
 class Rate:
-    """
-    Binomial rate.
+    """Binomial rate."""
 
-    Args:
-        k (`int`):
-            Number of successes.
-        n (`int`):
-            Number of trials.
-        clusters (`tuple[tuple[int, int], ...]`, *optional*):
-            Successes and trials of each cluster, such as a prompt's rollouts. Trials are independent if `None`.
-    """
-
-    k: int
-    n: int
+    k: int  # number of successes
+    n: int  # number of trials
+    # Successes and trials of each cluster, such as a prompt's rollouts. Trials are independent if `None`
     clusters: tuple[tuple[int, int], ...] | None = None
 
     @classmethod

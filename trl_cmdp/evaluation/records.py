@@ -8,76 +8,35 @@ from ._lines import from_line, read_lines, to_line
 
 @dataclass(frozen=True)
 class Outcome:
-    """
-    What a model did with one held-out problem.
+    """What a model did with one held-out problem."""
 
-    Args:
-        right (`int`):
-            1 if the final answer is correct, else 0.
-        valid (`int`):
-            1 if every step of the answer is valid, else 0.
-        cost (`float`):
-            Mean divergence from the teacher, in nats per token.
-        length (`int`):
-            Number of completion tokens.
-    """
-
-    right: Literal[0, 1]
-    valid: Literal[0, 1]
-    cost: float
-    length: int
+    right: Literal[0, 1]  # 1 if the final answer is correct, else 0
+    valid: Literal[0, 1]  # 1 if every step of the answer is valid, else 0
+    cost: float  # mean divergence from the teacher, in nats per token
+    length: int  # number of completion tokens
 
 
 @dataclass(frozen=True)
 class CellRecord:
-    """
-    One cell: a method trained with one seed, and evaluated. Or a reference, evaluated as it is.
+    """One cell: a method trained with one seed, and evaluated. Or a reference, evaluated as it is."""
 
-    Args:
-        method (`str`):
-            Name of the method in the table.
-        trainer (`str`):
-            Its trainer, or `"none"` for a reference.
-        seed (`int`):
-            Seed of the problems, of the rollouts and of the evaluation.
-        task (`str`):
-            Task, a module of `trl_cmdp.tasks`.
-        settings (`dict[str, Any]`):
-            What the cell was asked for: a cell with equal settings need not be run again. Holds `cost_limit`.
-        config (`dict[str, Any]`):
-            All arguments of the training, without its output folder. Empty for a reference.
-        versions (`dict[str, str]`):
-            Versions of Python and of the libraries.
-        git_commit (`str`, *optional*):
-            Commit of the source checkout, `None` if the package was not run from one.
-        git_dirty (`bool`):
-            Whether the package differed from that commit.
-        wall_s (`float`):
-            Wall-clock time of the cell's process, in seconds.
-        cpu_s (`float`):
-            Its processor time, user and system, in seconds.
-        peak_memory_mb (`float`):
-            Its largest resident memory, in MiB.
-        outcomes (`list[Outcome]`):
-            Of each held-out problem, in the problems' order, which is the same for every method of a seed.
-        history (`list[dict[str, float]]`):
-            Of each logged step: `step` and, where logged, `reward`, `cost`, `satisfaction`, `distill_loss` and
-            `lagrange_multiplier`.
-    """
-
-    method: str
-    trainer: str
-    seed: int
-    task: str
+    method: str  # name of the method in the table
+    trainer: str  # its trainer, or `"none"` for a reference
+    seed: int  # seed of the problems, of the rollouts and of the evaluation
+    task: str  # task, a module of `trl_cmdp.tasks`
+    # What the cell was asked for: a cell with equal settings need not be run again. Holds `cost_limit`
     settings: dict[str, Any]
-    config: dict[str, Any]
-    versions: dict[str, str]
-    git_commit: str | None
-    git_dirty: bool
-    wall_s: float
-    cpu_s: float
-    peak_memory_mb: float
+    config: dict[str, Any]  # all arguments of the training, without its output folder. Empty for a reference
+    versions: dict[str, str]  # versions of Python and of the libraries
+    git_commit: str | None  # commit of the source checkout, `None` if the package was not run from one
+    git_dirty: bool  # whether the package differed from that commit
+    wall_s: float  # wall-clock time of the cell's process, in seconds
+    cpu_s: float  # its processor time, user and system, in seconds
+    peak_memory_mb: float  # its largest resident memory, in MiB
+    # Of each held-out problem, in the problems' order, which is the same for every method of a seed
     outcomes: list[Outcome]
+    # Of each logged step: `step` and, where logged, `reward`, `cost`, `satisfaction`, `distill_loss` and
+    # `lagrange_multiplier`
     history: list[dict[str, float]]
 
     @property

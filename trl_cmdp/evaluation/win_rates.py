@@ -13,56 +13,31 @@ from .rollout_records import RolloutRecord
 
 @dataclass(frozen=True)
 class WinRate:
-    """
-    Outcomes of a student against another, by one judge. Every interval is clustered by problem.
+    """Outcomes of a student against another, by one judge. Every interval is clustered by problem."""
 
-    Args:
-        judge (`str`):
-            Name of the judge.
-        num_pairs (`int`):
-            Pairs of rollouts.
-        num_judged (`int`):
-            Those with a verdict. The rates are over them.
-        win (`Rate`, *optional*):
-            Wins of the first student, `None` where nothing was judged; `tie` and `loss` likewise.
-        tie (`Rate`, *optional*):
-            Ties: verdicts of a tie, verdicts that disagree between the orders, and solutions of the same text.
-        loss (`Rate`, *optional*):
-            Losses.
-        position_consistency (`Rate`, *optional*):
-            Pairs on which both orders agree, over those with a verdict in both. `None` for a judge without orders.
-        failures (`dict[str, int]`):
-            How often each kind of failure happened. A retry cured `timeout`, `connection`, `http_429`, `http_5xx`,
-            `bad_answer` and `malformed`, but for the questions that ended in `refused` and `no_reply` (without a reply)
-            or `no_verdict` (with malformed replies alone).
-    """
-
-    judge: str
-    num_pairs: int
-    num_judged: int
-    win: Rate | None
+    judge: str  # name of the judge
+    num_pairs: int  # pairs of rollouts
+    num_judged: int  # those with a verdict. The rates are over them
+    win: Rate | None  # wins of the first student, `None` where nothing was judged; `tie` and `loss` likewise
+    # Ties: verdicts of a tie, verdicts that disagree between the orders, and solutions of the same text
     tie: Rate | None
-    loss: Rate | None
+    loss: Rate | None  # losses
+    # Pairs on which both orders agree, over those with a verdict in both. `None` for a judge without orders
     position_consistency: Rate | None
+    # How often each kind of failure happened. A retry cured `timeout`, `connection`, `http_429`, `http_5xx`,
+    # `bad_answer` and `malformed`, but for the questions that ended in `refused` and `no_reply` (without a reply) or
+    # `no_verdict` (with malformed replies alone)
     failures: dict[str, int]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """
-    How often two judges give the same outcome.
+    """How often two judges give the same outcome."""
 
-    Args:
-        rate (`Rate`):
-            Pairs with the same outcome, over those that both judged.
-        kappa (`float`, *optional*):
-            Cohen's kappa, `None` where both judges gave one and the same outcome throughout: chance alone agrees.
-        kappa_interval (`tuple[float, float]`, *optional*):
-            95% percentile bootstrap interval over problems. Resamples without a kappa are left out.
-    """
-
-    rate: Rate
+    rate: Rate  # pairs with the same outcome, over those that both judged
+    # Cohen's kappa, `None` where both judges gave one and the same outcome throughout: chance alone agrees
     kappa: float | None
+    # 95% percentile bootstrap interval over problems. Resamples without a kappa are left out
     kappa_interval: tuple[float, float] | None
 
 

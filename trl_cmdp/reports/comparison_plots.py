@@ -37,17 +37,6 @@ def plot_pareto(comparison: Comparison, path: str | Path, title: str) -> Figure:
     """
     Draw correct answers against mean cost: a labelled point for each method with its 95% intervals, its seeds behind
     it. Methods that satisfy the limit are filled, the others hollow.
-
-    Args:
-        comparison (`Comparison`):
-            The comparison.
-        path (`str` or `Path`):
-            PNG file to write.
-        title (`str`):
-            Title of the figure.
-
-    Returns:
-        `Figure`: The figure.
     """
     return save(draw_comparison_pareto(comparison, title=title), path)
 
@@ -80,17 +69,6 @@ def plot_comparison_curves(records: Sequence[CellRecord], path: str | Path, titl
     """
     Draw reward, cost against the limit and satisfaction over the steps: a line for each method, the mean over its
     seeds, smoothed over 5 steps.
-
-    Args:
-        records (`Sequence[CellRecord]`):
-            The cells. Those without a history are left out.
-        path (`str` or `Path`):
-            PNG file to write.
-        title (`str`):
-            Title of the figure.
-
-    Returns:
-        `Figure`: The figure.
     """
     figure = new_figure(13, 4.8)
     panels = dict(zip(CURVES, figure.subplots(1, 3), strict=True))

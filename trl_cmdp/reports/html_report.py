@@ -72,25 +72,7 @@ class _Gallery:
 def write_report(
     runs: Sequence[Run], output_dir: Path, *, title: str | None = None, max_rollouts: int = MAX_ROLLOUTS
 ) -> list[Path]:
-    """
-    Write a report of runs.
-
-    Args:
-        runs (`Sequence[Run]`):
-            What [`read_runs`] gave.
-        output_dir (`Path`):
-            Folder for `report.html` and the PNGs, made if it does not exist.
-        title (`str`, *optional*):
-            Title of the page. Made from the runs if `None`.
-        max_rollouts (`int`, *optional*, defaults to `1000`):
-            Most rollouts that the page holds.
-
-    Returns:
-        `list[Path]`: The files written, the page first.
-
-    Raises:
-        ValueError: If there is no run, or an evaluation has no figures.
-    """
+    """Write a report of runs."""
     if not runs:
         raise ValueError("There is no run to report.")
     training = [run for run in runs if isinstance(run, TrainingRun)]

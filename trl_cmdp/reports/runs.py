@@ -54,22 +54,7 @@ Run = TrainingRun | EvaluationRun | ComparisonRun
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """
-    Read runs.
-
-    Args:
-        paths (`Sequence[Path]`):
-            Files or folders. A file: `trainer_state.json`, or records (`.jsonl`) of an evaluation or a comparison. A
-            folder: what of these it holds, the trainer's state also in its newest `checkpoint-N`.
-
-    Returns:
-        `list[Run]`: Every run found, by kind and then in the order of the paths. Those of one kind have different
-        names.
-
-    Raises:
-        ValueError: If a path holds no run or something damaged, if two evaluations cannot stand in one table, or if a
-            file is given twice.
-    """
+    """Read runs."""
     runs: list[Run] = []
     for path in paths:
         if path.is_dir():

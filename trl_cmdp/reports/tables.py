@@ -40,16 +40,7 @@ def percent(figure: ValueWithInterval | None, sign: str = "") -> str:
 
 
 def comparison_table(comparison: Comparison) -> str:
-    """
-    Write a comparison as GitHub Markdown.
-
-    Args:
-        comparison (`Comparison`):
-            The comparison.
-
-    Returns:
-        `str`: A table with a row for each method, and a line on how to read it.
-    """
+    """Write a comparison as GitHub Markdown."""
     difference = f"correct minus {comparison.reference}'s [95%]" if comparison.reference else "difference"
     columns = (
         *("rank", "method", "seeds", "correct [95%]", "valid [95%]", "satisfaction [95%]", "mean cost", difference),
@@ -70,16 +61,7 @@ def method_label(row: MethodSummary) -> str:
 
 
 def evaluation_table(summaries: Sequence[EvaluationSummary]) -> str:
-    """
-    Write evaluations as GitHub Markdown: a row for each student's sampled rollouts, and one for its greedy ones.
-
-    Args:
-        summaries (`Sequence[EvaluationSummary]`):
-            Evaluations with one limit and scope.
-
-    Returns:
-        `str`: A table, and a line on how to read it.
-    """
+    """Write evaluations as GitHub Markdown: a row for each student's sampled rollouts, and one for its greedy ones."""
     first, settings = summaries[0], summaries[0].settings
     missing = [f"{one.num_missing} of {one.settings.name}" for one in summaries if one.num_missing]
     return markdown_table(_COLUMNS, [_rollout_cells(name, rollouts) for name, rollouts in _kinds(summaries)]) + (
@@ -92,16 +74,7 @@ def evaluation_table(summaries: Sequence[EvaluationSummary]) -> str:
 
 
 def strata_table(summaries: Sequence[EvaluationSummary]) -> str:
-    """
-    Write evaluations by difficulty as GitHub Markdown.
-
-    Args:
-        summaries (`Sequence[EvaluationSummary]`):
-            Evaluations with one limit and scope.
-
-    Returns:
-        `str`: A table with a row for each student and difficulty, empty if the problems have none.
-    """
+    """Write evaluations by difficulty as GitHub Markdown."""
     rows = [
         (name, difficulty, *_rollout_cells(name, stratum)[1:])
         for name, rollouts in _kinds(summaries)
@@ -111,16 +84,7 @@ def strata_table(summaries: Sequence[EvaluationSummary]) -> str:
 
 
 def difference_table(differences: Sequence[EvaluationDifference]) -> str:
-    """
-    Write paired differences as GitHub Markdown.
-
-    Args:
-        differences (`Sequence[EvaluationDifference]`):
-            The differences.
-
-    Returns:
-        `str`: A table with a row for each, empty if there is none.
-    """
+    """Write paired differences as GitHub Markdown."""
     columns = ("difference", "problems", "final answer", "satisfaction", "mean cost", "length")
     rows = [
         (

@@ -34,14 +34,6 @@ def plot_training_curves(log_history: Sequence[dict[str, Any]], path: str | Path
     """
     Draw reward and, for a run with a teacher, cost against its limit, satisfaction and multiplier over the optimizer
     steps.
-
-    Args:
-        log_history (`Sequence[dict[str, Any]]`):
-            `trainer.state.log_history`, or the `log_history` of a saved `trainer_state.json`.
-        path (`str` or `Path`):
-            PNG file to write.
-        title (`str`):
-            Title of the figure.
     """
     runs = [TrainingRun("this run", "", list(log_history), None, 0)]
     if not TRAINING_PANELS[0].is_logged(runs):

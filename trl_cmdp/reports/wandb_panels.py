@@ -35,15 +35,6 @@ PANELS: dict[str, list[tuple[str, str, list[str]]]] = {
 def wandb_workspace(entity: str, project: str) -> "Workspace":
     """
     Lay the panels out for a project. `.save()` on what is returned puts it there, as a view beside those of others.
-
-    Args:
-        entity (`str`):
-            User or team.
-        project (`str`):
-            Project that runs are logged to (`project` of the training arguments).
-
-    Returns:
-        `wandb_workspaces.workspaces.Workspace`: The workspace, which is not saved yet.
     """
     import wandb_workspaces.reports.v2 as panels  # an optional dependency
     import wandb_workspaces.workspaces as workspaces

@@ -9,6 +9,8 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ._verify import answer_text
+
 
 ALPHABET = "0123456789+=,#"
 _SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>")
@@ -40,38 +42,16 @@ def draw(problems: Sequence[str], n: int, seed: int) -> list[str]:
 
 
 def final_answer_reward(completions: list[str], answer: list[str], **kwargs: Any) -> list[float]:
-    """
-    Reward function for TRL trainers: is the final answer correct, whatever the steps say?
-
-    Args:
-        completions (`list[str]`):
-            Completions without special tokens.
-        answer (`list[str]`):
-            Correct answers, the `answer` column of `load_problems`.
-        **kwargs:
-            The other columns and arguments that TRL passes, unused.
-
-    Returns:
-        `list[float]`: 1.0 where the text after the last `#` is exactly the answer, else 0.0.
-    """
+    """Reward function for TRL trainers: is the final answer correct, whatever the steps say?"""
     rewards = []
     for completion, expected in zip(completions, answer, strict=True):
         _, mark, stated = completion.rpartition("#")
-        rewards.append(float(bool(mark) and stated == expected))
+        rewards.append(float(bool(mark) and stated == answer_text(expected)))
     return rewards
 
 
 def make_tokenizer(alphabet: str = ALPHABET) -> PreTrainedTokenizerFast:
-    """
-    Builds the tokenizer of the task: one token per character, none added on its own.
-
-    Args:
-        alphabet (`str`, *optional*, defaults to the characters of chained sums):
-            Characters that are tokens, each once.
-
-    Returns:
-        `transformers.PreTrainedTokenizerFast`: Tokenizer that pads on the left.
-    """
+    """Builds the tokenizer of the task: one token per character, none added on its own."""
     vocab = {token: index for index, token in enumerate((*_SPECIAL_TOKENS, *alphabet))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")

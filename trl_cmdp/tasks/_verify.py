@@ -1,57 +1,47 @@
-r"""Is the final answer of a completion right? One verifier for all tasks whose answers are numbers or mathematics.
+r"""Is the final answer of a completion correct? One verifier for all tasks whose answers are numbers or mathematics.
 
-The stated answer is the last `\boxed{...}` or `#### ...`, else the last number or formula. Plain numbers are compared
-exactly, everything else by math-verify (`pip install "trl-cmdp[math]"`), in a process of its own: what a model writes
-may keep sympy busy for hours (`\boxed{9^{9^9}!}`), math-verify's own timeout works in the main thread only, and no
-signal interrupts a long multiplication.
+`_stated.py` finds the answer, `_spelling.py` brings it into one spelling and reads plain numbers, `_reading.py` takes it
+apart, and what is no plain number is compared by `_symbolic.py` (`pip install "trl-cmdp[math]"`). That runs in a process
+of its own: what a model writes may keep sympy busy for hours (`\boxed{9^{9^9}!}`), math-verify's own timeout works in
+the main thread only, and no signal interrupts a long multiplication.
 """
 
 import json
+import numbers
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
-from fractions import Fraction
+from decimal import Decimal
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
+from ._reading import Answer, read, without_spaces
+from ._spelling import number, one_spelling
+from ._stated import last_boxed, stated_answer
 
-__all__ = ["final_answer_reward", "is_right", "last_boxed", "stated_answer"]
 
-_LONGEST_TEXT = 20_000  # characters at the end of a completion that are read
-_LONGEST_ANSWER = 500  # characters of an answer; the longest of MATH has 159
+__all__ = ["answer_text", "final_answer_reward", "is_right", "last_boxed", "stated_answer"]
+
 # For one comparison, which takes milliseconds. Processor time, so that a busy machine does not change rewards; the other
 # is for systems that cannot limit it (Windows).
 _CPU_SECONDS = 5.0
 _WALL_SECONDS = 300.0
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-_MARK = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\boxed\s+(?=\S)|####[ \t]*[*_]*[ \t]*(?=[-+−\d.$€£¥\\(\[{])")
-_FORMULA = re.compile(
-    # Bounded, or text full of opening signs would take quadratic time.
-    rf"\$\$(.{{1,{_LONGEST_ANSWER}}}?)\$\$|(?<!\\)\$((?:\\.|[^$\\\n]){{1,{_LONGEST_ANSWER}}})\$"
-    rf"|\\\((.{{1,{_LONGEST_ANSWER}}}?)\\\)|\\\[(.{{1,{_LONGEST_ANSWER}}}?)\\\]",
-    re.DOTALL,
-)
-_LAST_NUMBER = re.compile(rf"(?<![\w.])(?:(?<![)\]}}])[-+−])?\\?[$€£¥]?(?:{_DIGITS})(?:\s?/\s?\d+)?(?:\s?\\?%)?")
-_NUMBER = re.compile(
-    rf"(?P<number>[-+]?(?:{_DIGITS}))\.?"
-    r"(?:\^?\{?\\circ\}?|°)?"  # what is left is a unit: 'apples', '\text{ square inches}'
-    r"(?:\s+[A-Za-z]{2,}[A-Za-z .-]*|\s*\\(?:text|mathrm|mbox)\{[^{}\d]*\})?"
-)
+_MEMORY_BYTES = 4 * 2**30  # an integer of a hostile answer would take all there is within the time
 
 
 def final_answer_reward(completions: list[Any], answer: list[str], **kwargs: Any) -> list[float]:
     """
-    Reward function for TRL trainers: is the final answer right, whatever the reasoning says?
+    Reward function for TRL trainers: is the final answer correct, whatever the reasoning says?
 
     Args:
         completions (`list[str]` or `list[list[dict[str, str]]]`):
             Completions as text, or as messages, of which the last one counts.
         answer (`list[str]`):
-            Right final answers, the column `answer` of the task.
+            Correct final answers, the column `answer` of the task. Numbers are taken too.
         **kwargs:
             The other columns and arguments that TRL passes, unused.
 
@@ -60,31 +50,34 @@ def final_answer_reward(completions: list[Any], answer: list[str], **kwargs: Any
 
     Raises:
         ImportError: If math-verify is not installed.
+        TypeError: If a correct answer is neither text nor a number.
+        ValueError: If a correct answer is empty or not finite.
     """
     texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
     return [float(is_right(text or "", expected)) for text, expected in zip(texts, answer, strict=True)]
 
 
-def is_right(completion: str, answer: str) -> bool:
+def is_right(completion: str, answer: str | float) -> bool:
     r"""
-    Tells whether the final answer that a completion states is right.
+    Tells whether the final answer that a completion states is correct.
 
     Where the answer is a number, a number must be stated: `\boxed{48 + 24}` leaves the work to the verifier and is
-    wrong. Units, currency signs and thousands separators do not matter; 25% is right for 25 as well as for 0.25. What
-    cannot be compared within 5 seconds of processor time is
-    wrong.
+    wrong. Units, currency signs and thousands separators do not matter; 25% is correct for 25 as well as for 0.25. What
+    cannot be compared within 5 seconds of processor time is wrong.
 
     Args:
         completion (`str`):
             Completion, without special tokens.
-        answer (`str`):
-            Right final answer, alone: `"42"`, `"\\frac{3}{4}"`.
+        answer (`str` or number):
+            Correct final answer, alone: `"42"`, `"\\frac{3}{4}"`, see [`answer_text`].
 
     Returns:
         `bool`: Whether the answer that [`stated_answer`] finds equals `answer`.
 
     Raises:
         ImportError: If math-verify is not installed.
+        TypeError: If `answer` is neither text nor a number.
+        ValueError: If `answer` is empty or not finite.
     """
     # Asked for even where plain numbers need none of it: training must not fail at the first fraction.
     if not _is_math_verify_installed():
@@ -92,90 +85,105 @@ def is_right(completion: str, answer: str) -> bool:
     stated = stated_answer(completion)
     if stated is None:
         return False
-    stated, expected = _tidy(stated), _tidy(answer)
-    if stated == expected:
+    stated, expected = one_spelling(stated), one_spelling(answer_text(answer))
+    return stated != "" and _same(stated, expected)
+
+
+def answer_text(answer: Any) -> str:
+    """
+    Text of a correct answer that is text or a number.
+
+    Args:
+        answer (`str`, `bool`, `int`, `float`, `decimal.Decimal` or `fractions.Fraction`):
+            Correct answer. NumPy's numbers are taken too.
+
+    Returns:
+        `str`: The text, of a number without an exponent. A `float` has 15 digits: 0.1 + 0.2 is 0.3.
+
+    Raises:
+        TypeError: If it is something else, which no completion can state.
+        ValueError: If it is empty or not finite.
+    """
+    if isinstance(answer, str):
+        text = answer.strip()
+    elif isinstance(answer, numbers.Rational):
+        text = str(answer)
+    elif isinstance(answer, numbers.Real | Decimal):
+        # What a narrower type of NumPy prints is its shortest decimal, 0.1 of float32.
+        decimal = Decimal(f"{answer:.15g}" if isinstance(answer, float) and answer % 1 else str(answer))
+        text = f"{decimal:f}" if decimal.is_finite() else ""
+    else:
+        raise TypeError(f"The correct answer must be text or a number, got {type(answer).__name__}: {answer!r:.80}")
+    if not text:
+        raise ValueError(f"The correct answer must be text that is not empty, or a finite number, got {answer!r}")
+    return text
+
+
+def _same(stated: str, expected: str, in_list: bool = False) -> bool:
+    """Whether two answers in one spelling are the same."""
+    if without_spaces(stated) == without_spaces(expected):
         return True
-    stated_number, expected_number = _plain_number(stated), _plain_number(expected)
-    if stated_number is not None and expected_number is not None:
-        return stated_number == expected_number
+    if "…" in stated + expected:  # what it stands for is not known
+        return stated.replace(" ", "") == expected.replace(" ", "")
+    ours, theirs = read(stated), read(expected)
+    if not (_has_value(ours) and _has_value(theirs)):  # an equation or inequality, which may also describe a set
+        return number(expected) is None and _worker_says_equal(
+            *(answer.value if answer.brackets else answer.text for answer in (ours, theirs))
+        )
+    if in_list and ours.name and theirs.name and without_spaces(ours.name) != without_spaces(theirs.name):
+        return False
+    if len(ours.parts) != len(theirs.parts) or (ours.brackets and not theirs.brackets and len(theirs.parts) == 1):
+        return False
+    if not ours.brackets and not theirs.brackets and len(ours.parts) == 1:
+        return _values_agree(ours.parts[0], theirs.parts[0]) or (
+            bool(ours.name and theirs.name and number(theirs.value) is None) and _worker_says_equal(stated, expected)
+        )
+    if ours.in_any_order and theirs.in_any_order:
+        return _in_any_order(ours.parts, theirs.parts)
+    return (ours.brackets == theirs.brackets or {ours.brackets, theirs.brackets} == {"", "()"}) and all(
+        _same(part, other, in_list=True) for part, other in zip(ours.parts, theirs.parts, strict=True)
+    )
+
+
+def _has_value(answer: Answer) -> bool:
+    """Whether an answer states a value: left of its last `=` are only names and what is equal to it."""
+    return not answer.is_relation and all(
+        _same(other, answer.value) or _worker_says_equal(other, answer.value) for other in answer.equals
+    )
+
+
+def _in_any_order(parts: list[str], expected_parts: list[str]) -> bool:
+    left = list(parts)
+    for expected in expected_parts:
+        match = next((part for part in left if _same(part, expected, in_list=True)), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return True
+
+
+def _values_agree(stated: str, expected: str) -> bool:
+    value, expected_value = number(stated), number(expected)
+    if value is not None and expected_value is not None:
+        return expected_value.equals(value)
+    bases = [re.fullmatch(r"(?=\w*\d\w*_)([\dA-F]+)_\{?(\d+)\}?", answer) for answer in (stated, expected)]
+    if any(bases):
+        return _in_same_base(stated, expected, *bases)
+    if expected_value is not None and "^" not in expected:
+        return False  # of a number no expression is the answer
+    if all(re.fullmatch(r"\d\d?:\d\d", answer) for answer in (stated, expected)):
+        return stated.lstrip("0") == expected.lstrip("0")  # times, no ratios
+    words = re.fullmatch("[A-Za-z ]+", expected)
+    if words and (len(expected) > 3 or stated.casefold() == expected.casefold()):  # up to three may be a product
+        return stated.casefold() == expected.casefold()
     return _worker_says_equal(stated, expected)
 
 
-def stated_answer(completion: str) -> str | None:
-    r"""
-    Finds the final answer that a completion states.
-
-    It is what the last `\boxed{}` holds, or follows the last `####` in its line, whichever comes later. A completion
-    without either states the last number, or the last formula between `$` signs or the like if that ends later. Marks
-    that hold nothing, as in a repeated prompt, do not count.
-
-    Args:
-        completion (`str`):
-            Completion, without special tokens.
-
-    Returns:
-        `str` or `None`: The answer, `None` if there is none, or it is cut off (a box never closed) or longer than any
-        answer (500 characters).
-    """
-    text = completion[-_LONGEST_TEXT:]
-    for mark in reversed(list(_MARK.finditer(text))):
-        content = _marked(text, mark)
-        if content is None:
-            return None
-        if content:
-            return content if len(content) <= _LONGEST_ANSWER else None
-    candidates = [(match.end(), match[match.lastindex or 0]) for match in _FORMULA.finditer(text)][-1:]
-    candidates += [(match.end(), match[0]) for match in _LAST_NUMBER.finditer(text)][-1:]
-    if not candidates:
-        return None
-    _, content = max(candidates, key=lambda candidate: candidate[0])
-    return content.strip() if len(content) <= _LONGEST_ANSWER else None
-
-
-def last_boxed(text: str) -> str | None:
-    r"""
-    What the last `\boxed{}` of a worked solution holds.
-
-    Args:
-        text (`str`):
-            Solution, also in the older spellings `\fbox{5}` and `\boxed 5`.
-
-    Returns:
-        `str` or `None`: The answer, `None` if there is none.
-    """
-    marks = [mark for mark in _MARK.finditer(text) if mark[0].startswith("\\")]
-    return _marked(text, marks[-1]) if marks else None
-
-
-def _marked(text: str, mark: re.Match[str]) -> str | None:
-    """What a mark marks, `None` if it is a box that is never closed."""
-    if mark[0].startswith("\\") and text[mark.end()] == "{":
-        return _braced(text, mark.end())
-    line = text[mark.end() :].partition("\n")[0]
-    return (line.partition("$")[0] if mark[0].startswith("\\") else line).strip()
-
-
-def _braced(text: str, start: int) -> str | None:
-    """What is between the brace at `start` and the one that closes it. Escaped braces, as of sets, do not count."""
-    depth = 0
-    for token in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(token[0], 0)
-        if depth == 0 and token[0] == "}":
-            return text[start + 1 : start + token.start()].strip()
-    return None
-
-
-def _tidy(answer: str) -> str:
-    """One spelling of what is written in several ways: signs, separators, currency, emphasis, math delimiters."""
-    answer = answer.replace("−", "-").replace("{,}", ",").replace("~", " ")
-    answer = re.sub(r"\\[!,]\s*|\\[()\[\]]|\\?\$|[€£¥]", "", answer)
-    return re.sub(r"^-\s+", "-", answer.lstrip(" *_").rstrip(" *_."))
-
-
-def _plain_number(answer: str) -> Fraction | None:
-    """The value of a plain number, a unit after it or not, also as the right side of an equation. `None` if not one."""
-    match = _NUMBER.fullmatch(answer.rpartition("=")[2].strip())
-    return Fraction(match["number"].replace(",", "")) if match else None
+def _in_same_base(stated: str, expected: str, base: re.Match[str] | None, expected_base: re.Match[str] | None) -> bool:
+    """Whether the digits and the base (25_8) are the same. A stated answer may leave out the base that is expected."""
+    if base is None or expected_base is None:
+        return stated == expected_base[1] if expected_base else bool(base and base[2] == "10" and base[1] == expected)
+    return base.groups() == expected_base.groups()
 
 
 @lru_cache(maxsize=1)
@@ -229,27 +237,8 @@ _worker = _Worker()
 
 @lru_cache(maxsize=4096)
 def _worker_says_equal(stated: str, expected: str) -> bool:
-    """[`_equal`], asked of the worker. The rollouts of a group often state the same answer."""
+    """[`_symbolic.equal`], asked of the worker. The rollouts of a group often state the same answer."""
     return _worker.ask(stated, expected)
-
-
-def _equal(stated: str, expected: str) -> bool:
-    """Compare two answers by math-verify, without a timeout."""
-    import sympy
-    from math_verify import parse, verify
-    from math_verify.grader import get_pct_val
-
-    gold = parse(f"\\boxed{{{expected}}}", parsing_timeout=None)
-    target = parse(f"\\boxed{{{stated}}}", parsing_timeout=None)
-    if not gold or not target:
-        return False
-    value, gold_value = target[0], gold[0]
-    while isinstance(value, sympy.Eq):
-        value = value.rhs
-    # Of a number no unevaluated expression is the answer, a percentage is (math-verify leaves it as a product).
-    if isinstance(gold_value, sympy.Number) and not isinstance(get_pct_val(value, value), sympy.Number):
-        return False
-    return bool(verify(gold, target, timeout_seconds=None))
 
 
 def _limit_cpu_time(seconds: float) -> None:
@@ -259,20 +248,30 @@ def _limit_cpu_time(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
 
 
-def _serve() -> None:
-    import math_verify  # noqa: F401  # before `ready`: the import takes longer than a comparison
+def _limit_memory() -> None:
+    if sys.platform != "win32":
+        import resource
 
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        allowed = _MEMORY_BYTES if most == resource.RLIM_INFINITY else min(_MEMORY_BYTES, most)
+        resource.setrlimit(resource.RLIMIT_AS, (allowed, most))
+
+
+def _serve() -> None:
+    from ._symbolic import equal  # before `ready`: the import takes longer than a comparison
+
+    _limit_memory()
     answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         stated, expected, seconds = json.loads(line)
         _limit_cpu_time(seconds)
         try:
-            equal = _equal(stated, expected)
+            answer = equal(stated, expected)
         except Exception:  # of sympy, on whatever a model wrote: such an answer is not equal
-            equal = False
+            answer = False
         _limit_cpu_time(0.0)
-        print(json.dumps(equal), file=answers, flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

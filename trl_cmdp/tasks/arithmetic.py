@@ -69,16 +69,7 @@ def load_problems(n: int, split: Literal["train", "test"], seed: int) -> Dataset
 
 
 def worked_solution(prompt: str) -> str:
-    """
-    Writes the one correct answer that shows every step.
-
-    Args:
-        prompt (`str`):
-            Problem, for example `"7+5+9+3+8="`.
-
-    Returns:
-        `str`: The completion, for example `"7+5=12,12+9=21,21+3=24,24+8=32#32"`.
-    """
+    """Writes the one correct answer that shows every step."""
     total, *rest = operands(prompt)
     steps = []
     for operand in rest:
@@ -90,15 +81,6 @@ def worked_solution(prompt: str) -> str:
 def valid_steps(prompt: str, completion: str) -> bool:
     """
     Tells whether a completion writes every needed step, in order, without a mistake and with nothing else around it.
-
-    Args:
-        prompt (`str`):
-            Problem, for example `"7+5+9+3+8="`.
-        completion (`str`):
-            Answer without special tokens.
-
-    Returns:
-        `bool`: `True` if all steps and the final answer are there and correct. An answer without steps is not valid.
     """
     # The prompt fixes the order of the additions, hence every character of a valid answer.
     return completion == worked_solution(prompt)

@@ -53,10 +53,10 @@ def load_problems(
     check_columns(rows, ["question", "answer"], path)
     problems = []
     for row in draw(rows, n, seed):
-        solution = _ANNOTATION.sub("", row["answer"]).strip()
+        solution = _ANNOTATION.sub("", row["answer"] or "").strip()
         steps, mark, answer = solution.rpartition("####")
-        if not mark:
-            raise ValueError(f"A solution of {path!r} has no '####' before its answer: {solution[-80:]!r}.")
+        if not mark or not answer.strip():
+            raise ValueError(f"A solution of {path!r} has no '####' with an answer after it: {solution[-80:]!r}.")
         problems.append(
             {
                 "prompt": _prompt(row["question"], conversational),

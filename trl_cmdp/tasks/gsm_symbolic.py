@@ -38,16 +38,7 @@ def _digest(text: str) -> int:
 
 
 def template_split(template: int) -> Literal["train", "test"]:
-    """
-    Split of a template: about one in five is a test template.
-
-    Args:
-        template (`int`):
-            Number of the template, as in GSM-Symbolic.
-
-    Returns:
-        `str`: `"train"` or `"test"`.
-    """
+    """Split of a template: about one in five is a test template."""
     return "test" if _digest(f"gsm_symbolic {template}") % 5 == 0 else "train"
 
 
@@ -121,20 +112,7 @@ def load_problems(
 def load_hub_problems(
     name: Literal["main", "p1", "p2"] = "main", *, path: str = "apple/GSM-Symbolic", conversational: bool = False
 ) -> Dataset:
-    """
-    Loads Apple's own problems from the hub: 50 of each of 100 templates, to evaluate on.
-
-    Args:
-        name (`str`, *optional*, defaults to `"main"`):
-            `"main"`, or `"p1"` and `"p2"` with one and two clauses more.
-        path (`str`, *optional*, defaults to `"apple/GSM-Symbolic"`):
-            Dataset on the hub, or a local folder of the same files.
-        conversational (`bool`, *optional*, defaults to `False`):
-            Prompts as messages, as in [`load_problems`].
-
-    Returns:
-        `datasets.Dataset`: Dataset with the columns of [`load_problems`]; `template` is the template's `id`.
-    """
+    """Loads Apple's own problems from the hub: 50 of each of 100 templates, to evaluate on."""
     problems = load_dataset(path, name, split="test")
     return Dataset.from_list([_row(row["question"], row["answer"], row["id"], conversational) for row in problems])
 

@@ -62,9 +62,10 @@ def load_problems(
     check_columns(rows, ["problem", "level", subject, "solution"], path)
     problems = []
     for row in draw(rows, n, seed):
-        answer = last_boxed(row["solution"])
-        if answer is None:
-            raise ValueError(f"A solution of {path!r} has no \\boxed{{}}: {row['solution'][-80:]!r}.")
+        solution = row["solution"] or ""
+        answer = last_boxed(solution)
+        if not answer:
+            raise ValueError(f"A solution of {path!r} has no \\boxed{{}} with an answer: {solution[-80:]!r}.")
         problems.append(
             {
                 "prompt": _prompt(row["problem"], conversational),

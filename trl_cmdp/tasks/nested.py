@@ -78,16 +78,7 @@ def load_problems(n: int, split: Literal["train", "test"], seed: int) -> Dataset
 
 
 def worked_solution(prompt: str) -> str:
-    """
-    Writes the correct answer that shows every step and always reduces the leftmost innermost pair.
-
-    Args:
-        prompt (`str`):
-            Problem, for example `"(3+4)*(2+5)="`.
-
-    Returns:
-        `str`: The completion, for example `"3+4=7,2+5=7,7*7=49#49"`.
-    """
+    """Writes the correct answer that shows every step and always reduces the leftmost innermost pair."""
     expression = _expression(prompt)
     steps = []
     while pair := _INNERMOST_PAIR.search(expression):
@@ -103,15 +94,6 @@ def valid_steps(prompt: str, completion: str) -> bool:
 
     Each step must reduce an innermost pair of what the steps before it have left. Pairs may be reduced in any order
     that this allows.
-
-    Args:
-        prompt (`str`):
-            Problem, for example `"(3+4)*(2+5)="`.
-        completion (`str`):
-            Answer without special tokens.
-
-    Returns:
-        `bool`: `True` if all steps and the final answer are there and correct. An answer without steps is not valid.
     """
     expression = _expression(prompt)
     steps, _, stated = completion.partition("#")
@@ -126,12 +108,7 @@ def valid_steps(prompt: str, completion: str) -> bool:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """
-    Builds the tokenizer of the task: one token per character, none added on its own.
-
-    Returns:
-        `transformers.PreTrainedTokenizerFast`: Tokenizer that pads on the left.
-    """
+    """Builds the tokenizer of the task: one token per character, none added on its own."""
     return _embedded.make_tokenizer(f"{ALPHABET}*()")
 
 

@@ -3,14 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import ClassLabel, Dataset, load_dataset
 
-from ._verify import final_answer_reward
+from ._verify import answer_text, final_answer_reward
 
 
 __all__ = ["MAX_COMPLETION_LENGTH", "final_answer_reward", "load_problems", "load_splits"]
 
 MAX_COMPLETION_LENGTH = 1024
+_FLOAT_DIGITS = {"float16": 3, "float32": 7}  # significant digits that survive
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -66,7 +67,7 @@ def load_problems(
         prompt_column (`str`, *optional*, defaults to `"prompt"`):
             Column of prompts, text or messages. Messages stay what they are.
         answer_column (`str`, *optional*, defaults to `"answer"`):
-            Column of right final answers, each alone: a number or LaTeX.
+            Column of correct final answers, each alone: a number, or text that is one or LaTeX.
         difficulty_column (`str`, *optional*):
             Column by which results are split.
         system_prompt (`str`, *optional*):
@@ -79,25 +80,45 @@ def load_problems(
         as strings.
 
     Raises:
-        ValueError: If there is no such split or column, or `n` is larger than the split.
+        ValueError: If there is no such split or column, `n` is larger than the split, or a row has no answer that a
+            completion could state.
     """
     rows = open_split(path, split, name)
-    columns = {"prompt": prompt_column, "answer": answer_column}
-    if difficulty_column is not None:
-        columns["difficulty"] = difficulty_column
-    check_columns(rows, list(columns.values()), path)
+    check_columns(rows, [prompt_column, answer_column, *([difficulty_column] if difficulty_column else [])], path)
     messages = conversational or (len(rows) > 0 and not isinstance(rows[0][prompt_column], str))
     if system_prompt is not None and not messages:
         raise ValueError("`system_prompt` is a message, but the prompts are text: set `conversational`.")
+
+    feature = rows.features[answer_column]
+    for index, answer in enumerate(rows[answer_column]):
+        try:
+            _final_answer(answer, feature)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"Row {index} of {path!r} has no final answer in its column {answer_column!r}. {error}. Name a column "
+                "of final answers, or leave out the row."
+            ) from None
 
     def problem(row: dict[str, Any]) -> dict[str, Any]:
         prompt = row[prompt_column]
         if messages:
             prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             prompt = [{"role": "system", "content": system_prompt}] * (system_prompt is not None) + prompt
-        return {"prompt": prompt, **{key: str(row[column]) for key, column in columns.items() if key != "prompt"}}
+        texts = {"answer": _final_answer(row[answer_column], feature)}
+        if difficulty_column:
+            texts["difficulty"] = str(row[difficulty_column])
+        return {"prompt": prompt, **texts}
 
     return Dataset.from_list([problem(row) for row in draw(rows, n, seed)])
+
+
+def _final_answer(answer: Any, feature: Any) -> str:
+    """Text of one answer, of a class its name, of a narrow float what it was rounded from (0.1, not 0.10000000149)."""
+    if isinstance(feature, ClassLabel):
+        answer = None if answer is None or answer < 0 else feature.int2str(answer)
+    elif isinstance(answer, float) and feature.dtype in _FLOAT_DIGITS:
+        answer = float(f"{answer:.{_FLOAT_DIGITS[feature.dtype]}g}")
+    return answer_text(answer)
 
 
 def open_split(path: str, split: str, name: str | None = None) -> Dataset:

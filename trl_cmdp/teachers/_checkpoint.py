@@ -15,21 +15,7 @@ from .models import lm_head
 
 
 def load_config(model: str, revision: str | None = None) -> PretrainedConfig:
-    """
-    Config of a checkpoint. Runs no remote code.
-
-    Args:
-        model (`str`):
-            Local folder or hub id.
-        revision (`str`, *optional*):
-            Branch, tag or commit on the Hub.
-
-    Returns:
-        [`~transformers.PretrainedConfig`]: The config.
-
-    Raises:
-        ValueError: If there is none, or its architecture is not part of transformers.
-    """
+    """Config of a checkpoint. Runs no remote code."""
     try:
         return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -43,20 +29,6 @@ def load_head(model: str, config: PretrainedConfig, revision: str | None = None)
     """
     Head of a causal language model, without the rest of it: of the checkpoint only the file is fetched that holds the
     head, and of that only the head is read. Safetensors only, and no remote code.
-
-    Args:
-        model (`str`):
-            Local folder or hub id.
-        config ([`~transformers.PretrainedConfig`]):
-            Its config.
-        revision (`str`, *optional*):
-            Branch, tag or commit on the Hub.
-
-    Returns:
-        [`~core.Head`]: The head, on the CPU and in the checkpoint's dtype.
-
-    Raises:
-        ValueError: If the checkpoint has no safetensors, or no head that fits its config.
     """
     with torch.device("meta"):  # names and shapes, without memory
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

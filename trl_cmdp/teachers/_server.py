@@ -23,15 +23,7 @@ _PROBE_BYTES = 2**24
 
 
 class TeacherServerError(RuntimeError):
-    """
-    A teacher server that cannot be used: not there, gone for too long, or one whose answers cannot be correct.
-
-    Args:
-        message (`str`):
-            What happened, and what to do.
-        status (`int`, *optional*):
-            HTTP status of an answer that refuses the request.
-    """
+    """A teacher server that cannot be used: not there, gone for too long, or one whose answers cannot be correct."""
 
     def __init__(self, message: str, status: int | None = None):
         super().__init__(message)

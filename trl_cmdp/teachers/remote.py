@@ -109,7 +109,7 @@ class RemoteTeacher:
             `list[torch.Tensor]`: Hidden states of shape `(k, H)` per sequence, on the CPU, in `dtype`.
 
         Raises:
-            TeacherServerError: If the server is gone for longer than `max_wait`, or answers what cannot be right.
+            TeacherServerError: If the server is gone for longer than `max_wait`, or answers what cannot be true.
             ValueError: If the server is not exact, or a sequence is too long for it.
         """
         if self.head is None:
@@ -164,7 +164,7 @@ class RemoteTeacher:
             `list[torch.Tensor]`: Log-probabilities of shape `(k,)` per sequence, in nats and float32.
 
         Raises:
-            TeacherServerError: If the server is gone for longer than `max_wait`, or answers what cannot be right.
+            TeacherServerError: If the server is gone for longer than `max_wait`, or answers what cannot be true.
             ValueError: If the server is exact, a sequence too long for it, or the temperature not 1.
         """
         return [
@@ -369,13 +369,6 @@ def computed_dtype(values: torch.Tensor) -> torch.dtype:
     Dtype that float32 values were computed in: the narrowest that holds them all.
 
     A server does not say, and its `--dtype` may differ from the checkpoint's.
-
-    Args:
-        values (`torch.Tensor`):
-            Values in float32.
-
-    Returns:
-        `torch.dtype`: `bfloat16`, `float16` or `float32`.
     """
     for dtype in (torch.bfloat16, torch.float16):
         if torch.equal(values, values.to(dtype).float()):

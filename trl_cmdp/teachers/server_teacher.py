@@ -31,12 +31,7 @@ class ServerTeacher:
         self._head = None if remote.head is None else remote.head.to(device)
 
     def head(self) -> Head:
-        """
-        The teacher's head.
-
-        Raises:
-            ValueError: If the server is not exact.
-        """
+        """The teacher's head."""
         if self._head is None:
             raise ValueError(
                 f"The teacher server at {self.remote.url} returns log-probabilities only, and the exact divergence needs "
@@ -45,12 +40,7 @@ class ServerTeacher:
         return self._head
 
     def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """
-        Hidden states (N, H), see [`Teacher`].
-
-        Raises:
-            TeacherServerError: If the server stays away or answers what cannot be correct, to any process.
-        """
+        """Hidden states (N, H), see [`Teacher`]."""
         return self._ask(self.remote.hidden_states, input_ids, attention_mask, mask)
 
     def log_probs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

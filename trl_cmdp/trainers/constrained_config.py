@@ -37,8 +37,9 @@ class ConstrainedDistillConfig(DistillConfig):
             the sampled token, a one-sample estimate of reverse KL that can be negative; or `"teacher_nll"`, −log μ of
             the sampled token (2610.00332, there with `cost_scope="worst_prefix"`).
         violation_penalty (`float`, *optional*, defaults to `20.0`):
-            Penalty n of a violation. Must exceed the largest absolute task reward.
-        violation_distill_coef (`float`, *optional*, defaults to `1.0`):
+            Penalty n of a violation. With `constraint_aggregation="sum_then_normalize"` it must exceed the largest
+            absolute task reward.
+        violation_distill_coef (`float`, *optional*, defaults to `0.1`):
             Coefficient of the differentiated part on violating rollouts. 0 turns it off.
         violation_distill_loss (`str`, *optional*, defaults to `"divergence"`):
             What is differentiated there: `"divergence"`, or `"teacher_nll"`, the expectation of −log μ under the
@@ -64,7 +65,7 @@ class ConstrainedDistillConfig(DistillConfig):
     cost_limit_schedule_steps: int | None = None
     cost: Literal["divergence", "log_ratio", "teacher_nll"] = "divergence"
     violation_penalty: float = 20.0
-    violation_distill_coef: float = 1.0
+    violation_distill_coef: float = 0.1
     violation_distill_loss: Literal["divergence", "teacher_nll"] = "divergence"
     credit_assignment: Literal["trajectory", "token"] = "trajectory"
     constraint_aggregation: Literal["lexicographic", "sum_then_normalize"] = "lexicographic"
@@ -74,6 +75,15 @@ class ConstrainedDistillConfig(DistillConfig):
         given = [name for name in ("cost_limit_start", "cost_limit_schedule_steps") if getattr(self, name) is not None]
         self._check_positive("violation_penalty", "auto_limit_steps", "auto_limit_margin", *given)
         self._check_not_negative("violation_distill_coef")
+        if self.constraint_aggregation == "sum_then_normalize" and (
+            self.multi_objective_aggregation == "normalize_then_sum"
+        ):
+            raise ValueError(
+                "`constraint_aggregation='sum_then_normalize'` needs one reward for each rollout, and "
+                "`multi_objective_aggregation='normalize_then_sum'` leaves several. Use "
+                "`constraint_aggregation='lexicographic'`, or `multi_objective_aggregation='sum_then_normalize'` with "
+                "`reward_weights`."
+            )
         self.limit_plan  # noqa: B018  # refuses what cannot be planned
 
     @property

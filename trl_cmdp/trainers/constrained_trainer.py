@@ -50,7 +50,7 @@ class ConstrainedDistillTrainer(DistillTrainer):
 
     Raises:
         ValueError: Before training, for unequal tokenizers, a teacher that shares the student's parameters, a missing
-            column; at the step where it appears, for a reward that reaches the penalty or a NaN from the teacher.
+            column; at the step where it appears, for an infinite reward or a NaN from the teacher.
     """
 
     _config_class = ConstrainedDistillConfig
@@ -84,7 +84,8 @@ class ConstrainedDistillTrainer(DistillTrainer):
 
     def _signal(self, rollouts: Rollouts) -> Signal:
         args, step, training = self.args, self.state.global_step, self._mode == "train"
-        check_violation_penalty(rollouts.rewards, args.violation_penalty, step)
+        if args.constraint_aggregation == "sum_then_normalize":
+            check_violation_penalty(rollouts.rewards, args.violation_penalty, step)
         if args.cost == "log_ratio":
             rollouts = replace(rollouts, costs=rollouts.student_logps - rollouts.teacher_logps)
         elif args.cost == "teacher_nll":
@@ -96,8 +97,11 @@ class ConstrainedDistillTrainer(DistillTrainer):
         limit = self._cost_limit.of(rollouts, step, self.state.max_steps, training)
         columns = self._log_constraint(rollouts, limit, args.cost_scope)
         costs, mask = rollouts.costs, rollouts.mask
+        rewards, reward_weights = rollouts.rewards, None
+        if args.multi_objective_aggregation == "normalize_then_sum":
+            rewards, reward_weights = rollouts.rewards_per_func, self.reward_weights
         advantages = constrained_advantages(
-            rollouts.rewards,
+            rewards,
             costs,
             mask,
             rollouts.num_generations,
@@ -108,6 +112,7 @@ class ConstrainedDistillTrainer(DistillTrainer):
             args.constraint_aggregation,
             self.scale_rewards,
             rollouts.horizon,
+            reward_weights,
         )
         weights = None
         if args.violation_distill_coef > 0:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..core import DualMultiplier, FixedMultiplier, PIDMultiplier, group_advantages, rollout_cost
+from ..core import DualMultiplier, FixedMultiplier, PIDMultiplier, rollout_cost
 from ..core.signal import Rollouts, Signal
 from .engine.distill_trainer import DistillTrainer
 from .engine.policy_loss import loss_mask
@@ -64,8 +64,7 @@ class LagrangianDistillTrainer(DistillTrainer):
 
     def _signal(self, rollouts: Rollouts) -> Signal:
         columns = self._log_constraint(rollouts, self.args.cost_limit, self.args.cost_scope)
-        advantages = group_advantages(rollouts.rewards, rollouts.num_generations, self.scale_rewards)
-        return Signal(advantages, rollouts.mask.to(rollouts.costs.dtype), columns)
+        return Signal(rollouts.grpo_advantages, rollouts.mask.to(rollouts.costs.dtype), columns)
 
     def _after_micro_step(self, inputs: dict[str, Any]) -> None:
         mask = loss_mask(inputs)

@@ -14,10 +14,6 @@ class ReplyCache:
 
     A line is written whole or is cut by a crash; a cut or foreign line is left out when the file is read, and nothing
     but strings is read from it.
-
-    Args:
-        path (`str` or `Path`):
-            The file; made with its folder if it is not there.
     """
 
     def __init__(self, path: str | Path):
@@ -33,13 +29,7 @@ class ReplyCache:
 
     @staticmethod
     def key(request: dict[str, Any]) -> str:
-        """
-        SHA-256 of a request.
-
-        Args:
-            request (`dict[str, Any]`):
-                Model, messages, sampling settings and order, as JSON values.
-        """
+        """SHA-256 of a request."""
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
     def get(self, key: str) -> str | None:

@@ -155,20 +155,7 @@ class LLMJudge:
 
 
 def judge_messages(problem: str, first: str, second: str) -> list[Message]:
-    """
-    The question to the model.
-
-    Args:
-        problem (`str`):
-            Text of the problem.
-        first (`str`):
-            Solution A. Of a long one the middle is left out.
-        second (`str`):
-            Solution B, likewise.
-
-    Returns:
-        `list[dict[str, str]]`: System and user message.
-    """
+    """The question to the model."""
     first, second = _shortened(first), _shortened(second)
     # A marker that a solution cannot have written, and that is the same at the next run, for the cache.
     mark = hashlib.sha256("\0".join((problem, first, second)).encode(errors="surrogatepass")).hexdigest()[:16]
@@ -177,16 +164,7 @@ def judge_messages(problem: str, first: str, second: str) -> list[Message]:
 
 
 def parse_verdict(reply: str) -> str | None:
-    """
-    The verdict of a reply whose last line, and no other, is a verdict.
-
-    Args:
-        reply (`str`):
-            Reply of a model.
-
-    Returns:
-        `str`, *optional*: `"A"`, `"B"` or `"tie"`; `None` if the reply is malformed.
-    """
+    """The verdict of a reply whose last line, and no other, is a verdict."""
     lines = reply.strip().splitlines()
     if sum("verdict:" in line.lower() for line in lines) != 1:
         return None

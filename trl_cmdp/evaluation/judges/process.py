@@ -45,24 +45,12 @@ _FINAL_ANSWER = (re.compile(r"####\s*(.+)"), re.compile(r"\\boxed\s*\{([^{}]*)\}
 
 @dataclass(frozen=True)
 class ProcessVerdict:
-    """
-    What the process judge found in one solution.
+    """What the process judge found in one solution."""
 
-    Args:
-        num_equations (`int`):
-            Equations that compute something, each link of a chain `2 + 3 = 5 * 2 = 10` by itself.
-        num_wrong (`int`):
-            Those that do not hold.
-        num_unsupported (`int`):
-            Those with an operand that is neither in the problem, nor an earlier result, nor a constant.
-        final_derived (`bool`):
-            Whether the final answer is a value of one of the equations.
-    """
-
-    num_equations: int
-    num_wrong: int
-    num_unsupported: int
-    final_derived: bool
+    num_equations: int  # equations that compute something, each link of a chain `2 + 3 = 5 * 2 = 10` by itself
+    num_wrong: int  # those that do not hold
+    num_unsupported: int  # those with an operand that is neither in the problem, nor an earlier result, nor a constant
+    final_derived: bool  # whether the final answer is a value of one of the equations
 
     @property
     def valid(self) -> bool:
@@ -112,18 +100,7 @@ class ProcessJudge:
 
 
 def process_verdict(problem: str, completion: str) -> ProcessVerdict:
-    """
-    Judges the written equations of one solution to a word problem.
-
-    Args:
-        problem (`str`):
-            Text of the problem, without instructions that hold numbers of their own.
-        completion (`str`):
-            Solution, without special tokens.
-
-    Returns:
-        [`ProcessVerdict`]: The verdict.
-    """
+    """Judges the written equations of one solution to a word problem."""
     completion = completion[:MAX_CHARACTERS]
     known = sorted(_given(problem))  # sorted, so that a number is looked up and not searched for
     derived: set[Fraction] = set()

@@ -13,68 +13,31 @@ OUTCOMES: tuple[Outcome, ...] = ("win", "tie", "loss")
 
 @dataclass(frozen=True)
 class Pair:
-    """
-    Two solutions of one problem.
+    """Two solutions of one problem."""
 
-    Args:
-        problem (`int`):
-            Index of the problem in its split.
-        greedy (`bool`):
-            Whether they are the greedy rollouts.
-        sample (`int`):
-            Number of the sample.
-        prompt (`str`):
-            Text of the problem.
-        solution (`str`):
-            Solution of the student whose win is a win.
-        other (`str`):
-            Solution of the other student.
-        students (`tuple[str, str]`, *optional*):
-            Names of the two. No model is told.
-    """
-
-    problem: int
-    greedy: bool
-    sample: int
-    prompt: str
-    solution: str
-    other: str
-    students: tuple[str, str] = ("first", "second")
+    problem: int  # index of the problem in its split
+    greedy: bool  # whether they are the greedy rollouts
+    sample: int  # number of the sample
+    prompt: str  # text of the problem
+    solution: str  # solution of the student whose win is a win
+    other: str  # solution of the other student
+    students: tuple[str, str] = ("first", "second")  # names of the two. No model is told
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """
-    What a judge says of one pair.
+    """What a judge says of one pair."""
 
-    Args:
-        problem (`int`):
-            Index of the problem in its split.
-        greedy (`bool`):
-            Whether the greedy rollouts were compared.
-        sample (`int`):
-            Number of the sample.
-        judge (`str`):
-            Name of the judge.
-        outcome (`str`, *optional*):
-            `"win"`, `"tie"` or `"loss"` of the first student, `None` where there is no verdict.
-        orders (`list[str | None]`):
-            Outcome, for the first student too, in each order in which a model was asked: its solution first, then
-            second. Empty where no model was asked.
-        failures (`dict[str, int]`):
-            How often each kind of failure happened, those that a retry cured included.
-        students (`list[str]`):
-            Names of the two.
-    """
-
-    problem: int
-    greedy: bool
-    sample: int
-    judge: str
-    outcome: Outcome | None
+    problem: int  # index of the problem in its split
+    greedy: bool  # whether the greedy rollouts were compared
+    sample: int  # number of the sample
+    judge: str  # name of the judge
+    outcome: Outcome | None  # `"win"`, `"tie"` or `"loss"` of the first student, `None` where there is no verdict
+    # Outcome, for the first student too, in each order in which a model was asked: its solution first, then second.
+    # Empty where no model was asked
     orders: list[Outcome | None]
-    failures: dict[str, int]
-    students: list[str]
+    failures: dict[str, int]  # how often each kind of failure happened, those that a retry cured included
+    students: list[str]  # names of the two
 
     @property
     def key(self) -> tuple[int, bool, int]:
@@ -87,12 +50,7 @@ class Judgement:
 
     @classmethod
     def from_json(cls, line: str) -> "Judgement":
-        """
-        Read [`~Judgement.to_json`]'s line.
-
-        Raises:
-            ValueError: If it is not a judgement: no JSON, a key missing or unknown, a value that cannot be.
-        """
+        """Read [`~Judgement.to_json`]'s line."""
         record = json.loads(line)
         if not isinstance(record, dict) or record.keys() != {field.name for field in fields(cls)}:
             raise ValueError("A judgement is a JSON object with the fields of `Judgement`.")
@@ -121,19 +79,7 @@ def write_judgements(judgements: Iterable[Judgement]) -> str:
 
 
 def read_judgements(text: str) -> list[Judgement]:
-    """
-    Read a judgements file.
-
-    Args:
-        text (`str`):
-            One judgement a line. A last line without its end was cut while it was written, and is left out.
-
-    Returns:
-        `list[Judgement]`: The judgements, in the file's order.
-
-    Raises:
-        ValueError: If another line is not a judgement; its number is named.
-    """
+    """Read a judgements file."""
     judgements = []
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:

@@ -55,11 +55,6 @@ def check_arguments(config_class: type[DistillConfig], args: GRPOConfig, with_te
             f"{config_class.__name__.removesuffix('Config')}Trainer with a teacher needs a `{config_class.__name__}` as "
             f"`args`, got `{type(args).__name__}`. It takes every argument of `GRPOConfig`: change the class name alone."
         )
-    if args.multi_objective_aggregation == "normalize_then_sum":
-        raise ValueError(
-            "`multi_objective_aggregation='normalize_then_sum'` cannot be used with a teacher: it leaves no "
-            "single reward to weigh against the limit. Use 'sum_then_normalize' and `reward_weights`."
-        )
 
 
 def no_reward(completions: list, **kwargs: Any) -> list[float]:
@@ -91,14 +86,26 @@ def check_reward_columns(reward_funcs: list, names: list[str], train_dataset: An
                 )
 
 
+def check_rewards_finite(rewards_per_func: torch.Tensor, names: list[str], step: int) -> None:
+    """An infinite reward is an error: what is standardised with it is NaN. NaN, TRL's "not scored", is none."""
+    infinite = rewards_per_func.isinf()  # (B, num_funcs)
+    for name, rewards, bad in zip(names, rewards_per_func.unbind(1), infinite.unbind(1), strict=True):
+        if bad.any():
+            raise ValueError(
+                f"The reward function '{name}' returned {rewards[bad][0].item()} at step {step}. A reward must be finite "
+                "in float32 (below 3.4e38), or `None` where a completion cannot be scored. Correct the function, or "
+                "clip what it returns."
+            )
+
+
 def check_violation_penalty(rewards: torch.Tensor, penalty: float, step: int) -> None:
     """A reward that reaches the penalty is an error: a violation could then be worth its reward."""
     largest = rewards.nan_to_num(nan=0.0).abs().max().item()
     if largest >= penalty:
         raise ValueError(
             f"A task reward of size {largest:g} at step {step} reaches the violation penalty {penalty:g}: a violation "
-            "could then be worth its reward. Set `violation_penalty` above the largest absolute reward, or scale the "
-            "rewards down."
+            "could then be worth its reward. Set `violation_penalty` above the largest absolute reward, scale the "
+            "rewards down, or use `constraint_aggregation='lexicographic'`, where rewards may have any size."
         )
 
 

@@ -26,6 +26,7 @@ from .checks import (
     check_arguments,
     check_no_images,
     check_reward_columns,
+    check_rewards_finite,
     checked_rollout_func,
     has_teacher,
     no_reward,
@@ -37,6 +38,7 @@ from .policy_loss import loss_mask, policy_token_weight
 from .processes import gather_rows, on_any_process
 from .scoring import RolloutScorer
 from .teachers import Teacher, TeacherModel, make_teachers, teacher_index
+from .trl_hooks import check_trl_hooks
 
 
 class DistillTrainer(OffPolicyGRPOTrainer):
@@ -113,6 +115,8 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         if rollout_func is None and environment_factory is None:
             check_reward_columns(self.reward_funcs, self.reward_func_names, self.train_dataset, self.eval_dataset)
 
+        if with_teacher:
+            check_trl_hooks(self)
         self.command = sys.argv  # what the model card says that made the run; secrets are hidden there
         self.teachers: dict[str, Teacher] = make_teachers(self, teacher_model) if with_teacher else {}
         if not self.teachers:
@@ -165,8 +169,11 @@ class DistillTrainer(OffPolicyGRPOTrainer):
     # ----------------------------------------------------------------------------------------------- rollouts to signal
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        return self._rewards_per_func
+        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.teachers:
+            check_rewards_finite(rewards_per_func, self.reward_func_names, self.state.global_step)
+        self._rewards_per_func = rewards_per_func  # (B, num_funcs), of all processes
+        return rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
@@ -178,7 +185,7 @@ class DistillTrainer(OffPolicyGRPOTrainer):
             # vLLM's correction leaves them there. They equal the loss's own, but for rounding.
             output.pop("old_per_token_logps", None)
 
-        rewards_per_func = self._rewards_per_func  # (B, num_funcs), of all processes
+        rewards_per_func = self._rewards_per_func
         rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
         rewards[rewards_per_func.isnan().all(dim=1)] = torch.nan  # as in TRL: unscorable, not 0
 
@@ -196,6 +203,8 @@ class DistillTrainer(OffPolicyGRPOTrainer):
             num_generations=self.num_generations if self._mode == "train" else self.num_generations_eval,
             horizon=self.max_completion_length,
             teacher_index=self.accelerator.gather(output["teacher_index"]),
+            grpo_advantages=self.accelerator.gather(output["advantages"]),
+            rewards_per_func=rewards_per_func,
             **{"costs": None, **scores},
         )
         signal = self._signal(rollouts)
@@ -266,6 +275,10 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         distill_loss = self.accelerator.gather(request.loss.detach() * accumulation).mean()
         self._count("distill_loss", distill_loss, 1)
         return loss + request.loss
+
+    def _looked_at(self) -> list[str]:
+        scored = ["the teachers' outputs were finite when the rollouts were scored"] if self.teachers else []
+        return [*super()._looked_at(), *scored]
 
     # ---------------------------------------------------------------------------------------------------------- logging
 

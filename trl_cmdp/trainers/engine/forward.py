@@ -23,21 +23,11 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class TeacherStates:
-    """
-    What one teacher says of a batch.
+    """What one teacher says of a batch."""
 
-    Args:
-        mask (`torch.Tensor`):
-            Booleans of shape `(B, T)`, the N positions that it was asked for.
-        hidden (`torch.Tensor`):
-            Its hidden states there, of shape `(N, H_t)`, in row-major order.
-        head ([`~core.Head`]):
-            Its head.
-    """
-
-    mask: torch.Tensor
-    hidden: torch.Tensor
-    head: Head
+    mask: torch.Tensor  # booleans of shape `(B, T)`, the N positions that it was asked for
+    hidden: torch.Tensor  # its hidden states there, of shape `(N, H_t)`, in row-major order
+    head: Head  # its head
 
 
 @dataclass
@@ -45,27 +35,19 @@ class DivergenceRequest:
     """
     Asks a forward pass for divergences from the teachers, with gradient if there are weights.
 
-    Args:
-        teachers (`list[TeacherStates]`):
-            Teachers, of whom no two were asked for the same position.
-        weights (`torch.Tensor`, *optional*):
-            Weights of shape `(B, T)`. Without them only scores are computed, and TRL's outputs are not.
-        scored_mask (`torch.Tensor`, *optional*):
-            Booleans of shape `(B, T)`, the tokens to score, where there are no weights.
-        token_ids (`torch.Tensor`, *optional*):
-            Completions of shape `(B, T)`, where the log-probabilities of their tokens are wanted too. Without teachers
-            also several tokens at each position, `(B, T, k)`.
-        cross_entropy (`bool`, *optional*):
-            Differentiate the teacher's expected negative log-likelihood in place of the divergence.
-
     The forward sets `loss`, a scalar, if there are weights; and `scores`, of shape `(B, T)` each and 0 where nothing was
     asked: `costs` and, if wanted, `student_logps` and `teacher_logps`.
     """
 
-    teachers: list[TeacherStates]
+    teachers: list[TeacherStates]  # teachers, of whom no two were asked for the same position
+    # Weights of shape `(B, T)`. Without them only scores are computed, and TRL's outputs are not
     weights: torch.Tensor | None = None
+    # Booleans of shape `(B, T)`, the tokens to score, where there are no weights
     scored_mask: torch.Tensor | None = None
+    # Completions of shape `(B, T)`, where the log-probabilities of their tokens are wanted too. Without teachers also
+    # several tokens at each position, `(B, T, k)`
     token_ids: torch.Tensor | None = None
+    # Differentiate the teacher's expected negative log-likelihood in place of the divergence
     cross_entropy: bool = False
     loss: torch.Tensor | None = None
     scores: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -76,16 +58,6 @@ class StudentForward:
     Wraps the student's (already fused) forward, once, so that it answers requests: the divergence is computed from the
     hidden states of the one forward pass, inside it, where FSDP and DeepSpeed have the head gathered. While
     [`~StudentForward.mixing`], the logits that generation samples from are those of the mixture with the teacher.
-
-    Args:
-        student ([`~transformers.PreTrainedModel`]):
-            Student, patched in place.
-        args ([`DistillConfig`]):
-            Where β, temperature, memory and probability floor come from.
-        gathered_head (`Callable`):
-            Context manager that gathers the parameters it is given where they are sharded.
-        fused (`bool`):
-            Whether TRL's own outputs may come from the divergence's projection of the student.
     """
 
     def __init__(

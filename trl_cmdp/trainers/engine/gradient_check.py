@@ -33,13 +33,6 @@ class GradientCheck(TrainerCallback):
       features of an inner layer of their vision tower, and the layers after it run for nothing.
 
     DeepSpeed updates within the backward pass and keeps gradients to itself: there only layers are checked.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            How the student is distributed.
-
-    Raises:
-        RuntimeError: In training, by the name of the layer or of the parameters.
     """
 
     def __init__(self, accelerator: Accelerator):

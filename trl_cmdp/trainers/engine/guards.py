@@ -49,7 +49,7 @@ def named_failure(checkpoint: Path) -> Iterator[None]:
         free = shutil.disk_usage(checkpoint.parent).free / 2**20
         raise RuntimeError(
             f"The checkpoint {checkpoint} could not be written ({error}); {free:,.0f} MiB are free on its disk. The ones "
-            "before it are whole: once the cause is gone (if the disk is full, make room), go on with "
+            "before it are whole: once the cause is gone (if the disk is full, make room), continue with "
             "`trainer.train(resume_from_checkpoint=True)`, which passes over this one."
         ) from error
 

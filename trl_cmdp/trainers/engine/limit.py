@@ -37,33 +37,16 @@ def parse_cost_limit(value: Any) -> float | str | dict[str, float]:
 
 @dataclass(frozen=True)
 class LimitPlan:
-    """
-    How the limit of a run comes about.
+    """How the limit of a run comes about."""
 
-    Args:
-        target (`float`, `str` or `dict[str, float]`):
-            Limit, one for each teacher, or `"auto"`: from the costs that imitation reaches.
-        imitation_steps (`int`):
-            Optimizer steps of the imitation phase of `"auto"`.
-        quantile (`float`):
-            Quantile of the costs at its end.
-        margin (`float`):
-            Factor on that quantile.
-        schedule (`str`):
-            `"constant"`, or `"linear"` or `"cosine"` from `start` to the target.
-        start (`float`, *optional*):
-            Limit that a schedule starts from.
-        schedule_steps (`int`, *optional*):
-            Optimizer steps of the schedule, those of the run if `None`.
-    """
-
+    # Limit, one for each teacher, or `"auto"`: from the costs that imitation reaches
     target: float | str | dict[str, float]
-    imitation_steps: int
-    quantile: float
-    margin: float
-    schedule: str
-    start: float | None
-    schedule_steps: int | None
+    imitation_steps: int  # optimizer steps of the imitation phase of `"auto"`
+    quantile: float  # quantile of the costs at its end
+    margin: float  # factor on that quantile
+    schedule: str  # `"constant"`, or `"linear"` or `"cosine"` from `start` to the target
+    start: float | None  # limit that a schedule starts from
+    schedule_steps: int | None  # optimizer steps of the schedule, those of the run if `None`
 
     def __post_init__(self):
         if not 0 < self.quantile <= 1:
@@ -79,18 +62,7 @@ class LimitPlan:
 
 
 class CostLimit:
-    """
-    Limit d of the rollouts at hand.
-
-    Args:
-        plan ([`LimitPlan`]):
-            What was asked for.
-        teachers (`Sequence[str]`):
-            Names of the teachers.
-
-    Raises:
-        ValueError: If the plan has limits for other teachers.
-    """
+    """Limit d of the rollouts at hand."""
 
     def __init__(self, plan: LimitPlan, teachers: Sequence[str]):
         self._plan = plan

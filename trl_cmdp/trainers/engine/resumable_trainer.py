@@ -10,7 +10,6 @@ from typing import Any
 
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
 
 from ...teachers import keep_differentiable
 from .checkpoints import (
@@ -24,6 +23,7 @@ from .checkpoints import (
     save_tree,
     start_checkpoint,
 )
+from .finite_gradients import FiniteGRPOTrainer
 from .gradient_check import GradientCheck
 from .guards import CheckpointOnSigterm, named_failure, sole_run
 
@@ -31,7 +31,7 @@ from .guards import CheckpointOnSigterm, named_failure, sole_run
 _logger = logging.getLogger(__name__)
 
 
-class ResumableGRPOTrainer(GRPOTrainer):
+class ResumableGRPOTrainer(FiniteGRPOTrainer):
     """
     [`~trl.GRPOTrainer`] that resumes exactly, from any checkpoint. The only change is what a checkpoint holds: also the
     rollouts that the generation cycle still needs, the logging window, and the state of the method. SIGTERM ends a run
@@ -95,6 +95,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        self._check_weights(folder)
         with named_failure(folder):
             if self.args.should_save:
                 start_checkpoint(folder)
@@ -119,6 +120,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 "batches": self._batches(),
                 "logging_window": self._logging_window(),
                 "entropy": [self.entropy_coef, self._last_world_entropy],
+                "nonfinite_in_a_row": self._nonfinite_in_a_row,
                 "files": file_sizes(folder),
             }
             (folder / PROGRESS_FILE).write_text(json.dumps(progress))
@@ -157,6 +159,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         progress = json.loads((checkpoint / PROGRESS_FILE).read_text())
         if self.use_adaptive_entropy:  # TRL writes it after older checkpoints are deleted
             self.entropy_coef, self._last_world_entropy = progress["entropy"]
+        self._nonfinite_in_a_row = progress.get("nonfinite_in_a_row", 0)  # absent from older checkpoints
         self._load_logging_window(progress["logging_window"])
 
         saved, batches = progress["batches"], self._batches()

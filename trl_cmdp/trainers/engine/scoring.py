@@ -16,16 +16,6 @@ class RolloutScorer:
     """
     Per-token costs of rollouts, each from the teacher that its prompt names. A teacher's hidden states are kept from
     scoring to the loss while they fit `args.teacher_hidden_memory_mb`, and computed once more otherwise.
-
-    Args:
-        teachers (`dict[str, Teacher]`):
-            Teachers by name; rollouts name theirs by its index.
-        student_forward ([`StudentForward`]):
-            The student's wrapped forward.
-        accelerator ([`~accelerate.Accelerator`]):
-            Accelerator.
-        args ([`DistillConfig`]):
-            Where memory bounds come from.
     """
 
     def __init__(
@@ -49,32 +39,7 @@ class RolloutScorer:
         log_probs: bool,
         step: int,
     ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor] | None]:
-        """
-        Score this process's rollouts.
-
-        Args:
-            student (`torch.nn.Module`):
-                Student, as the trainer calls it.
-            inputs (`dict[str, Any]`):
-                Rollouts, as TRL's loss gets them, with `teacher_index` of shape `(b,)`.
-            mask (`torch.Tensor`):
-                Booleans of shape `(b, T)`, the tokens that count.
-            most_tokens (`int`):
-                Largest number of such tokens on any process: all decide alike what they keep.
-            batch_size (`int`):
-                Rollouts in one forward pass.
-            log_probs (`bool`):
-                Whether the log-probabilities of the sampled tokens are wanted too.
-            step (`int`):
-                Optimizer step, for messages.
-
-        Returns:
-            `tuple[dict[str, torch.Tensor], list[torch.Tensor] | None]`: Scores of shape `(b, T)` each, named as in
-            [`Rollouts`], and each rollout's teacher hidden states `(L, H_t)`, `None` if they do not fit.
-
-        Raises:
-            ValueError: If a score is not finite, or a token is beyond the teacher's vocabulary, on any process.
-        """
+        """Score this process's rollouts."""
         self._check_token_ids(inputs, step)
         teachers = list(self._teachers.values())
         exact = all(teacher.exact for teacher in teachers)

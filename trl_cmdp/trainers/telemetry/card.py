@@ -50,27 +50,14 @@ _TRL_CITATION = textwrap.dedent("""\
 
 @dataclass(frozen=True)
 class DistillationFacts:
-    """
-    What a card says of distillation, as text: see the functions that describe it.
+    """What a card says of distillation, as text: see the functions that describe it."""
 
-    Args:
-        teachers (`list[str]`):
-            The teachers.
-        cost (`str`):
-            Cost of a rollout.
-        limit (`str`):
-            Limit on it.
-        satisfaction (`list[MeasuredSatisfaction]`):
-            Satisfaction that was measured in training and evaluation, the last evaluation first.
-        secrets (`list[str]`):
-            What must not be on the card.
-    """
-
-    teachers: list[str]
-    cost: str
-    limit: str
+    teachers: list[str]  # the teachers
+    cost: str  # cost of a rollout
+    limit: str  # limit on it
+    # Satisfaction that was measured in training and evaluation, the last evaluation first
     satisfaction: list[MeasuredSatisfaction]
-    secrets: list[str | None] = field(default_factory=list)
+    secrets: list[str | None] = field(default_factory=list)  # what must not be on the card
 
 
 def write_model_card(

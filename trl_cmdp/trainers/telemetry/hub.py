@@ -1,4 +1,4 @@
-"""Pushes that go on in the background while a student is trained."""
+"""Pushes in the background while a student is trained."""
 
 import logging
 from concurrent.futures import Future
@@ -14,7 +14,7 @@ def warn_if_failed(push: Future) -> None:
     error = None if push.cancelled() else push.exception()
     if error is not None:
         _logger.warning(
-            f"A push to the Hub failed: {describe_error(error)}. Training goes on, and the checkpoint is on disk. What "
+            f"A push to the Hub failed: {describe_error(error)}. Training continues, and the checkpoint is on disk. What "
             "was not pushed goes with the next push."
         )
 

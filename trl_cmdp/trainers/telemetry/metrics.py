@@ -15,13 +15,6 @@ class DistillMetrics:
     """
     What has been counted since the last log, in training (`mode="train"`) and in evaluation (`"eval"`) each. TRL
     averages logged values unweighted, which is wrong for rates.
-
-    Args:
-        teachers (`Sequence[str]`):
-            Names of the teachers.
-        tolerated_violation_rate (`float`, *optional*):
-            Violation rate with which a student counts as feasible, where checkpoints are chosen by
-            [`FEASIBLE_REWARD`].
     """
 
     def __init__(self, teachers: Sequence[str], tolerated_violation_rate: float | None):

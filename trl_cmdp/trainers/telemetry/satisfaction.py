@@ -13,35 +13,17 @@ LOGGED_STEPS = 10  # that the card's figure of the training rollouts is made of
 
 @dataclass(frozen=True)
 class MeasuredSatisfaction:
-    """
-    Satisfaction of rollouts, which are independent between prompts only.
+    """Satisfaction of rollouts, which are independent between prompts only."""
 
-    Args:
-        mode (`str`):
-            `"train"` or `"eval"`.
-        rate (`float`):
-            Share of rollouts within the limit.
-        low, high (`float`):
-            Bounds of its 95% interval.
-        rollouts (`int`):
-            Rollouts that were judged.
-        groups (`int`):
-            Groups of rollouts, each of one prompt.
-        first_step, last_step (`int`):
-            Optimizer steps done when the first and the last of them were logged.
-        logged_steps (`int`):
-            Times that they were logged.
-    """
-
-    mode: str
-    rate: float
-    low: float
-    high: float
-    rollouts: int
-    groups: int
-    first_step: int
-    last_step: int
-    logged_steps: int
+    mode: str  # `"train"` or `"eval"`
+    rate: float  # share of rollouts within the limit
+    low: float  # bounds of its 95% interval
+    high: float  # bounds of its 95% interval
+    rollouts: int  # rollouts that were judged
+    groups: int  # groups of rollouts, each of one prompt
+    first_step: int  # optimizer steps done when the first and the last of them were logged
+    last_step: int  # optimizer steps done when the first and the last of them were logged
+    logged_steps: int  # times that they were logged
 
 
 class SatisfactionCounts:

@@ -13,21 +13,11 @@ _LARGEST_REWARD = torch.finfo(torch.float32).max  # TRL's rewards are float32: a
 
 @dataclass
 class Verdicts:
-    """
-    Rollouts of one evaluation that were judged against the limit.
+    """Rollouts of one evaluation that were judged against the limit."""
 
-    Args:
-        judged (`int`, *optional*, defaults to `0`):
-            Their number.
-        violations (`int`, *optional*, defaults to `0`):
-            How many of them exceed the limit.
-        reward_sum (`float`, *optional*, defaults to `0.0`):
-            Sum of their task rewards.
-    """
-
-    judged: int = 0
-    violations: int = 0
-    reward_sum: float = 0.0
+    judged: int = 0  # their number
+    violations: int = 0  # how many of them exceed the limit
+    reward_sum: float = 0.0  # sum of their task rewards
 
     def add(self, rewards: torch.Tensor, feasible: torch.Tensor, judged: torch.Tensor) -> None:
         """Count more rollouts: task rewards, and whether each is feasible and judged, of shape `(B,)` each."""
