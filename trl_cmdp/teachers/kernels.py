@@ -9,8 +9,8 @@ from ..core import Comparison, Head, Scores, chunked_divergence, chunked_policy_
 from ..core.kernels.choice import kernel_of
 
 
-# What a row of TRL's tiles takes: 32,768 logits of both models in float32, and their gradient in half precision.
-_TRL_ROW_BYTES, _TRL_ROWS = 32_768 * (4 + 4 + 2), 4_096
+# TRL's tiles: at each of their entries logits of both models in float32, and their gradient in half precision.
+_TRL_ROWS, _TRL_TOKENS, _TRL_BYTES = 4_096, 32_768, 4 + 4 + 2
 
 
 def divergence(
@@ -59,7 +59,6 @@ def policy_divergence(
     if not _trl_covers(*models, comparison, memory_mb):
         return chunked_policy_divergence(*models, comparison, token_ids, weights, memory_mb=memory_mb)
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     log_probs, entropy, *_ = ChunkedLogProbFunction.apply(
         student_hidden,
@@ -67,7 +66,7 @@ def policy_divergence(
         student_head.bias,
         token_ids,
         comparison.temperature,
-        _CHUNKED_LOGPROB_CHUNK_SIZE,
+        _TRL_TOKENS,
         student_head.softcap,
         student_head.logit_scale,
         ("entropy",),
@@ -107,7 +106,7 @@ def _trl_covers(
     Whether TRL's kernels are the device's and give what is asked: not a floor, a cross-entropy, sums in float64, a bias
     of −∞ (an impossible token, which they make NaN) or tiles of less memory.
     """
-    taken_mb = min(len(student_hidden), _TRL_ROWS) * _TRL_ROW_BYTES / 2**20
+    taken_mb = min(len(student_hidden), _TRL_ROWS) * _TRL_TOKENS * _TRL_BYTES / 2**20
     return (
         kernel_of(student_hidden.device) == "trl"
         and torch.float64 not in (student_hidden.dtype, teacher_hidden.dtype)
