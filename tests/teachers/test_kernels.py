@@ -7,10 +7,11 @@ import pytest
 import torch
 from trl.kernels import chunked_divergence as trl_kernel
 
-from trl_cmdp.core import Comparison, Head, chunked_divergence, chunked_policy_divergence, chunked_scores
+from trl_cmdp import core
+from trl_cmdp.core import Comparison, Head
 from trl_cmdp.core.kernels import choice
 from trl_cmdp.core.kernels.choice import kernel_of
-from trl_cmdp.teachers.kernels import divergence, divergence_scores, policy_divergence
+from trl_cmdp.teachers.kernels import chunked_divergence, chunked_policy_divergence, chunked_scores
 
 
 N, V, H_S, H_T = 6, 19, 4, 5
@@ -92,8 +93,8 @@ def test_trl_gives_what_the_core_does(calls, comparison, heads, dtype):
     tolerance = 1e-5 if dtype == FLOAT32 else 2e-2
     models, compared = make_models(dtype, **heads), WEIGHTS != 0
     wide = widened(models)
-    outputs = divergence(*models, WEIGHTS, **asdict(comparison))
-    expected = chunked_divergence(*wide, WEIGHTS, **asdict(comparison))
+    outputs = chunked_divergence(*models, WEIGHTS, **asdict(comparison))
+    expected = core.chunked_divergence(*wide, WEIGHTS, **asdict(comparison))
     assert_close([x.detach() for x in outputs], [x.detach() for x in expected], tolerance)
     for loss, _ in (outputs, expected):
         (3.0 * loss).backward()
@@ -102,8 +103,8 @@ def test_trl_gives_what_the_core_does(calls, comparison, heads, dtype):
     models[2], wide[2] = models[2][compared], wide[2][compared]
     for leaf in (*leaves(models), *leaves(wide)):
         leaf.grad = None
-    outputs = policy_divergence(*models, comparison, TOKENS, WEIGHTS)
-    expected = chunked_policy_divergence(*wide, comparison, TOKENS, WEIGHTS)
+    outputs = chunked_policy_divergence(*models, comparison, TOKENS, WEIGHTS)
+    expected = core.chunked_policy_divergence(*wide, comparison, TOKENS, WEIGHTS)
     assert_close([x.detach() for x in outputs], [x.detach() for x in expected], tolerance)
     assert not outputs[3].requires_grad
     for log_probs, entropy, loss, _ in (outputs, expected):
@@ -114,14 +115,15 @@ def test_trl_gives_what_the_core_does(calls, comparison, heads, dtype):
 
 def test_scores_by_trl(calls):
     models = make_models(caps=(4.0, None))
-    scores = divergence_scores(*models, Comparison(0.5, 0.7))
+    scores = chunked_scores(*models, Comparison(0.5, 0.7))
     assert calls == [N]
-    assert_close(scores[:1], chunked_scores(*widened(models), Comparison(0.5, 0.7))[:1], 1e-5)
+    assert_close(scores[:1], core.chunked_scores(*widened(models), Comparison(0.5, 0.7))[:1], 1e-5)
     assert scores.student_logps is scores.teacher_logps is None
-    with_log_probs = divergence_scores(*models, Comparison(), TOKENS)
+    with_log_probs = chunked_scores(*models, Comparison(), TOKENS)
     assert calls == [N]
     assert all(
-        torch.equal(*pair) for pair in zip(with_log_probs, chunked_scores(*models, Comparison(), TOKENS), strict=True)
+        torch.equal(*pair)
+        for pair in zip(with_log_probs, core.chunked_scores(*models, Comparison(), TOKENS), strict=True)
     )
 
 
@@ -145,16 +147,16 @@ def test_what_trl_does_not_cover_is_the_cores(calls, monkeypatch, comparison, op
         with torch.no_grad():
             for head in (models[1], models[3]):
                 head.bias[5] = -torch.inf
-    actual = divergence(*models, WEIGHTS, **asdict(comparison), memory_mb=memory_mb)
-    expected = chunked_divergence(*models, WEIGHTS, **asdict(comparison), memory_mb=memory_mb)
+    actual = chunked_divergence(*models, WEIGHTS, **asdict(comparison), memory_mb=memory_mb)
+    expected = core.chunked_divergence(*models, WEIGHTS, **asdict(comparison), memory_mb=memory_mb)
     assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
     assert actual[1].isfinite().all()
-    scores = divergence_scores(*models, comparison, memory_mb=memory_mb)
-    assert torch.equal(scores.costs, chunked_scores(*models, comparison, memory_mb=memory_mb).costs)
+    scores = chunked_scores(*models, comparison, memory_mb=memory_mb)
+    assert torch.equal(scores.costs, core.chunked_scores(*models, comparison, memory_mb=memory_mb).costs)
     models[2] = models[2][WEIGHTS != 0]
     actual, expected = (
         of(*models, comparison, TOKENS, WEIGHTS, memory_mb=memory_mb)
-        for of in (policy_divergence, chunked_policy_divergence)
+        for of in (chunked_policy_divergence, core.chunked_policy_divergence)
     )
     assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
     assert calls == []
@@ -169,7 +171,7 @@ def test_rows_of_weight_zero_poison_nothing(calls):
             with torch.no_grad():
                 models[0][1] = torch.nan
                 models[2][4] = torch.inf
-        loss, costs = divergence(*models, WEIGHTS, **asdict(Comparison()))
+        loss, costs = chunked_divergence(*models, WEIGHTS, **asdict(Comparison()))
         loss.backward()
         results.append([loss.detach(), costs[WEIGHTS != 0], *(leaf.grad for leaf in leaves(models))])
     for clean, poisoned in zip(*results, strict=True):
@@ -182,7 +184,7 @@ def test_frozen_head_and_no_weights(calls, rows):
     models = [model[:rows].detach() if torch.is_tensor(model) else model for model in make_models(bias=False)]
     models[0].requires_grad_()
     models[1].weight.requires_grad_(False)
-    loss, costs = divergence(*models, torch.zeros(rows), **asdict(Comparison()))
+    loss, costs = chunked_divergence(*models, torch.zeros(rows), **asdict(Comparison()))
     loss.backward()
     assert loss == 0.0
     assert costs.shape == (rows,)

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from ..core import Comparison
 from ..teachers import LocalTeacher, RemoteTeacher, ServerTeacher, Teacher, allow_fast_kernel, keep_differentiable
-from ..teachers.kernels import divergence_scores
+from ..teachers.kernels import chunked_scores
 from .rollouts import Rollout
 
 
@@ -63,7 +63,7 @@ def score_rollouts(
         batch = rollouts[start : start + batch_size]
         input_ids, attention_mask, mask = _collate(batch, student.device)
         student_hidden, teacher_hidden = (model.hidden_states(input_ids, attention_mask, mask) for model in models)
-        scores = divergence_scores(
+        scores = chunked_scores(
             student_hidden, student_head, teacher_hidden, teacher_head, comparison, memory_mb=memory_mb
         )
         costs.extend(scores.costs.cpu().split([len(rollout.completion_ids) for rollout in batch]))

@@ -1,11 +1,12 @@
 """
-The functions of two heads, by the kernel of the device: where that is TRL's (`core/kernels/choice.py`), TRL's as far as it
-covers what is asked, and the core's own otherwise. They take and return what the core's do.
+The core's functions of two heads under their own names: by TRL's kernels where they are the device's
+(`core/kernels/choice.py`) and cover what is asked, and otherwise the core's.
 """
 
 import torch
 
-from ..core import Comparison, Head, Scores, chunked_divergence, chunked_policy_divergence, chunked_scores
+from .. import core
+from ..core import Comparison, Head, Scores
 from ..core.kernels.choice import kernel_of
 
 
@@ -13,7 +14,7 @@ from ..core.kernels.choice import kernel_of
 _TRL_ROWS, _TRL_TOKENS, _TRL_BYTES = 4_096, 32_768, 4 + 4 + 2
 
 
-def divergence(
+def chunked_divergence(
     student_hidden: torch.Tensor,
     student_head: Head,
     teacher_hidden: torch.Tensor,
@@ -26,7 +27,7 @@ def divergence(
     """[`~core.chunked_divergence`]."""
     models = student_hidden, student_head, teacher_hidden, teacher_head
     if not _trl_covers(*models, compared := Comparison(**comparison), memory_mb):
-        return chunked_divergence(*models, weights, **comparison, memory_mb=memory_mb)
+        return core.chunked_divergence(*models, weights, **comparison, memory_mb=memory_mb)
     weighted, costs = weights != 0, torch.empty_like(weights, dtype=torch.float32)
     differentiable = _trl_costs(
         student_hidden[weighted], student_head, teacher_hidden[weighted], teacher_head, compared
@@ -40,7 +41,7 @@ def divergence(
     return (weights[weighted].detach() * differentiable).sum(), costs
 
 
-def policy_divergence(
+def chunked_policy_divergence(
     student_hidden: torch.Tensor,
     student_head: Head,
     teacher_hidden: torch.Tensor,
@@ -57,7 +58,7 @@ def policy_divergence(
     """
     models = student_hidden, student_head, teacher_hidden, teacher_head
     if not _trl_covers(*models, comparison, memory_mb):
-        return chunked_policy_divergence(*models, comparison, token_ids, weights, memory_mb=memory_mb)
+        return core.chunked_policy_divergence(*models, comparison, token_ids, weights, memory_mb=memory_mb)
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     log_probs, entropy, *_ = ChunkedLogProbFunction.apply(
@@ -77,7 +78,7 @@ def policy_divergence(
 
 
 @torch.no_grad()
-def divergence_scores(
+def chunked_scores(
     student_hidden: torch.Tensor,
     student_head: Head,
     teacher_hidden: torch.Tensor,
@@ -91,7 +92,7 @@ def divergence_scores(
     models = student_hidden, student_head, teacher_hidden, teacher_head
     if token_ids is None and _trl_covers(*models, comparison, memory_mb):
         return Scores(_trl_costs(*models, comparison))
-    return chunked_scores(*models, comparison, token_ids, memory_mb=memory_mb)
+    return core.chunked_scores(*models, comparison, token_ids, memory_mb=memory_mb)
 
 
 def _trl_covers(

@@ -12,9 +12,10 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ...core import Head, chunked_divergence, chunked_log_probs, default_memory_mb
+from ... import core
+from ...core import Head, chunked_log_probs, default_memory_mb
 from ...teachers import backbone, last_hidden_state, lm_head, predicting
-from ...teachers.kernels import divergence, divergence_scores, policy_divergence
+from ...teachers.kernels import chunked_divergence, chunked_policy_divergence, chunked_scores
 from .config import DistillConfig
 
 
@@ -139,7 +140,7 @@ class StudentForward:
         head = lm_head(self._student)
         with self._gathered_head(head.weight, head.bias), self._gathered_head(states.head.weight, states.head.bias):
             log_probs, entropy, request.loss, costs = self._in_tiles(
-                policy_divergence,
+                chunked_policy_divergence,
                 hidden[mask],
                 head,
                 teacher_hidden,
@@ -160,7 +161,7 @@ class StudentForward:
         request.loss = hidden.new_zeros((), dtype=torch.float32)
         head = lm_head(self._student)
         # Of a head that may be partitioned again by the time of backward, the gradient must be formed now.
-        compute = divergence if self._fused else chunked_divergence
+        compute = chunked_divergence if self._fused else core.chunked_divergence
         for states in request.teachers:
             with (
                 self._gathered_head(head.weight, head.bias),
@@ -188,7 +189,7 @@ class StudentForward:
                 self._gathered_head(states.head.weight, states.head.bias),
             ):
                 scores = self._in_tiles(
-                    divergence_scores,
+                    chunked_scores,
                     hidden[states.mask],
                     head,
                     states.hidden,
