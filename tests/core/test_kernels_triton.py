@@ -181,6 +181,17 @@ def test_autocast_rounds_hidden_states_and_weights_alone():
     assert_gradients(problem, expected_grads, TOLERANCE[torch.bfloat16])
 
 
+def test_no_grad_gives_values_alone():
+    """The same ones, whatever the strides of the tokens."""
+    problem = problem_of(weights=WEIGHTS)
+    expected = policy(problem, Comparison())
+    with torch.no_grad():
+        actual = policy(problem, Comparison(), torch.stack([TOKENS, TOKENS + 1], -1)[:, 0])
+    for value, target in zip(actual, expected, strict=True):
+        assert not value.requires_grad
+        assert torch.equal(value, target.detach())
+
+
 def test_scores_are_the_costs_and_both_log_probs():
     problem, comparison = problem_of(caps=(4.0, None)), Comparison(0.3, 0.7, 0.1)
     scores = chunked_scores(**problem, comparison=comparison, token_ids=TOKENS.to(DEVICE), memory_mb=MEMORY_MB[1])

@@ -119,8 +119,8 @@ def chunked_divergence(
             As in [`Comparison`].
         memory_mb (`float`, *optional*):
             Bound in MiB on what is vocabulary-sized beyond inputs and returned gradients. 256 if `None`, and on a CUDA
-            device a share of the memory that is free. At least one row is processed at a time, and on a CPU no more
-            than are of use.
+            device a share of the memory that is free. At least one row is processed at a time, and no more than are of
+            use.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: The loss Σ weights·costs, a scalar with gradient to the student's hidden
@@ -181,7 +181,8 @@ def chunked_policy_divergence(
             Sampled tokens of shape `(N,)`, each below V_s.
         weights (`torch.Tensor`):
             Weight of each position's divergence in the loss, of shape `(N,)`. Treated as a constant. A position of
-            weight 0 is never compared with the teacher.
+            weight 0 is never compared with the teacher. The Triton kernel, which waits for no value, does not check
+            that there are M others.
         memory_mb (`float`, *optional*):
             As in [`chunked_divergence`].
 

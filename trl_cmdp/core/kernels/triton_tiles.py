@@ -186,7 +186,7 @@ def tiled_rows(
         replace(pair, student=student, teacher=teacher),
         hidden.to(student.rounding),
         teacher_hidden.to(teacher.rounding),
-        token_ids,
+        None if token_ids is None else token_ids.contiguous(),
     )
 
 
