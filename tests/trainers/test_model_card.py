@@ -17,11 +17,11 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from trl_cmdp import GKDDistillTrainer, LagrangianDistillTrainer
+from trl_cmdp._messages import hide_secrets, shell_command
 from trl_cmdp.core import clustered_rate_interval
 from trl_cmdp.evaluation import summarize
 from trl_cmdp.trainers.telemetry.hub import describe_error
 from trl_cmdp.trainers.telemetry.satisfaction import LOGGED_STEPS, SatisfactionCounts
-from trl_cmdp.trainers.telemetry.secrets import hide_secrets, shell_command
 
 
 def card_of(trainer, **kwargs) -> ModelCard:

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from trl.models.utils import _ForwardRedirection
 
 from ..core import Head
+from ..core.fingerprint import fingerprint_of_weights
 from .models import base_model, last_hidden_state, lm_head, predicting
 from .quantized import allow_fast_kernel
 
@@ -62,6 +63,10 @@ class LocalTeacher:
     def head(self) -> Head:
         """Head, gathered where FSDP2 shards it."""
         return lm_head(self._model)
+
+    def fingerprint(self) -> str:
+        """Of the weights."""
+        return fingerprint_of_weights(self._unwrapped.named_parameters())
 
 
 def load_teacher(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..core.fingerprint import fingerprint, fingerprint_of_weights
 from ._checkpoint import load_config, load_head
 from ._server import TeacherServer, TeacherServerError
 
@@ -94,6 +95,11 @@ class RemoteTeacher:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
+
+    def fingerprint(self) -> str:
+        """Of what the server names its model, and of the head. The weights between are out of sight."""
+        head = [] if self.head is None else [("head", self.head.weight)]
+        return fingerprint([self._model_id, fingerprint_of_weights(head)])
 
     def hidden_states(self, sequences: Sequence[list[int]], num_last: Sequence[int]) -> list[torch.Tensor]:
         """

@@ -39,6 +39,10 @@ class ServerTeacher:
             )
         return self._head
 
+    def fingerprint(self) -> str:
+        """Of what the server names its model, and of the head."""
+        return self.remote.fingerprint()
+
     def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Hidden states (N, H), see [`Teacher`]."""
         return self._ask(self.remote.hidden_states, input_ids, attention_mask, mask)

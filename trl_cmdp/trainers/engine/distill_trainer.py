@@ -24,9 +24,12 @@ from ..telemetry.shading import ShadedCompletions
 from .checks import (
     IMAGES_REFUSED,
     check_arguments,
+    check_data,
     check_no_images,
     check_reward_columns,
+    check_reward_templates,
     check_rewards_finite,
+    check_trackers,
     checked_rollout_func,
     has_teacher,
     no_reward,
@@ -88,12 +91,14 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         check_arguments(
             self._config_class, args, with_teacher, reward_funcs is not None or environment_factory is not None
         )
+        check_trackers(args.report_to)
         if with_teacher:
             check_no_images(train_dataset, eval_dataset)
             if reward_funcs is None and environment_factory is None:
                 reward_funcs = no_reward
             if rollout_func is not None:
                 rollout_func = checked_rollout_func(rollout_func)
+        check_data(model, args, train_dataset, eval_dataset, processing_class, rollout_func, environment_factory)
         selects = asks_for_feasible_reward(args, with_teacher, eval_dataset)
 
         super().__init__(
@@ -114,6 +119,7 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         )
         if rollout_func is None and environment_factory is None:
             check_reward_columns(self.reward_funcs, self.reward_func_names, self.train_dataset, self.eval_dataset)
+        check_reward_templates(self.reward_funcs, self.reward_processing_classes, self.train_dataset)
 
         if with_teacher:
             check_trl_hooks(self)
@@ -306,6 +312,13 @@ class DistillTrainer(OffPolicyGRPOTrainer):
             self._shaded.log(self.state.global_step)
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
+
+    def _identity(self) -> dict[str, Any]:
+        identity = super()._identity()
+        if self.teachers:
+            identity["method"] = self._name
+            identity["teacher"] = {name: teacher.fingerprint() for name, teacher in self.teachers.items()}
+        return identity
 
     def _saved_state(self) -> dict[str, Any]:
         return self._method_state() if self.teachers else {}

@@ -8,6 +8,7 @@ tested in tests/trainers/test_trl_hooks.py.
 import inspect
 from importlib import import_module
 from importlib.metadata import version
+from types import MethodType
 
 import torch
 from trl import GRPOTrainer
@@ -34,6 +35,7 @@ METHODS = {
     "_save_rng_state": "(self, output_dir)",
     "create_model_card": "(self, model_name=None, dataset_name=None, tags=None)",
     "log": "(self, logs, start_time=None)",
+    "save_model": "(self, output_dir=None, _internal_call=False)",
     "training_step": "(self, model, inputs, num_items_in_batch)",
     "train": "(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)",
 }
@@ -67,6 +69,7 @@ ATTRIBUTES = {
     "_tag_names": list,
     "_name": str,
     "_paper": dict,
+    "_run_epoch": MethodType,  # all that it is given is handed on
     "chat_template": (str, type(None)),
     "chat_template_kwargs": dict,
     "entropy_coef": float,

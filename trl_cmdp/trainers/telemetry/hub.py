@@ -3,7 +3,7 @@
 import logging
 from concurrent.futures import Future
 
-from .secrets import hide_secrets
+from ..._messages import hide_secrets, printable
 
 
 _logger = logging.getLogger(__name__)
@@ -29,4 +29,4 @@ def describe_error(error: BaseException) -> str:
         if not any(part.partition(": ")[2] and part.partition(": ")[2] in earlier for earlier in parts):
             parts.append(part)
         cause = cause.__cause__
-    return hide_secrets(", caused by ".join(parts))
+    return printable(hide_secrets(", caused by ".join(parts)))
