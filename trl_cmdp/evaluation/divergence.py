@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ..core import Comparison, chunked_scores
+from ..core import Comparison
 from ..teachers import LocalTeacher, RemoteTeacher, ServerTeacher, Teacher, allow_fast_kernel, keep_differentiable
+from ..teachers.kernels import chunked_scores
 from .rollouts import Rollout
 
 

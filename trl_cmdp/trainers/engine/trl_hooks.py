@@ -6,6 +6,7 @@ tested in tests/trainers/test_trl_hooks.py.
 """
 
 import inspect
+from importlib import import_module
 from importlib.metadata import version
 from types import MethodType
 
@@ -13,6 +14,8 @@ import torch
 from trl import GRPOTrainer
 from trl.models import utils as model_utils
 from trl.trainer import utils as trainer_utils
+
+from ...core.kernels.choice import kernel_of
 
 
 TESTED_TRL = ("1.15.0", "1.16.0")  # the lowest supported, and the newest that the tests have run on
@@ -42,6 +45,18 @@ FUNCTIONS = {
     (model_utils, "prepare_deepspeed"): "(model, accelerator)",
     (trainer_utils, "get_config_model_id"): "(config)",
     (trainer_utils, "maybe_gather_lm_head_ctx"): "(*params)",
+}
+# What teachers/kernels.py calls where the device's kernels are TRL's. Without Triton they cannot be imported in TRL 1.15.
+KERNELS = {
+    ("trl.kernels.chunked_divergence", "ChunkedDivergenceFunction.forward"): (
+        "(ctx, student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, beta, "
+        "temperature=1.0, student_logit_scale=1.0, student_final_logit_softcapping=None, teacher_logit_scale=1.0, "
+        "teacher_final_logit_softcapping=None)"
+    ),
+    ("trl.kernels.chunked_logprob", "ChunkedLogProbFunction.forward"): (
+        "(ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None, logit_scale=1.0, "
+        "outputs=('entropy', 'log_sum_sq_probs', 'mean_logits', 'is_top1'))"
+    ),
 }
 # Attributes of a trainer that are read, or set: their types.
 ATTRIBUTES = {
@@ -80,6 +95,11 @@ ATTRIBUTES = {
 def check_trl_hooks(trainer: GRPOTrainer) -> None:
     """Refuse a TRL in which something of the table is gone, or takes other arguments."""
     hooks = {(GRPOTrainer, name): expected for name, expected in METHODS.items()} | FUNCTIONS
+    if kernel_of(trainer.accelerator.device) == "trl":
+        try:
+            hooks |= {(import_module(module), name): expected for (module, name), expected in KERNELS.items()}
+        except ImportError as error:
+            raise moved_hooks(str(error)) from error
     moved = []
     for (owner, name), expected in hooks.items():
         found = _signature(owner, name)
