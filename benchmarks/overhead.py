@@ -66,6 +66,13 @@ def _wide_vocabulary(seed, hidden_size):
     )
 
 
+def now():
+    """Seconds, once a GPU has done what it was asked."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class StepTimer(TrainerCallback):
     """Seconds of each optimizer step, and of its parts."""
 
@@ -81,13 +88,13 @@ class StepTimer(TrainerCallback):
             # Generation is one part, whatever it calls.
             if "generation" in self._inside:
                 return function(*args, **kwargs)
-            start = time.perf_counter()
+            start = now()
             self._inside.append(name)
             try:
                 return function(*args, **kwargs)
             finally:
                 self._inside.pop()
-                seconds = time.perf_counter() - start
+                seconds = now() - start
                 self._part[name] += seconds
                 if self._inside:
                     self._part[self._inside[-1]] -= seconds
@@ -107,16 +114,16 @@ class StepTimer(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         # The batch is prepared, and so generated, inside the step.
-        self._start, self._part = time.perf_counter(), dict.fromkeys(PARTS, 0.0)
+        self._start, self._part = now(), dict.fromkeys(PARTS, 0.0)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self._optimizer_start = time.perf_counter()
+        self._optimizer_start = now()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self._part["optimizer"] += time.perf_counter() - self._optimizer_start
+        self._part["optimizer"] += now() - self._optimizer_start
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.steps.append(time.perf_counter() - self._start)
+        self.steps.append(now() - self._start)
         self.parts.append(self._part)
 
 
@@ -124,7 +131,10 @@ def reward(completions, **kwargs):
     return [float(len(completion) % 2) for completion in completions]
 
 
-def timed_training(trainer_class, config_class, models, batch, length, steps, teacher, **fields):
+def timed_training(
+    trainer_class, config_class, models, batch, length, steps, teacher, rollout_func=None, device="cpu", **fields
+):
+    """Seconds of each step and of its parts. `batch` rollouts are one forward and backward, and by default one step."""
     student, tokenizer = models
     timer = StepTimer()
     with tempfile.TemporaryDirectory() as folder:
@@ -140,12 +150,13 @@ def timed_training(trainer_class, config_class, models, batch, length, steps, te
             report_to=[],
             disable_tqdm=True,
             logging_strategy="no",
-            use_cpu=True,
-            bf16=False,
+            use_cpu=device == "cpu",
+            bf16=device != "cpu",
             gradient_checkpointing=False,
             **fields,
         )
-        prompts = load_problems((steps + 1) * batch // NUM_GENERATIONS, "train", 0)["prompt"]
+        rollouts = (steps + 1) * batch * args.gradient_accumulation_steps
+        prompts = load_problems(rollouts // NUM_GENERATIONS, "train", 0)["prompt"]
         trainer = trainer_class(
             student,
             reward,
@@ -153,6 +164,7 @@ def timed_training(trainer_class, config_class, models, batch, length, steps, te
             Dataset.from_dict({"prompt": prompts}),
             processing_class=tokenizer,
             callbacks=[timer],
+            rollout_func=rollout_func,
             **({} if teacher is None else {"teacher_model": teacher}),
         )
         trainer.remove_callback(transformers.PrinterCallback)

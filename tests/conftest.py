@@ -1,4 +1,5 @@
 import ast
+import os
 from collections import Counter, defaultdict
 
 import torch
@@ -7,6 +8,9 @@ from hypothesis import settings
 
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
 settings.load_profile("deterministic")
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined
 
 torch.set_num_threads(1)  # tiny models: threads only wait for one another
 

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
@@ -25,6 +26,32 @@ PAD, EOS = 0, 1
 FIRST = 2  # id of the first character
 VOCAB = FIRST + len(CHARACTERS)
 LIMIT = 2.4  # about half of the rollouts of `make_scripted_trainer` violate it
+METRICS = [
+    "constraint/cost",
+    "constraint/cost_max",
+    "constraint/limit",
+    "constraint/satisfaction_rate",
+    "constraint/unjudged_frac",
+    "constraint/violated_token_frac",
+    "teacher/divergence",
+    "distill_loss",
+    "reward",
+]
+# Arguments of a minute run on the CPU: groups of 4, one group per micro-batch.
+MINUTE_RUN = {
+    "per_device_train_batch_size": 4,
+    "num_generations": 4,
+    "max_completion_length": 6,
+    "max_steps": 2,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+}
 
 
 def make_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
@@ -39,27 +66,22 @@ def make_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
 
 
 def make_model(
-    seed: int = 0,
-    *,
-    vocab_size: int = VOCAB,
-    hidden_size: int = 8,
-    spread: float = 0.02,
-    dtype: torch.dtype = torch.float32,
+    seed: int = 0, *, spread: float = 0.02, dtype: torch.dtype = torch.float32, **config
 ) -> LlamaForCausalLM:
     """Llama of one layer. A larger `spread` of the initial weights makes its distributions differ more from uniform."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        initializer_range=spread,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-    )
-    return LlamaForCausalLM(config).to(dtype)
+    defaults = {
+        "vocab_size": VOCAB,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": spread,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**defaults, **config})).to(dtype)
 
 
 def make_teacher(seed: int = 1, **kwargs) -> LlamaForCausalLM:
@@ -95,22 +117,8 @@ def length_reward(completions: list[str], **kwargs) -> list[float]:
 def make_args(
     output_dir: str | Path, config_class: type[GRPOConfig] = ConstrainedDistillConfig, **kwargs
 ) -> GRPOConfig:
-    """Arguments of a minute run on the CPU: groups of 4, one group per micro-batch."""
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "num_generations": 4,
-        "max_completion_length": 6,
-        "max_steps": 2,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-    }
-    return config_class(str(output_dir), **{**defaults, **kwargs})
+    """Arguments of a minute run."""
+    return config_class(str(output_dir), **{**MINUTE_RUN, **kwargs})
 
 
 def make_trainer(
@@ -121,7 +129,6 @@ def make_trainer(
     reward_funcs: Callable | list[Callable] | None = length_reward,
     train_dataset: Dataset | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
-    trainer_kwargs: dict | None = None,
     **kwargs,
 ) -> GRPOTrainer:
     """Trainer on fresh minute models. Keywords that the trainer takes go to it, all others to its arguments."""
@@ -134,7 +141,6 @@ def make_trainer(
         make_dataset() if train_dataset is None else train_dataset,
         processing_class=make_tokenizer() if tokenizer is None else tokenizer,
         **{name: value for name, value in kwargs.items() if name in taken},
-        **(trainer_kwargs or {}),
     )
 
 
@@ -165,6 +171,11 @@ def run(*args, **kwargs) -> GRPOTrainer:
     trainer = make_trainer(*args, **kwargs)
     trainer.train()
     return trainer
+
+
+def flags(options: dict[str, object]) -> list[str]:
+    """Options as a command line gives them."""
+    return [str(word) for name, value in options.items() for word in (f"--{name}", value)]
 
 
 def run_python(*arguments: str | Path, timeout: float | None = None) -> subprocess.CompletedProcess:
@@ -281,6 +292,22 @@ def loss_and_gradients(trainer: GRPOTrainer, batches: list[dict]) -> tuple[float
     }
     trainer.model.zero_grad()
     return total, gradients
+
+
+class CreatedShapes(TorchDispatchMode):
+    """Context that records the shape of every tensor that an operator makes, views of its arguments left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.shapes.add(tuple(tensor.shape))
+        return out
 
 
 def capture_rollouts(trainer: GRPOTrainer, monkeypatch) -> list:

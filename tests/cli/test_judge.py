@@ -4,7 +4,7 @@ import json
 
 import pytest
 from fake_openai import FakeOpenAI
-from fake_server import KEY, serving
+from fake_server import KEY, answer, serving
 from helpers import error_line, make_rollout, make_settings, run_without_models, write_records
 
 from trl_cmdp.cli import main
@@ -104,6 +104,20 @@ def test_malformed_replies_are_failures_and_no_ties(files, tmp_path, capsys):
     assert row["failures"] == {"malformed": 18, "no_verdict": 6}
     assert "| 1 / 4 |" in capsys.readouterr().out
     assert (tmp_path / "out" / "judge_replies.jsonl").exists()
+
+
+def test_a_judge_that_refuses_everything_is_one_line_with_its_reason(files, tmp_path, capsys):
+    reason = {"error": {"message": "Unsupported value: 'reasoning_effort'."}}
+    with serving(FakeOpenAI(prefers_good, faults=[answer(400, reason)] * 100)) as server:
+        options = ["--judge", server.url, "--judge_model", "m", "--output_dir", tmp_path / "out"]
+        assert judge(files[:2], *options) == 2
+    assert "no reply to any pair: HTTP 400 (Unsupported value: 'reasoning_effort'.)" in error_line(capsys)
+
+
+def test_a_refusal_among_replies_is_shown(files, tmp_path, capsys):
+    with serving(FakeOpenAI(prefers_good, faults=[answer(400, {"error": {"message": "too long"}})])) as server:
+        assert judge(files[:2], "--judge", server.url, "--judge_model", "m", "--output_dir", tmp_path / "out") == 0
+    assert "m left questions unanswered (1): HTTP 400 (too long)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", ["arithmetic", "chains"])

@@ -10,39 +10,33 @@ import sys
 import pytest
 import torch
 import yaml
-from helpers import CHARACTERS, error_line, make_dataset, make_model, make_teacher, make_tokenizer
-from transformers import AutoModelForCausalLM
+from filelock import FileLock
+from helpers import (
+    CHARACTERS,
+    MINUTE_RUN,
+    error_line,
+    make_dataset,
+    make_model,
+    make_teacher,
+    make_tokenizer,
+    save_model,
+)
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from trl_cmdp.cli import main
 
 
 COMMANDS = ["constrained", "lagrangian", "gkd", "minillm"]
-SETTINGS = {
-    "reward_funcs": ["helpers.length_reward"],
-    "per_device_train_batch_size": 4,
-    "num_generations": 4,
-    "max_completion_length": 6,
-    "max_steps": 3,
-    "learning_rate": 1e-2,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-}
+SETTINGS = {**MINUTE_RUN, "reward_funcs": ["helpers.length_reward"], "max_steps": 3, "learning_rate": 1e-2}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A student, teachers, a dataset as JSONL, Parquet and a folder of splits, and a YAML file that names them."""
     folder = tmp_path_factory.mktemp("train")
-    make_model().save_pretrained(folder / "student")
-    make_tokenizer().save_pretrained(folder / "student")
-    make_teacher().save_pretrained(folder / "teacher")
-    make_tokenizer().save_pretrained(folder / "teacher")
-    make_teacher().save_pretrained(folder / "stranger")
-    make_tokenizer(CHARACTERS[::-1]).save_pretrained(folder / "stranger")
+    save_model(folder / "student", make_model(), make_tokenizer())
+    save_model(folder / "teacher", make_teacher(), make_tokenizer())
+    save_model(folder / "stranger", make_teacher(), make_tokenizer(CHARACTERS[::-1]))
     dataset = make_dataset()
     dataset.to_json(folder / "data.jsonl")
     dataset.to_parquet(folder / "data.parquet")
@@ -191,6 +185,43 @@ def test_a_mistake_is_one_line(arguments, message, folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "data.jsonl has no rows"),
+        ('{"prompt": "1+2="}\n{"prompt": "3+', "data.jsonl, line 2 is not JSON: Unterminated string"),
+        ('{"question": "1+2="}\n', "The training dataset has no column 'prompt', it has 'question'"),
+        (
+            '{"prompt": "1+2="}\n{"prompt": null}\n',
+            "Row 1 of the training dataset: the prompt (column 'prompt') is null",
+        ),
+        ('{"prompt": [{"from": "human", "value": "1+2="}]}\n', "messages in ShareGPT's format"),
+        ('{"prompt": [{"role": "user", "content": "1+2="}]}\n', "messages, and the tokenizer has no chat template"),
+    ],
+)
+@pytest.mark.parametrize("arguments", [[], ["--dataset_streaming"]], ids=["rows", "stream"])
+def test_a_dataset_that_cannot_be_trained_on_is_one_line(content, message, arguments, folder, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text(content)
+    dataset = ["--dataset_name", str(tmp_path / "data.jsonl"), *arguments]
+    assert train("constrained", folder / "config.yaml", tmp_path / "out", *dataset) == 2
+    assert message in error_line(capsys)
+
+
+@pytest.mark.parametrize(("content", "message"), [("", "a file is empty"), ("words\n", "JSON parse error")])
+def test_a_mixture_that_cannot_be_read_is_one_line(content, message, folder, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text(content)
+    mixture = [{"path": "json", "data_files": str(tmp_path / "data.jsonl")}]
+    write_config(tmp_path / "config.yaml", folder, datasets=mixture, dataset_name=None)
+    assert train("constrained", tmp_path / "config.yaml", tmp_path / "out") == 2
+    assert f"The `datasets` of the YAML file cannot be read: {message}" in error_line(capsys)
+
+
+def test_a_missing_tracker_is_one_line_with_its_extra(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("trl_cmdp.trainers.engine.checks.get_available_reporting_integrations", list)
+    assert train("gkd", folder / "config.yaml", tmp_path, "--report_to", "wandb") == 2
+    assert "names 'wandb', which is not installed: pip install \"trl-cmdp[wandb]\"" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"teacher_model": None, "reward_funcs": None}, "neither a reward nor a teacher"),
@@ -205,6 +236,48 @@ def test_a_mistake_in_the_file_is_one_line(changes, message, folder, tmp_path, c
     write_config(config, folder, **changes)
     assert train("constrained", config, tmp_path / "out") == 2
     assert message in error_line(capsys)
+
+
+def test_what_refuses_a_run_is_one_line(folder, tmp_path, capsys):
+    """Another process that holds the folder, another run in it, a checkpoint of another run, and none at all."""
+    command = ("constrained", folder / "config.yaml", tmp_path, "--max_steps", "1", "--save_strategy", "steps")
+    with FileLock(tmp_path / "_run.lock"):
+        assert train(*command) == 2
+    assert "Another run is training into" in error_line(capsys)
+    assert train(*command, "--resume_from_checkpoint", "true") == 2
+    assert "no whole checkpoint" in error_line(capsys)
+    assert train(*command) == 0
+    for arguments in ([], ["--resume_from_checkpoint", "true"]):
+        assert train(*command, "--learning_rate", "0.5", *arguments) == 2
+        assert "`learning_rate` 0.01, now 0.5" in error_line(capsys)
+    named = ["--resume_with_changes", "learning_rate", "--resume_from_checkpoint", str(tmp_path / "checkpoint-1")]
+    assert train(*command, "--learning_rate", "0.5", *named) == 0
+    assert train(*command, "--learning_rate", "0.5", "--overwrite_output_dir", "true") == 0
+
+
+def test_a_complete_run_is_saved_again_and_trains_no_further(folder, tmp_path):
+    command = ("gkd", folder / "config.yaml", tmp_path, "--max_steps", "1", "--save_strategy", "steps")
+    assert train(*command) == 0
+    saved = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").unlink()
+    assert train(*command, "--resume_from_checkpoint", "true") == 0
+    assert (tmp_path / "model.safetensors").read_bytes() == saved
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_full_disk_at_the_final_save_is_one_line(folder, tmp_path, capsys, monkeypatch):
+    assert train("gkd", folder / "config.yaml", tmp_path, "--max_steps", "1") == 0
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def no_room(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", no_room)
+    assert train("gkd", folder / "config.yaml", tmp_path, "--max_steps", "1", "--seed", "3") == 2
+    line = error_line(capsys)
+    assert "could not be written ([Errno 28] No space left on device)" in line
+    assert "What was there before is whole" in line
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 def test_what_happens_in_training_is_raised(folder, tmp_path, monkeypatch):

@@ -14,6 +14,25 @@ TOKENS = torch.tensor([3, 0, 22, 9, 9, 1, 17])
 SOME = 336 * 8 / 2**20
 # In float64 tiles of one row, of four in blocks of five tokens, and of all rows and tokens.
 MEMORY_MB = [1e-9, SOME, 256]
+COMPARISONS = [
+    *(Comparison(beta) for beta in BETAS),
+    Comparison(0.0, temperature=0.7),
+    Comparison(0.5, temperature=1.4, teacher_prob_floor=0.2),
+    Comparison(1.0, teacher_prob_floor=0.05),
+    Comparison(temperature=0.7, cross_entropy=True),
+]
+HEADS = [
+    {},
+    {"bias": False, "scales": (0.3, 2.0)},
+    {"caps": (3.0, 5.0), "vocabularies": (V + 4, V)},
+    {"scales": (0.5, 0.25), "caps": (2.0, 30.0), "vocabularies": (V, V + 4)},
+]
+# Each comparison with each pair of heads, in tiles of every size.
+PROBLEMS = [
+    (comparison, heads, MEMORY_MB[(i + j) % 3])
+    for i, comparison in enumerate(COMPARISONS)
+    for j, heads in enumerate(HEADS)
+]
 
 
 def kl(p, q):

@@ -11,7 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from trl.trainer.utils import nanstd
 
-from trl_cmdp.core import constrained_advantages, modified_reward, returns_to_go, token_modified_rewards
+from trl_cmdp.core import constrained_advantages
 
 
 FORMS = list(itertools.product(["trajectory", "token"], ["lexicographic", "sum_then_normalize"]))
@@ -68,9 +68,6 @@ def test_equals_the_reference(credit_assignment, aggregation, scale_rewards, bat
     expected = torch.tensor(advantages(rewards, costs, mask, *settings), dtype=torch.float64)
     actual = constrained_advantages(torch.tensor(rewards).double(), *tensors(costs, mask), *settings)
     torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=TOLERANCE)
-
-
-# ------------------------------------------------------------------------------------------------------------ GRPO
 
 
 @pytest.mark.parametrize(("credit_assignment", "aggregation"), FORMS)
@@ -162,30 +159,6 @@ class TestNormalizeThenSum:
             )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------- feasibility, then reward
-
-
-@given(
-    right=st.floats(0.01, 10),
-    wrong=st.floats(-5, 0),
-    excess=st.lists(st.floats(0.01, 19), min_size=2, max_size=2, unique_by=lambda x: round(x, 2)),
-    counts=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    penalty=st.sampled_from([20.0, 50.0]),
-    scale_rewards=st.sampled_from(SCALES),
-    violator_reward=st.floats(-10, 10),
-)
-def test_strict_order(right, wrong, excess, counts, penalty, scale_rewards, violator_reward):
-    """Feasible and right > feasible and wrong > violating a little > violating a lot, whatever the violators' reward."""
-    small, large = sorted(excess)
-    rewards = [right] * counts[0] + [wrong] * counts[1] + [violator_reward, 100.0]
-    costs, mask = single_tokens([0.5] * (counts[0] + counts[1]) + [0.5 + small, 0.5 + large])
-    values = constrained_advantages(
-        torch.tensor(rewards).double(), costs, mask, len(rewards), 0.5, penalty, scale_rewards=scale_rewards
-    ).tolist()
-    first, second, third, fourth = values[0], values[counts[0]], values[-2], values[-1]
-    assert first > second > third > fourth
-
-
 @given(
     rewards=st.lists(st.floats(-100, 100), min_size=8, max_size=8),
     costs=st.lists(st.floats(0, 1e6), min_size=8, max_size=8),
@@ -221,52 +194,6 @@ def test_one_feasible_rollout_has_no_reward_part(scale_rewards):
     assert values[0][0] > values[0][1] == values[0][3] > values[0][2]
 
 
-def test_sum_then_normalize_is_the_standardised_modified_reward():
-    """Trajectory: (R̂ − mean)/(std + 1e-4). Token: (G_t − mean_j G_j1)/(std_j G_j1 + 1e-4) of R̂_t whole."""
-    torch.manual_seed(0)
-    rewards, costs, mask = torch.randn(12).double(), torch.rand(12, 5).double(), torch.rand(12, 5) < 0.8
-    mask[:, 0] = True
-    settings = (0.5, 20.0, "mean")
-    whole = modified_reward(rewards, costs, mask, *settings)
-    values = constrained_advantages(rewards, costs, mask, 6, *settings, "trajectory", "sum_then_normalize")
-    assert torch.equal(values, trl_advantages(whole, 6, "group"))
-
-    to_go = returns_to_go(token_modified_rewards(rewards, costs, mask, *settings, horizon=7))
-    groups = to_go[:, 0].view(2, 6)
-    mean, std = (x.repeat_interleave(6).unsqueeze(-1) for x in (groups.mean(1), groups.std(1)))
-    values = constrained_advantages(rewards, costs, mask, 6, *settings, "token", "sum_then_normalize", horizon=7)
-    torch.testing.assert_close(values, (to_go - mean) / (std + 1e-4), rtol=TOLERANCE, atol=TOLERANCE)
-
-
-def test_token_form_is_reward_plus_penalty():
-    """A_it = 1{i feasible}·z_i + the standardised return-to-go of the penalty part over n, over rollouts."""
-    torch.manual_seed(0)
-    rewards, costs, mask = torch.randn(6).double(), torch.rand(6, 5).double(), torch.rand(6, 5) < 0.9
-    mask[:, 0] = True
-    feasible = modified_reward(torch.zeros(6), costs, mask, 0.5, 20.0) == 0
-    assert 1 < feasible.sum() < 6
-    z = torch.zeros(6).double()
-    z[feasible] = (rewards[feasible] - rewards[feasible].mean()) / (rewards[feasible].std() + 1e-4)
-    penalty = returns_to_go(token_modified_rewards(torch.zeros(6), costs, mask, 0.5, 20.0, horizon=7)) / 20
-    expected = z.unsqueeze(-1) + (penalty - penalty[:, 0].mean()) / (penalty[:, 0].std() + 1e-4)
-    values = constrained_advantages(rewards, costs, mask, 6, 0.5, 20.0, credit_assignment="token", horizon=7)
-    torch.testing.assert_close(values, expected, rtol=TOLERANCE, atol=TOLERANCE)
-
-
-@pytest.mark.parametrize("scale_rewards", SCALES)
-def test_token_and_trajectory_agree_on_single_tokens(scale_rewards):
-    """Rollouts of one token with H = 1: R̂_1 is R̂, so both credit assignments of sum_then_normalize are the same."""
-    torch.manual_seed(0)
-    costs = torch.rand(12, 1).double()
-    arguments = (torch.randn(12).double(), costs, torch.ones(12, 1), 4, 0.5, 20.0, "mean")
-    trajectory = constrained_advantages(*arguments, "trajectory", "sum_then_normalize", scale_rewards)
-    token = constrained_advantages(*arguments, "token", "sum_then_normalize", scale_rewards, 1)
-    torch.testing.assert_close(token.squeeze(-1), trajectory, rtol=1e-12, atol=1e-12)
-
-
-# --------------------------------------------------------------------------------------- rollouts that cannot be judged
-
-
 @pytest.mark.parametrize(("credit_assignment", "aggregation"), FORMS)
 @pytest.mark.parametrize("scale_rewards", SCALES)
 @pytest.mark.parametrize("how", ["unscorable", "masked"])
@@ -285,96 +212,6 @@ def test_unjudged_rollouts_leave_the_rewards_of_others_alone(credit_assignment, 
     without = constrained_advantages(rewards[others], costs[others], mask[others], 4, *settings)
     torch.testing.assert_close(values[others], without, rtol=1e-12, atol=1e-12)
     assert torch.equal(values[2], torch.zeros_like(values[2]))
-
-
-@pytest.mark.parametrize("how", ["unscorable", "masked"])
-@pytest.mark.parametrize("credit_assignment", ["trajectory", "token"])
-def test_unjudged_rollouts_are_left_out_of_z(how, credit_assignment):
-    """Beside a violator too: neither the reward of a masked rollout nor its absence moves anybody's z."""
-    costs, mask = single_tokens([0.0, 0.0, 0.0, 5.0])
-    rewards = torch.tensor([1.0, 0.0, 0.5, 1.0]).double()
-    if how == "masked":
-        mask[2] = 0
-    values = []
-    for reward in (torch.nan, 1.0, -30.0) if how == "masked" else (torch.nan,):
-        rewards[2] = reward
-        values.append(
-            constrained_advantages(
-                rewards, costs, mask, 4, 1.0, 20.0, credit_assignment=credit_assignment, horizon=1
-            ).flatten()
-        )
-    for value in values:
-        assert torch.equal(value, values[0])
-        # z of the two that are judged, ±0.5/(√0.5 + 1e-4), stays between them; the unjudged one has none of its own
-        assert (value[0] - value[1]).item() == pytest.approx(1 / (math.sqrt(0.5) + 1e-4))
-        assert value[2].item() == pytest.approx((value[0] + value[1]).item() / 2)
-
-
-def test_unscorable_violator_is_still_a_violator():
-    """What it costs is known without its reward."""
-    costs, mask = single_tokens([0.0, 0.0, 5.0, 5.0])
-    values = constrained_advantages(torch.tensor([1.0, 0.0, torch.nan, 1.0]).double(), costs, mask, 4, 1.0, 20.0)
-    assert values[2] == values[3]
-    assert values[2] < values[1]
-
-
-@pytest.mark.parametrize(("credit_assignment", "aggregation"), FORMS)
-@pytest.mark.parametrize("scale_rewards", SCALES)
-def test_degenerate_batches_are_finite(credit_assignment, aggregation, scale_rewards):
-    """Groups of one give 0; groups where nothing is judged, or everything violates alike, give no NaN."""
-    costs, mask = torch.full((4, 3), 7.0), torch.ones(4, 3)
-    settings = (1.0, 20.0, "mean", credit_assignment, aggregation, scale_rewards, 5)
-    ones = constrained_advantages(torch.randn(4), costs, mask, 1, *settings)
-    assert torch.equal(ones, torch.zeros_like(costs if credit_assignment == "token" else costs[:, 0]))
-    for rewards in (torch.randn(4), torch.full((4,), torch.nan)):
-        alike = constrained_advantages(rewards, costs, mask, 2, *settings)
-        assert alike.isfinite().all()
-        first = alike if credit_assignment == "trajectory" else alike[:, 0]
-        assert first.abs().max() < 1e-6
-        nothing = constrained_advantages(rewards, costs, torch.zeros_like(mask), 2, *settings)
-        assert torch.equal(nothing, torch.zeros_like(nothing))
-
-
-# ------------------------------------------------------------------------------------------------------- invariance
-
-
-@pytest.mark.parametrize(("credit_assignment", "aggregation"), FORMS)
-@pytest.mark.parametrize("scale_rewards", SCALES)
-def test_invariance(credit_assignment, aggregation, scale_rewards):
-    """Columns of padding, the order within a group and the order of groups change nothing but their own place."""
-    torch.manual_seed(0)
-    rewards, costs, mask = torch.randn(12).double(), torch.rand(12, 6).double(), torch.rand(12, 6) < 0.8
-
-    def compute(rewards, costs, mask):
-        settings = (0.5, 20.0, "mean", credit_assignment, aggregation, scale_rewards, 8)
-        return constrained_advantages(rewards, costs, mask, 4, *settings)
-
-    expected = compute(rewards, costs, mask)
-    padding = torch.full((12, 3), torch.nan).double()
-    padded = compute(rewards, torch.cat([costs, padding], -1), torch.cat([mask, padding.isinf()], -1))
-    if credit_assignment == "token":
-        padded = padded[:, :6]
-    torch.testing.assert_close(padded, expected, rtol=1e-12, atol=1e-12)
-    within = torch.cat([torch.randperm(4) + start for start in (0, 4, 8)])
-    groups = torch.tensor([8, 9, 10, 11, 0, 1, 2, 3, 4, 5, 6, 7])
-    for order in (within, groups):
-        permuted = compute(rewards[order], costs[order], mask[order])
-        torch.testing.assert_close(permuted, expected[order], rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize("credit_assignment", ["trajectory", "token"])
-@pytest.mark.parametrize("scale_rewards", ["group", "none"])
-def test_groups_do_not_see_each_other(credit_assignment, scale_rewards):
-    """What happens to one prompt's rollouts leaves another prompt's alone ("batch" shares its deviation by intent)."""
-    torch.manual_seed(0)
-    rewards, costs, mask = torch.randn(8), torch.rand(8, 5), torch.ones(8, 5)
-    settings = (0.5, 20.0, "mean", credit_assignment, "lexicographic", scale_rewards, 6)
-    values = constrained_advantages(rewards, costs, mask, 4, *settings)
-    costs[4:], rewards[4:] = 9.0, 3.0
-    assert torch.equal(constrained_advantages(rewards, costs, mask, 4, *settings)[:4], values[:4])
-
-
-# ----------------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(

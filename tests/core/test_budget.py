@@ -12,53 +12,26 @@ from trl_cmdp.core import infeasible_steps, prefix_cost, rollout_cost, violation
 
 @pytest.mark.parametrize("scope", SCOPES)
 @given(batch=batches())
-def test_rollout_cost(scope, batch):
-    """C(y) over the tokens that count, whatever lies between and behind them."""
-    costs, mask, _, _ = batch
-    expected = [cost_of(rollout(c, m)[0], scope) for c, m in zip(costs, mask, strict=True)]
-    assert rollout_cost(*tensors(costs, mask), scope).tolist() == expected
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-@given(batch=batches())
-def test_prefix_cost(scope, batch):
-    """P_t at every position: the cost of the counted tokens before it, the position itself left out."""
-    costs, mask, _, _ = batch
-    expected = [
-        [cost_of(rollout(c[:t], m[:t])[0], scope) for t in range(len(c))] for c, m in zip(costs, mask, strict=True)
-    ]
-    assert prefix_cost(*tensors(costs, mask), scope).tolist() == expected
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-@given(batch=batches())
-def test_infeasible_steps(scope, batch):
-    """P_t > d before the last counted token, C > d at it, never on a masked position; at the limit is feasible."""
+def test_equals_the_loops(scope, batch):
+    """
+    C(y) over the tokens that count, whatever lies between and behind them; P_t, the cost of the counted tokens before
+    t. A step is infeasible with P_t > d before the last counted token, with C > d at it, and never where it is masked.
+    """
     costs, mask, limit, _ = batch
-    expected = []
+    whole, prefixes, infeasible, violating = [], [], [], []
     for c, m in zip(costs, mask, strict=True):
         tokens, positions = rollout(c, m)
-        row = [False] * len(c)
-        for t, position in enumerate(positions):
-            judged = tokens if t == len(tokens) - 1 else tokens[:t]
-            row[position] = cost_of(judged, scope) > limit
-        expected.append(row)
-    assert infeasible_steps(*tensors(costs, mask), limit, scope).tolist() == expected
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-@given(batch=batches())
-def test_violation_weights(scope, batch):
-    """w_t: 1 on every token of a violating rollout (trajectory), on the infeasible steps (token)."""
-    costs, mask, limit, _ = batch
-    expected = [
-        [float(counts and cost_of(rollout(c, m)[0], scope) > limit) for counts in m]
-        for c, m in zip(costs, mask, strict=True)
-    ]
+        whole.append(cost_of(tokens, scope))
+        prefixes.append([cost_of(rollout(c[:t], m[:t])[0], scope) for t in range(len(c))])
+        judged = [whole[-1] if positions[-1:] == [t] else cost for t, cost in enumerate(prefixes[-1])]
+        infeasible.append([bool(counts) and cost > limit for counts, cost in zip(m, judged, strict=True)])
+        violating.append([float(counts and whole[-1] > limit) for counts in m])
     arguments = (*tensors(costs, mask), limit, scope)
-    assert violation_weights(*arguments).tolist() == expected
-    assert violation_weights(*arguments, "trajectory").tolist() == expected
-    assert violation_weights(*arguments, "token").tolist() == infeasible_steps(*arguments).double().tolist()
+    assert rollout_cost(*tensors(costs, mask), scope).tolist() == whole
+    assert prefix_cost(*tensors(costs, mask), scope).tolist() == prefixes
+    assert infeasible_steps(*arguments).tolist() == infeasible
+    assert violation_weights(*arguments).tolist() == violation_weights(*arguments, "trajectory").tolist() == violating
+    assert violation_weights(*arguments, "token").bool().tolist() == infeasible
 
 
 def test_scopes_by_hand():
@@ -81,17 +54,11 @@ def test_negative_costs():
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
-def test_any_mask_dtype_and_padding(scope, dtype):
-    """Bool, integer and float masks are the same mask, and columns of padding change nothing."""
+def test_any_mask_dtype(scope, dtype):
+    """Bool, integer and float masks are the same mask."""
     costs, mask = torch.rand(5, 8), torch.rand(5, 8) < 0.6
-    expected = rollout_cost(costs, mask, scope)
-    padded = torch.cat([costs, torch.full((5, 3), torch.nan)], -1)
-    padded_mask = torch.cat([mask, torch.zeros(5, 3, dtype=torch.bool)], -1).to(dtype)
-    assert torch.equal(rollout_cost(padded, padded_mask, scope), expected)
-    assert torch.equal(prefix_cost(padded, padded_mask, scope)[:, :8], prefix_cost(costs, mask, scope))
-    assert torch.equal(
-        infeasible_steps(padded, padded_mask, 0.5, scope)[:, :8], infeasible_steps(costs, mask, 0.5, scope)
-    )
+    for function, *settings in ((rollout_cost, scope), (prefix_cost, scope), (infeasible_steps, 0.5, scope)):
+        assert torch.equal(function(costs, mask.to(dtype), *settings), function(costs, mask.long(), *settings))
 
 
 def test_unknown_words_are_named():

@@ -55,9 +55,7 @@ def test_bounds_hold_and_a_long_violation_does_not_wind_up(multiplier):
         multiplier.update(1.0)
         assert 0 <= multiplier.value <= 2.0
     assert multiplier.value == 2.0
-    for _ in range(
-        10
-    ):  # without anti-windup, the integral of a hundred violations would hold λ up for a hundred steps
+    for _ in range(10):  # without anti-windup, the integral would hold λ up for a hundred steps
         multiplier.update(-1.0)
     assert multiplier.value == 0.0
 

@@ -23,7 +23,6 @@ from trl_cmdp.core import (
     clustered_rate_interval,
     constrained_advantages,
     modified_reward,
-    prefix_cost,
     returns_to_go,
     rollout_cost,
     token_divergence,
@@ -65,9 +64,6 @@ def head_of(logits):
     weight = logits.T.masked_fill(logits.T.isneginf(), 0.0).contiguous()
     bias = torch.where(logits[0].isneginf(), logits[0], 0.0)
     return torch.eye(len(logits), dtype=logits.dtype), Head(weight, bias)
-
-
-# ------------------------------------------------------------------------------------------------- the divergences
 
 
 @few
@@ -188,9 +184,6 @@ def test_chunked_is_never_nan_either(pair, beta):
     torch.testing.assert_close(costs, token_divergence(student, teacher, beta), rtol=1e-3, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------- the budget
-
-
 @pytest.mark.parametrize("scope", SCOPES)
 @few
 @given(batch=batches(), raised=st.floats(0, 3))
@@ -202,21 +195,6 @@ def test_a_higher_limit_makes_no_feasible_rollout_infeasible(scope, batch, raise
     for credit_assignment in ("trajectory", "token"):
         low, high = (violation_weights(costs, mask, d, scope, credit_assignment) for d in (limit, limit + raised))
         assert (high <= low).all()
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-@few
-@given(batch=batches())
-def test_a_prefix_costs_what_a_rollout_that_ends_there_costs(scope, batch):
-    """P_t of [`prefix_cost`] is C of [`rollout_cost`] with everything from t on masked, and C itself after the end."""
-    costs, mask, _, _ = batch
-    costs, mask = tensors(costs, mask)
-    longer = torch.cat([costs, torch.full_like(costs[:, :1], torch.nan)], 1), torch.cat([mask, 0 * mask[:, :1]], 1)
-    prefixes = prefix_cost(*longer, scope)
-    for t in range(costs.shape[1] + 1):
-        ended = longer[1].clone()
-        ended[:, t:] = 0
-        assert torch.equal(prefixes[:, t], rollout_cost(longer[0], ended, scope))
 
 
 @pytest.mark.parametrize("scope", ["sum", "worst_prefix"])
@@ -239,9 +217,6 @@ def test_token_and_trajectory_reward_agree_within_the_budget(scope, batch, rewar
     assert (first[~feasible] <= -20.0 / horizon).all()
 
 
-# --------------------------------------------------------------------------------------------------- the advantages
-
-
 @st.composite
 def groups(draw, most=3):
     """Rewards within ±5, costs as of [`batches`], groups of 4, every rollout with a token."""
@@ -258,7 +233,8 @@ def groups(draw, most=3):
 @given(batch=groups(), penalties=st.lists(st.floats(5.5, 1e4), min_size=2, max_size=2), scope=st.sampled_from(SCOPES))
 def test_no_penalty_lifts_a_violator_above_a_feasible_rollout(aggregation, scale_rewards, batch, penalties, scope):
     """
-    In every group, at every penalty above the largest |reward|; violators among themselves are ordered by their cost.
+    In every group, at every penalty above the largest |reward|, whatever the violator's reward. Feasible rollouts are
+    ordered by their reward, and violators by their cost.
     The lexicographic order is the same at any two penalties that no cost exceeds.
     """
     rewards, costs, mask, size, limit = batch
@@ -270,9 +246,10 @@ def test_no_penalty_lifts_a_violator_above_a_feasible_rollout(aggregation, scale
             rewards, costs, mask, size, limit, penalty, scope, "trajectory", aggregation, scale_rewards
         ).view(-1, size)
         assert values.isfinite().all()
-        for value, own_cost, inside in zip(values, cost, feasible, strict=True):
+        for value, reward, own_cost, inside in zip(values, rewards.view(-1, size), cost, feasible, strict=True):
             if inside.any() and (~inside).any():
                 assert value[~inside].max() < value[inside].min()
+            assert (value[inside][reward[inside].argsort()].diff() >= -1e-9).all()
             violators = value[~inside][own_cost[~inside].argsort()]
             assert (violators.diff() <= 1e-9).all()
         orders.append(values)
@@ -283,14 +260,20 @@ def test_no_penalty_lifts_a_violator_above_a_feasible_rollout(aggregation, scale
 
 
 @few
-@given(groups(), seeds, st.sampled_from(SCOPES), st.sampled_from(["trajectory", "token"]), st.booleans())
-def test_padding_and_order_do_not_matter(batch, seed, scope, credit_assignment, lexicographic):
+@given(
+    groups(),
+    seeds,
+    st.sampled_from(SCOPES),
+    st.sampled_from(["trajectory", "token"]),
+    st.sampled_from(["lexicographic", "sum_then_normalize"]),
+    st.sampled_from(["group", "batch", "none"]),
+)
+def test_padding_and_order_do_not_matter(batch, seed, scope, credit_assignment, aggregation, scale_rewards):
     """Columns of garbage on either side, another order within groups and of groups: the same advantages."""
     rewards, costs, mask, size, limit = batch
-    aggregation = "lexicographic" if lexicographic else "sum_then_normalize"
 
     def compute(rewards, costs, mask):
-        settings = (20.0, scope, credit_assignment, aggregation, "group", 12)
+        settings = (20.0, scope, credit_assignment, aggregation, scale_rewards, 12)
         return constrained_advantages(rewards, costs, mask, size, limit, *settings)
 
     expected = compute(rewards, costs, mask)
@@ -306,9 +289,6 @@ def test_padding_and_order_do_not_matter(batch, seed, scope, credit_assignment, 
     order = torch.cat([group[torch.randperm(size, generator=generator)] for group in order])
     permuted = compute(rewards[order], costs[order], mask[order])
     torch.testing.assert_close(permuted, expected[order], rtol=1e-9, atol=1e-9)
-
-
-# ---------------------------------------------------------------------------- multipliers, the limit, and intervals
 
 
 @few

@@ -8,7 +8,7 @@ from core_reference import SCOPES, batches, cost_of, rollout, step_rewards, tens
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_cmdp.core import infeasible_steps, modified_reward, returns_to_go, token_modified_rewards
+from trl_cmdp.core import modified_reward, returns_to_go, token_modified_rewards
 
 
 PENALTIES = (20.0, 2.5)
@@ -79,14 +79,6 @@ def test_ending_early_does_not_escape():
     assert totals[0] == totals[1] == totals[2] == pytest.approx(-(penalty + 3) * (horizon - 1) / horizon)
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-def test_infeasible_steps_are_the_punished_ones(scope):
-    """The steps whose own reward is the penalty are those of `infeasible_steps`, for the divergence weights."""
-    costs, mask = torch.rand(20, 9), torch.rand(20, 9) < 0.7
-    steps = token_modified_rewards(torch.zeros(20), costs, mask, 0.6, 20.0, scope, horizon=9)
-    assert torch.equal(steps[:, :-1] < 0, infeasible_steps(costs, mask, 0.6, scope))
-
-
 def test_rewards_take_the_dtype_of_the_costs_and_stay_nan():
     """A reward that could not be scored stays NaN where it would be paid, and is unseen in a violating rollout."""
     costs, mask = torch.tensor([[0.0], [9.0]], dtype=torch.float32), torch.ones(2, 1)
@@ -99,13 +91,6 @@ def test_rewards_take_the_dtype_of_the_costs_and_stay_nan():
     assert steps.dtype == torch.float32
     assert steps[0, 0].isnan()
     assert steps[1].tolist() == [-29.0, 0.0]
-
-
-def test_no_tokens():
-    """A rollout without tokens is feasible at cost 0: it is paid whole, but has no step to be paid at."""
-    costs, mask = torch.full((1, 3), torch.nan), torch.zeros(1, 3)
-    assert modified_reward(torch.ones(1), costs, mask, 0.0, 20.0).tolist() == [1.0]
-    assert token_modified_rewards(torch.ones(1), costs, mask, 0.0, 20.0, horizon=5).tolist() == [[0.0] * 4]
 
 
 @pytest.mark.parametrize("horizon", [0, -3])

@@ -6,14 +6,7 @@ from head_reference import TOKENS, V, logits_of, make_heads, widened
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_cmdp.core import (
-    AutoLimit,
-    Head,
-    chunked_divergence,
-    chunked_log_probs,
-    minillm_advantages,
-    scheduled_limit,
-)
+from trl_cmdp.core import AutoLimit, Head, chunked_divergence, chunked_log_probs, minillm_advantages, scheduled_limit
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -1,6 +1,8 @@
 """Evaluation: what is recorded, and that a stopped evaluation ends as if it had not been stopped."""
 
+import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_cmdp.core import token_divergence
 from trl_cmdp.evaluation import evaluate, read_rollout_records
 from trl_cmdp.evaluation.progress import show_progress
-from trl_cmdp.evaluation.provenance import git_state, library_versions, weights_fingerprint
+from trl_cmdp.evaluation.provenance import (
+    dotted_name,
+    git_state,
+    library_versions,
+    source_fingerprint,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
 from trl_cmdp.tasks.arithmetic import demo_model_path, final_answer_reward, load_problems
 
 
@@ -151,6 +160,70 @@ def test_arguments_that_do_not_fit(run, changes, message):
         run(settings=replace(SETTINGS, **changes))
 
 
+def in_messages(content):
+    return PROBLEMS.map(lambda row: {"prompt": [{"role": "user", "content": content(row["prompt"])}]})
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}{{ sign }}"], ids=["own", "given"])
+def test_arguments_of_the_chat_template(run, models, tmp_path, template):
+    """Messages become tokens with the template and the arguments of the settings, which the records name."""
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path("student"))
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{{ sign }}" if template is None else "{{ nothing }}"
+    problems = in_messages(lambda prompt: prompt.removesuffix("="))
+    settings = replace(
+        SETTINGS, teacher=None, num_samples=1, chat_template=template, chat_template_kwargs={"sign": "="}
+    )
+    plain = run(settings=replace(SETTINGS, teacher=None, num_samples=1), teacher=None)
+    path = tmp_path / "records.jsonl"
+    records = evaluate(
+        models[0], tokenizer, problems, lambda completions, **_: [1.0] * len(completions), settings=settings,
+        records_path=path,
+    )  # fmt: skip
+    assert [record.completion_ids for record in records] == [record.completion_ids for record in plain]
+    assert read_rollout_records(path) == (settings, records)
+    with pytest.raises(ValueError, match=r"another `chat_template_kwargs`: \{'sign': '='\}, now None"):
+        evaluate(
+            models[0], tokenizer, problems, final_answer_reward, records_path=path,
+            settings=replace(settings, chat_template_kwargs=None),
+        )  # fmt: skip
+
+
+def test_parts_of_text_are_recorded_as_text(models, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path("student"))
+    tokenizer.chat_template = "{{ messages[0]['content'][0]['text'] }}"
+    problems = in_messages(lambda prompt: [{"type": "text", "text": prompt}])
+    settings = replace(SETTINGS, teacher=None, num_samples=1, greedy=False)
+    arguments = {"settings": settings, "records_path": tmp_path / "records.jsonl"}
+    records = evaluate(models[0], tokenizer, problems, lambda completions, **_: [1.0] * len(completions), **arguments)
+    assert [record.prompt[0]["content"] for record in records] == PROBLEMS["prompt"]
+    assert read_rollout_records(tmp_path / "records.jsonl") == (settings, records)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["1+2="] * 4 + [None], "Row 4 of the dataset of problems: .*null"),
+        ([1, 2, 3, 4, 5], "Row 0 of the dataset of problems: .*`int`"),
+        ([[{"from": "human", "value": "1+2="}]] * 5, "Row 0 of the dataset of problems: .*ShareGPT"),
+        ([[{"role": "user", "content": "1+2="}]] * 5, "messages, and the tokenizer has no chat template"),
+    ],
+)
+def test_prompts_that_are_none(run, tmp_path, prompts, message):
+    problems = PROBLEMS.remove_columns("prompt").add_column("prompt", prompts)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "records.jsonl", problems=problems)
+    assert not (tmp_path / "records.jsonl").exists()
+
+
+def test_images_are_not_evaluated(models):
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path("student"))
+    tokenizer.chat_template = "1+2="
+    problems = in_messages(lambda prompt: [{"type": "image"}, {"type": "text", "text": prompt}])
+    settings = replace(SETTINGS, teacher=None)
+    with pytest.raises(ValueError, match="Row 0 of the dataset of problems: only text can be evaluated"):
+        evaluate(models[0], tokenizer, problems, final_answer_reward, settings=settings)
+
+
 def test_a_missing_column_and_a_reward_that_is_none_are_errors(run):
     with pytest.raises(ValueError, match="no column 'answer'"):
         run(problems=PROBLEMS.remove_columns("answer"))
@@ -237,3 +310,28 @@ def test_a_fingerprint_is_of_the_weights(tmp_path):
     assert weights_fingerprint(tmp_path) != first
     commit, _ = git_state()
     assert commit is None or len(commit) == 40
+
+
+def test_a_fingerprint_is_of_a_tokenizer_and_of_a_source():
+    """Another template, another special token; another module, also behind a partial; a built-in has no source."""
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path("student"))
+    found = {tokenizer_fingerprint(tokenizer)}
+    tokenizer.chat_template = "{{ messages }}"
+    found.add(tokenizer_fingerprint(tokenizer))
+    tokenizer.pad_token = tokenizer.eos_token
+    found.add(tokenizer_fingerprint(tokenizer))
+    assert len(found) == 3
+    assert tokenizer_fingerprint(AutoTokenizer.from_pretrained(demo_model_path("student"))) in found
+    assert source_fingerprint(evaluate) not in (None, source_fingerprint(final_answer_reward))
+    assert source_fingerprint(partial(evaluate, engine=None)) == source_fingerprint(evaluate)
+    assert source_fingerprint(len) is None
+    assert dotted_name(evaluate) == "trl_cmdp.evaluation.evaluator.evaluate"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"temperature": math.inf}, {"temperature": math.nan}, {"cost_limit": math.nan}, {"teacher_beta": math.nan}],
+)
+def test_numbers_that_are_not_finite(run, changes):
+    with pytest.raises(ValueError, match=f"`{next(iter(changes))}` must"):
+        run(settings=replace(SETTINGS, **changes))

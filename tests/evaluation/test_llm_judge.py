@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from fake_openai import FakeOpenAI, completion
-from fake_server import KEY, answer, serving, silence
+from fake_server import KEY, answer, in_turn, serving, silence
 
 from trl_cmdp.evaluation.judges import ChatEndpoint, JudgeError, LLMJudge, Pair
 from trl_cmdp.evaluation.judges._cache import ReplyCache
@@ -21,7 +21,6 @@ from trl_cmdp.evaluation.judges.llm import (
     SYSTEM_PROMPT,
     USER_PROMPT,
     judge_messages,
-    parse_verdict,
 )
 
 
@@ -83,30 +82,6 @@ def test_equal_solutions_are_a_tie_without_a_question(serve):
     server = serve()
     judgement = judge_one(server.chat, Pair(0, True, 0, "What?", "same", "same"))
     assert (judgement.outcome, judgement.orders, server.requests) == ("tie", [], [])
-
-
-@pytest.mark.parametrize(
-    ("reply", "verdict"),
-    [
-        ("Verdict: A", "A"),
-        ("Both add.\n\nVerdict: tie\n", "tie"),
-        ("  Verdict: B  ", "B"),
-        ("", None),
-        ("A", None),
-        ("verdict: A", None),
-        ("Verdict: a", None),
-        ("Verdict: A.", None),
-        ("**Verdict: A**", None),
-        ("Verdict: A or B", None),
-        ("Verdict: A\nVerdict: B", None),
-        ("Verdict: B\nSo the last line is\nVerdict: A", None),
-        ("Verdict: A\nas it is right", None),
-        ("My verdict: B wins.\nVerdict: A", None),
-        ("Verdict: C", None),
-    ],
-)
-def test_replies_are_parsed_strictly(reply, verdict):
-    assert parse_verdict(reply) == verdict
 
 
 def test_a_malformed_reply_is_sent_back_and_never_guessed(serve):
@@ -223,7 +198,7 @@ def test_an_endpoint_that_dies_later_is_counted(serve):
 def test_an_endpoint_that_never_answers_is_an_error_at_once(serve):
     server = serve(faults=[answer(500, {})] * 1000, max_retries=1)
     pairs = [Pair(i, False, 0, "What?", f"{i} good", f"{i}") for i in range(100)]
-    with pytest.raises(JudgeError, match="neither order of the first pair"):
+    with pytest.raises(JudgeError, match="neither order of the first pair: HTTP 500"):
         list(LLMJudge(server.chat).judge(pairs))
     assert len(server.requests) == 4
 
@@ -245,6 +220,77 @@ def test_a_request_that_is_refused_is_not_tried_again(serve):
     assert judgements[0].failures == {"refused": 2, "no_reply": 2}
     assert [judgement.outcome for judgement in judgements] == [None, "win"]
     assert server.waits == []
+
+
+def refuses(*names):
+    """Fault: a request with one of these fields gets OpenAI's refusal of it."""
+
+    def fault(handler, payload):
+        wrong = [name for name in names if name in payload]
+        if not wrong:
+            return False
+        return handler.send(400, {"error": {"message": f"Unsupported parameter: '{wrong[0]}'.", "param": wrong[0]}})
+
+    return fault
+
+
+def sent(server):
+    """Fields of each request that are not the same in all."""
+    return [sorted(payload.keys() - {"model", "messages", "stream"}) for _, payload, _ in server.requests]
+
+
+@pytest.mark.parametrize(
+    ("refused", "params", "fields"),
+    [
+        (["max_tokens"], None, [["max_tokens", "temperature"], *[["max_completion_tokens", "temperature"]] * 4]),
+        (
+            ["max_tokens", "temperature"],
+            None,
+            [
+                ["max_tokens", "temperature"],
+                ["max_completion_tokens", "temperature"],
+                *[["max_completion_tokens"]] * 4,
+            ],
+        ),
+        (["max_completion_tokens"], {"max_completion_tokens": 9}, [["max_completion_tokens"], *[["max_tokens"]] * 4]),
+    ],
+    ids=["max_tokens", "a-reasoning-model", "an-old-server"],
+)
+def test_a_field_that_the_server_wants_otherwise(serve, tmp_path, refused, params, fields):
+    """It is asked once more, and what it takes is remembered; the cache does not mind."""
+    server = serve(sampling_params=params, concurrency=1)
+    server.fault = refuses(*refused)
+    pairs = [PAIR, Pair(4, False, 0, "What?", "good", "bad")]
+    judgements = list(LLMJudge(server.chat, tmp_path / "cache.jsonl").judge(pairs))
+    assert [(judgement.outcome, judgement.failures) for judgement in judgements] == [("win", {})] * 2
+    assert sent(server) == fields
+    again = ChatEndpoint(server.url, "judge", sampling_params=params)
+    assert list(LLMJudge(again, tmp_path / "cache.jsonl").judge(pairs)) == judgements
+    assert len(server.requests) == len(fields)
+
+
+def test_a_field_whose_value_is_refused_is_not_renamed_for_good(serve):
+    """The other name is refused too: the reasons of both are shown, and the next request begins with the first."""
+    server = serve(concurrency=1)
+    server.fault = in_turn(
+        [
+            answer(400, {"error": {"message": "max_tokens is too large"}}),
+            answer(400, {"error": {"message": "unknown"}}),
+        ]
+    )
+    judge = LLMJudge(server.chat)
+    (judgement,) = judge.judge([PAIR])
+    assert (judgement.orders, judgement.failures) == ([None, "win"], {"refused": 1, "no_reply": 1})
+    assert judge.reasons == {"HTTP 400 (max_tokens is too large); then HTTP 400 (unknown)": 1}
+    assert sent(server)[-1] == ["max_tokens", "temperature"]
+
+
+def test_a_judge_that_refuses_every_pair_is_an_error_with_its_reason(serve):
+    server = serve()
+    server.fault = answer(422, {"error": {"message": "no such reasoning effort"}})
+    pairs = [Pair(i, False, 0, "What?", f"{i} good", f"{i}") for i in range(3)]
+    with pytest.raises(JudgeError, match=r"no reply to any pair: HTTP 422 \(no such reasoning effort\)"):
+        list(LLMJudge(server.chat).judge([Pair(9, False, 0, "What?", "same", "same"), *pairs]))
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])

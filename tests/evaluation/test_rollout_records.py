@@ -87,6 +87,21 @@ def test_a_line_that_is_no_record_is_named(line):
         read_rollout_records(text(replace(RECORD, problem=0)) + line + "\n")
 
 
+def test_what_an_earlier_release_did_not_write_is_its_default():
+    written = asdict(SETTINGS)
+    earlier = {name: written[name] for name in written if not name.startswith("chat_template")}
+    assert EvaluationSettings.from_json(json.dumps(earlier)) == SETTINGS
+    for name in ("name", "versions", "num_problems"):
+        with pytest.raises(ValueError, match=f"wrong keys: {name}"):
+            EvaluationSettings.from_json(json.dumps({key: written[key] for key in written if key != name}))
+
+
+def test_a_line_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "records.jsonl").write_bytes(text(RECORD).encode() + b"\xff\n")
+    with pytest.raises(ValueError, match="Line 3 is not UTF-8"):
+        read_rollout_records(tmp_path / "records.jsonl")
+
+
 @pytest.mark.parametrize(
     "values", [{"seed": 1.5}, {"greedy": 1}, {"versions": {"torch": 2}}, {"teacher": 3}, {"more": 1}]
 )

@@ -6,7 +6,6 @@ import json
 import re
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -63,19 +62,6 @@ class FakeHub(ThreadingHTTPServer):
             return b"\n".join([*self.blobs.values(), *regular, repr(self.messages).encode()])
 
 
-@contextmanager
-def running_hub():
-    """A [`FakeHub`] that serves until the end of the block."""
-    server = FakeHub()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 def commit_id(repo: str, number: int) -> str:
     return hashlib.sha1(f"{repo}@{number}".encode()).hexdigest()
 
@@ -86,8 +72,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
-
-    # ------------------------------------------------------------------------------------------------------- plumbing
 
     def answer(self, body=b"", status: int = 200, **headers: str):
         if not isinstance(body, bytes):
@@ -107,13 +91,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer({"error": message}, status, **headers)
 
     def body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            chunks = []
-            while size := int(self.rfile.readline().strip(), 16):
-                chunks.append(self.rfile.read(size))
-                self.rfile.readline()
-            self.rfile.readline()
-            return b"".join(chunks)
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
     def handle_request(self):
@@ -143,11 +120,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.refuse(404, f"no such address: {self.command} {path}")
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
-
-    # ---------------------------------------------------------------------------------------------------------- writing
-
-    def whoami(self, body, query):
-        self.answer({"type": "user", "name": USER, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
 
     def create(self, body, query):
         asked = json.loads(body)
@@ -247,14 +219,10 @@ class _Handler(BaseHTTPRequestHandler):
                     self.refuse(400, f"the large file {value['path']} was not uploaded")
                     return
                 files[value["path"]] = {"oid": value["oid"], "size": value["size"], "lfs": True}
-            elif item["key"] == "deletedFile":
-                files.pop(value["path"])
         self.server.repos[repo].append(files)
         self.server.messages[repo].append(summary)
         oid = commit_id(repo, len(self.server.repos[repo]) - 1)
         self.answer({"success": True, "commitUrl": f"{self.server.endpoint}/{repo_id}/commit/{oid}", "commitOid": oid})
-
-    # ---------------------------------------------------------------------------------------------------------- reading
 
     def at_revision(self, repo: str, revision: str) -> tuple[dict, str] | None:
         """Files and commit, `None` once it has answered that there is no such thing."""
@@ -305,15 +273,11 @@ class _Handler(BaseHTTPRequestHandler):
             headers |= {"X-Linked-Etag": f'"{file["oid"]}"', "X-Linked-Size": str(file["size"])}
         self.answer(self.server.content(file), **headers)
 
-    def telemetry(self, body, query):
-        self.answer()
-
 
 _REPO = r"(?P<repo_id>[\w.-]+/[\w.-]+)"
 _KIND = r"(?P<kind>models|datasets)"
 _REVISION = r"(?P<revision>[\w.-]+)"
 _ROUTES = [
-    (("GET",), r"/api/whoami-v2", _Handler.whoami, True),
     (("POST",), r"/api/repos/create", _Handler.create, True),
     (("POST",), r"/api/validate-yaml", _Handler.validate_yaml, False),
     (("POST",), rf"/api/{_KIND}/{_REPO}/preupload/{_REVISION}", _Handler.preupload, True),
@@ -325,5 +289,4 @@ _ROUTES = [
     (("GET",), rf"/api/{_KIND}/{_REPO}(?:/revision/{_REVISION})?", _Handler.info, False),
     (("GET", "HEAD"), rf"/(?P<kind>datasets)/{_REPO}/resolve/{_REVISION}/(?P<path>.+)", _Handler.resolve, False),
     (("GET", "HEAD"), rf"/{_REPO}/resolve/{_REVISION}/(?P<path>.+)", _Handler.resolve, False),
-    (("HEAD",), r"/api/telemetry/.*", _Handler.telemetry, False),
 ]

@@ -15,8 +15,19 @@ import pandas
 import pytest
 import torch
 import transformers.utils.hub
-from fake_hub import TOKEN, USER, running_hub
-from helpers import make_dataset, make_lora, make_model, make_teacher, make_tokenizer, make_trainer, save_model
+from fake_hub import TOKEN, USER, FakeHub
+from fake_server import serving
+from helpers import (
+    MINUTE_RUN,
+    flags,
+    make_dataset,
+    make_lora,
+    make_model,
+    make_teacher,
+    make_tokenizer,
+    make_trainer,
+    save_model,
+)
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import _http
 from safetensors.torch import load
@@ -28,7 +39,7 @@ from trl_cmdp.cli import main
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A running hub that this process's client takes for the Hub, and no waiting between its attempts."""
-    with running_hub() as server:
+    with serving(FakeHub()) as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
         monkeypatch.setattr(
             constants,
@@ -82,12 +93,13 @@ def equal(left, right) -> bool:
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
-def test_checkpoints_are_pushed_while_training(hub, tmp_path, strategy):
+def test_checkpoints_are_pushed_while_training(hub, tmp_path, caplog, strategy):
     trainer = make_pusher(tmp_path, hub_strategy=strategy, hub_always_push=True)
     trainer.train()
     files = hub.files(f"models/{USER}/student")
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= files.keys()
     assert equal(load(files["model.safetensors"]), saved(tmp_path / "student" / "checkpoint-2"))
+    assert push_warnings(caplog) == []
     assert "Training in progress, step 1" in hub.messages[f"models/{USER}/student"]
     folders = {
         "every_save": set(),
@@ -118,6 +130,7 @@ FAULTS = {
     "500 in the large file": lambda method, path: "500" if method == "PUT" else None,
     "connection lost in the large file": lambda method, path: "drop" if method == "PUT" else None,
     "token revoked": lambda method, path: "401" if "/preupload/" in path else None,
+    "server gone": lambda method, path: "drop",
 }
 
 
@@ -133,6 +146,7 @@ def test_a_push_that_fails_leaves_training_unharmed(hub, tmp_path, caplog, fault
     cause = {
         "500": "500",
         "connection": r"Error while uploading .*, caused by (Read|Write|RemoteProtocol)Error",
+        "server": "(Read|Write|RemoteProtocol)Error",
         "token": "401",
     }[fault.split()[0]]
     assert all(re.search(cause, text) and "the checkpoint is on disk" in text for text in warnings), warnings
@@ -142,25 +156,6 @@ def test_a_push_that_fails_leaves_training_unharmed(hub, tmp_path, caplog, fault
     hub.fault = lambda method, path: None
     trainer.push_to_hub()
     assert equal(load(hub.files(f"models/{USER}/student")["model.safetensors"]), trainer.model.state_dict())
-
-
-def test_a_server_that_goes_away(tmp_path, hub, caplog):
-    trainer = make_pusher(tmp_path)
-    hub.fault = lambda method, path: "drop"  # connections that are open already
-    hub.shutdown()
-    hub.server_close()
-    trainer.train()
-    assert trainer.state.global_step == 2
-    assert equal(saved(tmp_path / "student" / "checkpoint-2"), trainer.model.state_dict())
-    warnings = push_warnings(caplog)
-    assert warnings
-    assert all(re.search("(Connect|Read|Write|RemoteProtocol)Error", text) for text in warnings), warnings
-
-
-def test_pushes_that_succeed_warn_of_nothing(hub, tmp_path, caplog):
-    trainer = make_pusher(tmp_path, hub_always_push=True)
-    trainer.train()
-    assert push_warnings(caplog) == []
 
 
 def test_completions_as_a_dataset(hub, tmp_path, monkeypatch):
@@ -220,6 +215,7 @@ def test_round_trip_of_the_command_and_of_an_adapter(hub, tmp_path, capsys):
     save_model(tmp_path / "teacher", make_teacher(), make_tokenizer())
     make_dataset().to_json(tmp_path / "data.jsonl")
     options = {
+        **MINUTE_RUN,
         "model_name_or_path": base,
         "teacher_model": tmp_path / "teacher",
         "dataset_name": tmp_path / "data.jsonl",
@@ -227,24 +223,14 @@ def test_round_trip_of_the_command_and_of_an_adapter(hub, tmp_path, capsys):
         "output_dir": tmp_path / "student",
         "hub_model_id": f"{USER}/student",
         "hub_token": TOKEN,
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "num_generations": 4,
-        "max_completion_length": 6,
+        "push_to_hub": True,
         "learning_rate": 1e-2,
-        "logging_steps": 1,
+        "save_strategy": "steps",
         "save_steps": 1,
         "cost_limit": 1.75,
-        "report_to": "none",
+        "disable_tqdm": False,
     }
-    flags = ["--push_to_hub", "--use_cpu", "--bf16", "false", "--gradient_checkpointing", "false"]
-    arguments = [
-        "constrained",
-        *flags,
-        *(str(word) for name, value in options.items() for word in (f"--{name}", value)),
-    ]
-    status = main(arguments)
-    assert status == 0, capsys.readouterr().err
+    assert main(["constrained", *flags(options)]) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     assert "step 2/2 · reward" in printed
     assert f"Model pushed to {hub.endpoint}/{USER}/student." in printed

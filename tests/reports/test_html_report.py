@@ -131,6 +131,33 @@ def test_a_capped_page_says_so(tmp_path):
     assert len(json.loads(Page(text).raw[1])["rollouts"]) == 6
 
 
+def test_a_page_of_some_rollouts_of_one_problem_says_so(tmp_path):
+    records = [rollout(0, sample, [0.1]) for sample in range(20)]
+    runs = read_runs([write_evaluation(tmp_path / "a", records, num_problems=1, num_samples=20)])
+    text = write_report(runs, tmp_path / "out", max_rollouts=5)[0].read_text()
+    assert "The page holds 5 of 20 rollouts: some of those of one of 1 problems" in text
+    assert len(json.loads(Page(text).raw[1])["rollouts"]) == 5
+
+
+def test_a_plot_of_many_rollouts_has_few_points(tmp_path):
+    records = [rollout(problem, 0, [0.001 * problem]) for problem in range(4000)]
+    runs = read_runs([write_evaluation(tmp_path / "a", records, num_problems=4000, num_samples=1)])
+    written = write_report(runs, tmp_path / "out", max_rollouts=1)
+    assert written[0].stat().st_size < 500_000
+
+
+def test_what_goes_wrong_leaves_the_earlier_report(tmp_path, monkeypatch):
+    runs = read_runs([write_evaluation(tmp_path / "a", rollouts(0.3))])
+    out = tmp_path / "out"
+    write_report(runs, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    other = read_runs([write_evaluation(tmp_path / "b", rollouts(1))])
+    monkeypatch.setattr("trl_cmdp.reports.html_report.browser_data", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_report(other, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_what_is_not_recorded_yet_is_said(tmp_path):
     text = write_report(read_runs([write_evaluation(tmp_path / "a", rollouts(1)[:7])]), tmp_path / "out")[
         0

@@ -1,6 +1,8 @@
 """The data of the rollout browser: where a rollout leaves the limit, and which rollouts the page holds."""
 
 import json
+import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +10,14 @@ from report_runs import LIMIT, rollout, rollouts, settings
 
 from trl_cmdp.core import rollout_cost
 from trl_cmdp.evaluation.summary import summarize
-from trl_cmdp.reports.rollout_browser import browser_data, choose_problems, cost_through, first_exceeding
+from trl_cmdp.reports.rollout_browser import (
+    browser_data,
+    choose_problems,
+    cost_through,
+    first_exceeding,
+    keep_shown,
+    script_json,
+)
 
 
 @pytest.mark.parametrize("scope", ["mean", "sum", "worst_prefix"])
@@ -53,6 +62,37 @@ def test_problems_are_chosen_at_even_distances_with_all_their_rollouts():
     data = browser_data(["a", "b"], evaluations, {0, 2, 4})
     assert [one["problem"] for one in data["rollouts"] if one["student"] == 1] == [0, 0, 2, 2, 4, 4]
     assert list(data["problems"]) == [0, 2, 4]
+
+
+def test_of_one_problem_with_too_many_rollouts_some_are_kept():
+    evaluations = [(settings(name), [rollout(0, sample, [0.1, 0.2]) for sample in range(40)]) for name in ("a", "b")]
+    kept = keep_shown(evaluations, choose_problems(evaluations, max_rollouts=8), max_rollouts=8)
+    assert [[record.sample for record in records] for _, records in kept] == [[0, 10, 20, 30]] * 2
+    few = keep_shown(evaluations, {0})
+    assert [len(records) for _, records in few] == [40, 40]
+
+
+def test_a_page_of_long_tokens_stays_small():
+    records = [rollout(problem, 0, [0.1] * 10, tokens=["<" * 1000] * 10) for problem in range(200)]
+    evaluations = [(settings(), records)]
+    shown = choose_problems(evaluations)
+    assert 10 < len(shown) < 100
+    data = browser_data(["a"], keep_shown(evaluations, shown), shown)
+    assert len(script_json(data)) < 4e6
+
+
+def test_choosing_problems_takes_work_in_proportion_to_them():
+    def calls(count):
+        evaluations = [(settings(), [rollout(problem, 0, None, tokens=["x"]) for problem in range(count)])]
+        seen = Counter()
+        sys.setprofile(lambda frame, event, argument: seen.update([event]))
+        try:
+            choose_problems(evaluations, max_rollouts=10)
+        finally:
+            sys.setprofile(None)
+        return seen.total()
+
+    assert calls(2000) < 6 * calls(500)
 
 
 def test_without_a_teacher_there_are_no_costs():

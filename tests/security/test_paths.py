@@ -2,18 +2,15 @@
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_model, make_settings, make_teacher
+from helpers import make_cell, make_model, make_rollout, make_settings, make_teacher, write_records
 from safetensors.torch import save_file
 
 from trl_cmdp.cli import main
 from trl_cmdp.cli._evaluation import output_folder
-from trl_cmdp.evaluation import CellRecord, RolloutRecord
-from trl_cmdp.evaluation.records import Outcome
 from trl_cmdp.teachers._checkpoint import load_head
 
 
@@ -60,30 +57,11 @@ def test_a_students_name_is_no_path(name):
 
 def hostile_records(folder):
     """Records of two evaluations and of a comparison, and a trainer's state, all of whose names are paths."""
-    for index, name in enumerate(ESCAPES[:2]):
-        settings = replace(make_settings(num_problems=1, num_samples=1, greedy=False), name=name, student=name)
-        record = RolloutRecord(0, False, 0, "1+2=", "3", name, "3", [5], ["3"], False, True, [0.1])
-        path = folder / f"{index}.jsonl"
-        path.write_text("".join(line.to_json() + "\n" for line in (settings, record)))
-    cells = [
-        CellRecord(
-            method=name,
-            trainer="none",
-            seed=0,
-            task="arithmetic",
-            settings={"task": "arithmetic", "cost_limit": 0.3, "held_out": 1},
-            config={"output_dir": name},
-            versions={},
-            git_commit=None,
-            git_dirty=False,
-            wall_s=1.0,
-            cpu_s=1.0,
-            peak_memory_mb=1.0,
-            outcomes=[Outcome(1, 1, 0.1, 3)],
-            history=[],
-        )
-        for name in ESCAPES
-    ]
+    files = [folder / f"{index}.jsonl" for index in range(2)]
+    for name, file in zip(ESCAPES, files, strict=False):
+        settings = make_settings(num_problems=1, num_samples=1, greedy=False, name=name, student=name)
+        write_records(file, settings, [make_rollout(0, 0, [0.1], prompt="1+2=", answer="3", completion=name)])
+    cells = [make_cell(name, trainer="none", config={"output_dir": name}) for name in ESCAPES]
     (folder / "cells.jsonl").write_text("".join(cell.to_json() + "\n" for cell in cells))
     state = {
         "log_history": [{"step": 1, "reward": 1.0, "../../escaped": 1.0}],
@@ -92,7 +70,7 @@ def hostile_records(folder):
         "best_model_checkpoint": "../../escaped",
     }
     (folder / "trainer_state.json").write_text(json.dumps(state))
-    return [str(folder / f"{index}.jsonl") for index in range(2)]
+    return map(str, files)
 
 
 def everything(folder):

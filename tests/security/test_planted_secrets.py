@@ -8,7 +8,7 @@ import fake_openai
 import fake_vllm
 import yaml
 from fake_server import serving
-from helpers import make_dataset, make_model, make_teacher, make_tokenizer, save_model
+from helpers import MINUTE_RUN, make_dataset, make_model, make_teacher, make_tokenizer, save_model
 
 from trl_cmdp.cli import main
 
@@ -53,20 +53,14 @@ def test_no_secret_is_written_or_printed(tmp_path, monkeypatch, capfd):
     make_dataset(1).to_json(tmp_path / "data.jsonl")
     config = tmp_path / "run.yaml"  # the user's own file: the one place where a key may stand
     settings = {
+        **MINUTE_RUN,
         "model_name_or_path": student,
         "dataset_name": str(tmp_path / "data.jsonl"),
         "reward_funcs": ["helpers.length_reward"],
         "teacher_model_server_api_key": TEACHER,
-        "per_device_train_batch_size": 4,
-        "num_generations": 4,
-        "max_completion_length": 4,
+        "save_strategy": "steps",
         "save_steps": 1,
-        "logging_steps": 1,
         "log_completions": True,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
     }
     config.write_text(yaml.safe_dump(settings))
     pooling = fake_vllm.FakeServer(make_teacher().eval(), teacher, key=TEACHER)

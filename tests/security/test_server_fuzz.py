@@ -15,7 +15,7 @@ import torch
 from fake_openai import FakeOpenAI
 from fake_server import KEY, serving
 from fake_vllm import FakeServer
-from helpers import make_teacher, make_tokenizer
+from helpers import make_teacher, make_tokenizer, save_model
 
 from trl_cmdp.evaluation.judges import ChatEndpoint, JudgeError, NoReplyError
 from trl_cmdp.teachers import RemoteTeacher, TeacherServerError
@@ -23,9 +23,6 @@ from trl_cmdp.teachers import RemoteTeacher, TeacherServerError
 
 TIMEOUT = 0.6  # seconds
 SEQUENCES, NUM_LAST = [[2, 3, 4, 5, 6]], [3]
-
-
-# ------------------------------------------------------------------------------------------------------ what is sent
 
 
 def head(status=b"200 OK", *headers):
@@ -157,9 +154,6 @@ def send(handler, parts, seconds=10 * TIMEOUT):
     return False
 
 
-# ------------------------------------------------------------------------------------------------------------- calls
-
-
 class Target:
     """One kind of call, its true answer, what it may raise, and the server that breaks what it says but on one path."""
 
@@ -202,10 +196,7 @@ def equal(value, truth):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("fuzzed")
-    make_teacher().save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
-    return str(path)
+    return save_model(tmp_path_factory.mktemp("fuzzed"), make_teacher(), make_tokenizer())
 
 
 @contextmanager

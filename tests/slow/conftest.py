@@ -1,14 +1,13 @@
 import os
-import runpy
+import sys
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import make_tokenizer, save_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from helpers import make_model, make_tokenizer, save_model
 
 
-DEMO_LLM = Path(__file__).parents[2] / "examples" / "scripts" / "demo_llm.py"
+SCRIPTS = Path(__file__).parents[2] / "examples" / "scripts"
+sys.path.append(str(SCRIPTS))  # what `demo_llm.py` imports from beside it, when it is run from here
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +16,9 @@ def smollm2(tmp_path_factory) -> Path:
     if "SMOLLM2" in os.environ:
         return Path(os.environ["SMOLLM2"])
     folder = tmp_path_factory.mktemp("models") / "smollm2"
-    runpy.run_path(str(DEMO_LLM))["save_teacher"](folder)
+    from smollm2 import save_teacher
+
+    save_teacher(folder)
     return folder
 
 
@@ -26,19 +27,14 @@ def llamas(tmp_path_factory) -> list[str]:
     """Folders of two random Llamas, of the smallest heads that vLLM's attention for CPUs has."""
     folders = []
     for seed in range(2):
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=len(make_tokenizer()),
+        model = make_model(
+            seed,
             hidden_size=128,
             intermediate_size=256,
             num_hidden_layers=2,
             num_attention_heads=4,
-            head_dim=32,
             max_position_embeddings=2048,
-            initializer_range=0.2,
-            pad_token_id=0,
-            eos_token_id=1,
+            spread=0.2,
         )
-        folder = tmp_path_factory.mktemp("llama")
-        folders.append(save_model(folder, LlamaForCausalLM(config), make_tokenizer()))
+        folders.append(save_model(tmp_path_factory.mktemp("llama"), model, make_tokenizer()))
     return folders

@@ -1,4 +1,4 @@
-"""kill -9 at random points of a run, twice each: what is resumed ends at the same weights, bit for bit."""
+"""kill -9 at random points of a run and at its end, four times each: it ends at the same weights, bit for bit."""
 
 import re
 from pathlib import Path
@@ -12,13 +12,17 @@ pytestmark = pytest.mark.slow
 
 
 def test_every_kill_is_survived(tmp_path, capsys):
-    """20 kills of each trainer: from outside, at a forward, at an event, and while a checkpoint is written."""
+    """
+    40 kills of each trainer: 20 from outside, at a forward, at an event, and while a checkpoint is written; 20 in the last
+    step, after the last checkpoint, and inside the final save.
+    """
     done = run_python(SCRIPT, tmp_path)
     assert done.returncode == 0, done.stderr
     with capsys.disabled():
         print(f"\n{done.stdout}", end="")
     summary = done.stdout.splitlines()[-1]
-    assert summary.startswith("kills survived 80 of 80 "), done.stdout
+    assert summary.startswith("kills survived 160 of 160 "), done.stdout
     figures = {name: int(number) for name, number in re.findall(r"(\w[a-z ]*) (\d+)[,)]", summary.partition(";")[2])}
     assert figures["cut off"] >= 5
     assert figures["in a cycle"] >= 5
+    assert [figures[kind] for kind in ("last step", "last checkpoint", "final save")] == [24, 28, 28]

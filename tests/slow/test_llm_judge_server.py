@@ -1,17 +1,11 @@
 """The LLM judge against a real server: `transformers serve` with SmolLM2-135M-Instruct, on this machine's CPU."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import tempfile
-import time
-import urllib.request
 from contextlib import contextmanager
 
 import pytest
-from vllm_server import free_port
+from vllm_server import free_port, running
 
 from trl_cmdp.evaluation import win_rate
 from trl_cmdp.evaluation.judges import ChatEndpoint, LLMJudge, Pair, read_judgements, write_judgements
@@ -20,7 +14,6 @@ from trl_cmdp.evaluation.judges.llm import parse_verdict
 
 pytestmark = pytest.mark.slow
 
-START_TIMEOUT = 300  # seconds
 PAIRS = [
     Pair(i, True, 0, f"What is {i} + 3?", f"{i} + 3 = {i + 3}\n#### {i + 3}", f"{i} + 3 = {i + 4}\n#### {i + 4}")
     for i in range(4)
@@ -29,34 +22,13 @@ PAIRS = [
 
 @contextmanager
 def transformers_server(model):
-    """URL of a server that is killed at the end, with all its processes."""
+    """URL of the server."""
     port = free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32"]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"}, start_new_session=True
-        )
-        try:
-            deadline = time.monotonic() + START_TIMEOUT
-            while not is_healthy(port):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    pytest.fail(f"`transformers serve` is not ready; its log ends:\n{log.read()[-4000:].decode()}")
-                time.sleep(1)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def is_healthy(port):
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-            return True
-    except OSError:
-        return False
+    with running(
+        [*command, "--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32"], f"http://127.0.0.1:{port}"
+    ):
+        yield f"http://127.0.0.1:{port}/v1"
 
 
 def test_every_pair_is_judged_in_both_orders_or_counted(smollm2, tmp_path):

@@ -6,10 +6,9 @@ import time
 import numpy as np
 import psutil
 import pytest
-import torch
+from helpers import run
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from trl_cmdp import ConstrainedDistillConfig, ConstrainedDistillTrainer
 from trl_cmdp.tasks.arithmetic import demo_model_path, final_answer_reward, load_problems
 
 
@@ -32,39 +31,24 @@ class Probe(TrainerCallback):
 @pytest.mark.slow
 def test_long_run(tmp_path, capsys):
     """The demo's task and models, eight rollouts a step. The learning rate is so small that answers keep their length."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     probe = Probe()
-    args = ConstrainedDistillConfig(
-        str(tmp_path),
+    trainer = run(
+        tmp_path,
+        model=AutoModelForCausalLM.from_pretrained(demo_model_path("student")),
+        teacher_model=demo_model_path("teacher"),
+        tokenizer=AutoTokenizer.from_pretrained(demo_model_path("student")),
+        reward_funcs=final_answer_reward,
+        train_dataset=load_problems(1024, "train", 0),
+        callbacks=[probe],
         cost_limit=0.25,
         max_steps=STEPS,
         per_device_train_batch_size=8,
-        num_generations=4,
         max_completion_length=16,
         learning_rate=1e-7,
-        logging_steps=1,
+        save_strategy="steps",
         save_steps=500,
         save_total_limit=2,
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        report_to=[],
-        disable_tqdm=True,
     )
-    trainer = ConstrainedDistillTrainer(
-        AutoModelForCausalLM.from_pretrained(demo_model_path("student")),
-        final_answer_reward,
-        args,
-        load_problems(1024, "train", 0),
-        processing_class=AutoTokenizer.from_pretrained(demo_model_path("student")),
-        teacher_model=demo_model_path("teacher"),
-        callbacks=[probe],
-    )
-    try:
-        trainer.train()
-    finally:
-        torch.set_num_threads(threads)
     assert trainer.state.global_step == STEPS
 
     memory = probe.memory[WARM_UP:]

@@ -10,13 +10,11 @@ import torch
 from helpers import (
     capture_rollouts,
     dense_costs,
+    dense_logps,
     history,
-    length_reward,
     loss_and_gradients,
-    make_args,
-    make_dataset,
     make_rows,
-    make_tokenizer,
+    make_trainer,
     micro_batches,
     relative_error,
     weights,
@@ -24,12 +22,7 @@ from helpers import (
 from transformers import AutoModelForCausalLM
 from vllm_server import run_tests_beside_vllm
 
-from trl_cmdp import (
-    ConstrainedDistillTrainer,
-    GKDDistillTrainer,
-    LagrangianDistillTrainer,
-    MiniLLMDistillTrainer,
-)
+from trl_cmdp import ConstrainedDistillTrainer, GKDDistillTrainer, LagrangianDistillTrainer, MiniLLMDistillTrainer
 
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
@@ -67,38 +60,24 @@ def dtype(request, monkeypatch):
 
 def build(tmp_path, llamas, trainer_class=ConstrainedDistillTrainer, **kwargs):
     student, teacher = llamas
-    args = make_args(
+    settings = {
+        "vllm_importance_sampling_mode": "token_truncate",
+        "max_completion_length": 16,
+        "cost_limit": 1.0,  # no rollout of these models keeps it
+        "max_steps": 3,
+        **kwargs,
+    }
+    return make_trainer(
         tmp_path,
-        trainer_class._config_class,
-        **{
-            "use_vllm": True,
-            "vllm_mode": "colocate",
-            "vllm_max_model_length": 64,
-            "vllm_gpu_memory_utilization": 0.05,
-            "vllm_importance_sampling_mode": "token_truncate",
-            "max_completion_length": 16,
-            "cost_limit": 1.0,  # no rollout of these models keeps it
-            "max_steps": 3,
-            **kwargs,
-        },
-    )
-    return trainer_class(
-        str(student),
-        length_reward,
-        args,
-        make_dataset(),
-        processing_class=make_tokenizer(),
+        trainer_class,
+        model=str(student),
         teacher_model=str(teacher),
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_max_model_length=64,
+        vllm_gpu_memory_utilization=0.05,
+        **settings,
     )
-
-
-def dense_logps(model, batch):
-    """Log-probabilities (B, T) of the completions, from the full logits."""
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    length = batch["completion_ids"].size(1)
-    logps = model(input_ids=ids, attention_mask=mask).logits[:, -(length + 1) : -1].log_softmax(-1)
-    return logps.gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
 
 
 @needs_vllm

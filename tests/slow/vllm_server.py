@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -86,6 +85,48 @@ def run_tests_beside_vllm(file: str, **environment: str) -> None:
     assert passed, result.stdout[-8000:]
 
 
+@contextmanager
+def running(command: list[str], url: str) -> Iterator[None]:
+    """
+    Context in which a server runs that answers at `/health`; it is killed at the end, with all its processes.
+
+    Args:
+        command (`list[str]`):
+            Command that starts it.
+        url (`str`):
+            Its URL.
+
+    Raises:
+        RuntimeError: If it does not start. The end of its log is in the message.
+    """
+    deadline = time.monotonic() + START_TIMEOUT
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env={**os.environ, **SETTINGS}, start_new_session=True
+        )
+        try:
+            while not _is_healthy(url):
+                ended = process.poll() is not None
+                if ended or time.monotonic() > deadline:
+                    log.seek(0)
+                    tail = log.read()[-4000:].decode(errors="replace")
+                    raise RuntimeError(f"The server {'ended' if ended else 'is not ready'}; its log ends:\n{tail}")
+                time.sleep(1)
+            yield
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
 def free_port() -> int:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -95,7 +136,7 @@ def free_port() -> int:
 @contextmanager
 def vllm_server(kind: str, model: str | Path, *arguments: str, port: int | None = None) -> Iterator[str]:
     """
-    Context in which a server runs; it is killed at the end, with all its processes.
+    Context in which vLLM serves a model.
 
     Args:
         kind (`str`):
@@ -118,31 +159,8 @@ def vllm_server(kind: str, model: str | Path, *arguments: str, port: int | None 
     # `vllm serve` itself asks for the version of a package named vllm, which the CPU build is not.
     command = [str(vllm_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", *KINDS[kind], *arguments]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env={**os.environ, **SETTINGS}, start_new_session=True
-        )
-        try:
-            _wait_until_healthy(process, url, log)
-            yield url
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _wait_until_healthy(process: subprocess.Popen, url: str, log) -> None:
-    deadline = time.monotonic() + START_TIMEOUT
-    while True:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                return
-        except (OSError, urllib.error.URLError):
-            ended = process.poll() is not None
-            if ended or time.monotonic() > deadline:
-                log.seek(0)
-                tail = log.read()[-4000:].decode(errors="replace")
-                raise RuntimeError(f"vLLM {'ended' if ended else 'is not ready'}; its log ends:\n{tail}") from None
-            time.sleep(1)
+    with running(command, url):
+        yield url
 
 
 if __name__ == "__main__":

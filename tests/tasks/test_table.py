@@ -7,7 +7,7 @@ from decimal import Decimal
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from trl_cmdp.tasks.table import final_answer_reward, load_problems
+from trl_cmdp.tasks.table import final_answer_reward, load_problems, load_splits
 
 
 ROWS = [{"q": f"What is {n} + 1?", "a": n + 1, "steps": n % 3, "other": None} for n in range(1, 9)]
@@ -66,6 +66,54 @@ def test_missing_column(path):
         load_problems(None, "train", 0, path=path, prompt_column="question", answer_column="a")
     with pytest.raises(ValueError, match="no column 'level', it has 'q', 'a', 'steps'"):
         load_problems(None, "train", 0, path=path, **COLUMNS, difficulty_column="level")
+
+
+def test_a_prompt_that_is_none_is_named_by_its_row(path):
+    with pytest.raises(
+        ValueError, match=rf"Row 0 of the dataset '{path}': the prompt \(column 'steps'\) is of type `int`"
+    ):
+        load_problems(None, "train", 0, path=path, prompt_column="steps", answer_column="a")
+
+
+GOOD = '{"prompt": "1+2=", "answer": "3"}\n'
+UNREADABLE = [
+    ("empty.jsonl", "", "empty.jsonl has no rows"),
+    ("blank.jsonl", "\n\n", "blank.jsonl has no rows"),
+    ("empty.json", "[]", "empty.json, which is an empty list"),
+    ("empty.csv", "", "empty.csv has no rows"),
+    ("header.csv", "prompt,answer\n", "header.csv has no rows"),
+    ("empty.parquet", "", "empty.parquet has no rows"),
+    ("cut.jsonl", GOOD * 2 + GOOD[:12], "cut.jsonl, line 3 is not JSON: Unterminated string"),
+    ("words.jsonl", GOOD + "words\n" + GOOD, "words.jsonl, line 2 is not JSON: Expecting value"),
+    ("lines.json", GOOD + "words\n" + GOOD, "lines.json, line 2 is not JSON: Expecting value"),
+    ("open.jsonl", GOOD + '{"prompt": \n' + GOOD, "open.jsonl, line 2 is not JSON: Expecting value"),
+    ("list.jsonl", GOOD + "[1]\n", "list.jsonl, line 2 is no JSON object but list"),
+    ("document.json", '[\n{"prompt": "1+2="},\n{"prompt": }\n]', "document.json, .*line 3 column 12"),
+    ("other.parquet", "words", "other.parquet' cannot be read: .*Parquet"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), UNREADABLE, ids=[name for name, *_ in UNREADABLE])
+def test_a_file_that_cannot_be_read(name, content, message, tmp_path):
+    """The error names the line and the cause."""
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_splits(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("case", [case for case in UNREADABLE if "line" in case[2]], ids=lambda case: case[0])
+def test_a_damaged_file_that_is_streamed(case, tmp_path):
+    name, content, message = case
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_splits(str(tmp_path / name), streaming=True)
+
+
+def test_a_damaged_file_of_a_folder_is_named(tmp_path):
+    (tmp_path / "test.jsonl").write_text(GOOD)
+    (tmp_path / "train.jsonl").write_text(GOOD + "words\n")
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 2"):
+        load_splits(str(tmp_path))
 
 
 def written(tmp_path, answers, feature=None):

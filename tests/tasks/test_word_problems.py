@@ -137,3 +137,17 @@ def test_what_is_not_there(task, tmp_path):
 def test_bad_requests_and_rows_are_refused(task, rows, n, split, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         task.load_problems(n, split, 0, path=write(tmp_path / "rows.jsonl", rows))
+
+
+@pytest.mark.parametrize("value", [None, 3, " "])
+@pytest.mark.parametrize(
+    ("task", "rows", "column"),
+    [(gsm8k, GSM8K, "question"), (math, MATH, "problem")],
+)
+def test_a_row_without_text_is_named(task, rows, column, value, tmp_path):
+    path = write(
+        tmp_path / "rows.jsonl", [{**rows[0], column: value}] if value == 3 else [*rows, {**rows[0], column: value}]
+    )
+    row = 0 if value == 3 else len(rows)
+    with pytest.raises(ValueError, match=rf"Row {row} of the dataset .*: its '{column}' must be text, got {value!r}"):
+        task.load_problems(None, "train", 0, path=path)

@@ -49,8 +49,8 @@ ROLLOUTS = scripted(random_completions(8))
 
 
 def build(tmp_path, model, **kwargs):
-    settings = {"trainer_kwargs": {"rollout_func": ROLLOUTS}, "cost_limit": 0.2, "gradient_accumulation_steps": 2}
-    return make_trainer(tmp_path, model=model, **{**settings, **kwargs})
+    settings = {"cost_limit": 0.2, "gradient_accumulation_steps": 2, **kwargs}
+    return make_trainer(tmp_path, model=model, rollout_func=ROLLOUTS, **settings)
 
 
 def separate_copy(model: PeftModel, adapter_name: str) -> torch.nn.Module:
@@ -69,10 +69,7 @@ def test_it_is_as_good_as_a_separate_copy(tmp_path, monkeypatch, adapter_name, m
     model = student("expert", dropout=0.0, modules_to_save=modules_to_save)
     teacher, student_copy = separate_copy(model, adapter_name), separate_copy(model, "default")
     results = []
-    for settings in (
-        {"teacher_adapter_name": adapter_name},
-        {"trainer_kwargs": {"rollout_func": ROLLOUTS, "teacher_model": teacher}},
-    ):
+    for settings in ({"teacher_adapter_name": adapter_name}, {"teacher_model": teacher}):
         trainer = build(tmp_path, copy.deepcopy(model), **settings)
         captured = capture_rollouts(trainer, monkeypatch)
         batches = micro_batches(trainer, make_rows(8))
@@ -148,35 +145,22 @@ def test_training(tmp_path):
 
 def test_peft_config(tmp_path):
     """A fresh adapter starts at its base, with nothing to pay."""
-    trainer = run(tmp_path, trainer_kwargs={"peft_config": LoraConfig(r=2)}, teacher_adapter_name="base", max_steps=1)
+    trainer = run(tmp_path, peft_config=LoraConfig(r=2), teacher_adapter_name="base", max_steps=1)
     assert history(trainer, "constraint/cost")[0] == pytest.approx(0.0, abs=1e-6)
     assert history(trainer, "constraint/satisfaction_rate") == [1.0]
 
 
 @pytest.mark.parametrize(
-    ("adapters", "adapter_name", "match"),
+    ("changes", "match"),
     [
-        (None, "base", "must train an adapter: pass `peft_config`"),
-        (("expert",), "judge", r"no adapter 'judge', only \['default', 'expert'\]"),
-        (("expert",), "default", "the adapter that is being trained"),
+        ({"model": make_model()}, "must train an adapter: pass `peft_config`"),
+        ({"teacher_adapter_name": "judge"}, r"no adapter 'judge', only \['default', 'expert'\]"),
+        ({"teacher_adapter_name": "default"}, "the adapter that is being trained"),
+        ({"teacher_model": make_teacher()}, "leave out `teacher_model`"),
+        ({"trainer_class": MiniLLMDistillTrainer}, "samples completions from the teacher"),
+        ({"trainer_class": GKDDistillTrainer, "lmbda": 0.5, "seq_kd": True}, "samples completions from the teacher"),
     ],
 )
-def test_an_adapter_that_cannot_teach_is_refused(tmp_path, adapters, adapter_name, match):
-    model = make_model() if adapters is None else student(*adapters)
+def test_an_adapter_that_cannot_teach_is_refused(tmp_path, changes, match):
     with pytest.raises(ValueError, match=match):
-        build(tmp_path, model, teacher_adapter_name=adapter_name)
-
-
-def test_beside_another_teacher_it_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="leave out `teacher_model`"):
-        build(tmp_path, student(), teacher_adapter_name="base", trainer_kwargs={"teacher_model": make_teacher()})
-
-
-@pytest.mark.parametrize(
-    ("trainer_class", "kwargs"),
-    [(MiniLLMDistillTrainer, {}), (GKDDistillTrainer, {"lmbda": 0.5, "seq_kd": True})],
-    ids=["minillm", "gkd"],
-)
-def test_it_cannot_be_sampled_from(tmp_path, trainer_class, kwargs):
-    with pytest.raises(ValueError, match="samples completions from the teacher"):
-        make_trainer(tmp_path, trainer_class, model=student(), teacher_adapter_name="base", **kwargs)
+        make_trainer(tmp_path, **{"model": student("expert"), "teacher_adapter_name": "base", **changes})

@@ -36,46 +36,30 @@ def test_loading_arguments_for_an_instance_are_refused(student, kwargs):
         load_teacher(student, **kwargs)
 
 
-def test_remote_code_needs_the_users_word(tmp_path):
-    """A folder whose config asks for its own code is not run unless `teacher_model_init_kwargs` says so."""
-    (tmp_path / "config.json").write_text(
-        '{"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}'
-    )
-    (tmp_path / "own.py").write_text("raise SystemExit('remote code ran')")
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        load_teacher(str(tmp_path))
+def teacher_config(folder, *, extra_token=None, size=None, with_tokenizer=True):
+    """Config of the teacher as saved with a token more in its tokenizer, or with another number of rows in its head."""
+    teacher, tokenizer = AutoModelForCausalLM.from_pretrained(TEACHER), AutoTokenizer.from_pretrained(TEACHER)
+    if extra_token is not None:
+        tokenizer.add_tokens([extra_token])
+    if size is not None:
+        teacher.resize_token_embeddings(size)
+    teacher.save_pretrained(folder)
+    if with_tokenizer:
+        tokenizer.save_pretrained(folder)
+    return load_teacher(str(folder)).config
 
 
 def test_equal_tokenizers_pass_whatever_the_padding(student, tokenizer, tmp_path):
-    teacher = AutoModelForCausalLM.from_pretrained(TEACHER)
-    check_vocabulary(student, tokenizer, teacher.config)
-    teacher.resize_token_embeddings(len(tokenizer) + 7)
-    check_vocabulary(student, tokenizer, teacher.config)
+    check_vocabulary(student, tokenizer, teacher_config(tmp_path / "equal"))
+    check_vocabulary(student, tokenizer, teacher_config(tmp_path / "padded", size=len(tokenizer) + 7))
+    # A token past the teacher's head, as `<|image|>` of Llama-3.2-Vision, is an input alone.
+    check_vocabulary(student, tokenizer, teacher_config(tmp_path / "input", extra_token="<|image|>"))
 
 
-def test_another_tokenizer_is_an_error_that_names_tokens(student, tokenizer, tmp_path):
-    other = AutoTokenizer.from_pretrained(TEACHER)
-    other.add_tokens(["x"])
-    other.save_pretrained(tmp_path)
-    teacher = AutoModelForCausalLM.from_pretrained(TEACHER)
-    teacher.resize_token_embeddings(len(other))
-    teacher.save_pretrained(tmp_path)
+def test_another_tokenizer_is_an_error(student, tokenizer, tmp_path):
+    other = teacher_config(tmp_path / "other", extra_token="x", size=len(tokenizer) + 1)
     with pytest.raises(ValueError, match="1 tokens differ, for example 'x'"):
-        check_vocabulary(student, tokenizer, load_teacher(str(tmp_path)).config)
-
-
-def test_a_token_past_the_teachers_head_does_not_matter(student, tokenizer, tmp_path):
-    """`<|image|>` of Llama-3.2-Vision is an input alone."""
-    other = AutoTokenizer.from_pretrained(TEACHER)
-    other.add_tokens(["<|image|>"])
-    other.save_pretrained(tmp_path)
-    AutoModelForCausalLM.from_pretrained(TEACHER).save_pretrained(tmp_path)
-    check_vocabulary(student, tokenizer, load_teacher(str(tmp_path)).config)
-
-
-def test_unequal_sizes_without_a_tokenizer_are_an_error(student, tokenizer, tmp_path):
-    teacher = AutoModelForCausalLM.from_pretrained(TEACHER)
-    teacher.resize_token_embeddings(32)
-    teacher.save_pretrained(tmp_path)  # the weights alone
+        check_vocabulary(student, tokenizer, other)
+    weights_alone = teacher_config(tmp_path / "unknown", size=32, with_tokenizer=False)
     with pytest.raises(ValueError, match="could not be found"):
-        check_vocabulary(student, tokenizer, load_teacher(str(tmp_path)).config)
+        check_vocabulary(student, tokenizer, weights_alone)

@@ -10,13 +10,13 @@ from contextlib import suppress
 
 import pytest
 import torch
-from fake_server import KEY, answer, fail_first, in_turn, serving, silence
+from fake_server import KEY, answer, in_turn, serving, silence
 from fake_vllm import DTYPES, FakeServer
-from helpers import make_teacher
+from helpers import make_teacher, save_model
 from test_models import MODELS, build
 from transformers import PhiConfig, PhiForCausalLM
 
-from trl_cmdp.core import chunked_divergence, token_divergence
+from trl_cmdp.core import token_divergence
 from trl_cmdp.core.lower_bound import top_k_divergence_lower_bound
 from trl_cmdp.teachers import _checkpoint as checkpoint
 from trl_cmdp.teachers import lm_head
@@ -36,9 +36,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("teacher"))
-    model.save_pretrained(path)
-    return path
+    return save_model(tmp_path_factory.mktemp("teacher"), model)
 
 
 @pytest.fixture
@@ -63,14 +61,14 @@ def expected_hidden(model, sequence, count):
     return hidden[len(sequence) - count - 1 : -1]
 
 
-def assert_exact(teacher, model):
-    hidden = teacher.hidden_states(SEQUENCES, NUM_LAST)
+def assert_states(hidden, model, **tolerance):
+    """They are the model's own, of its shape and dtype."""
     for values, sequence, count in zip(hidden, SEQUENCES, NUM_LAST, strict=True):
-        assert values.shape == (count, model.config.hidden_size)
-        torch.testing.assert_close(values, expected_hidden(model, sequence, count))
+        torch.testing.assert_close(values, expected_hidden(model, sequence, count), **tolerance)
 
 
-# --------------------------------------------------------------------------------------------------------- exact teacher
+def assert_exact(teacher, model, **tolerance):
+    assert_states(teacher.hidden_states(SEQUENCES, NUM_LAST), model, **tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values())
@@ -82,24 +80,9 @@ def test_hidden_states_of_uneven_sequences(folder, dtype):
         assert teacher.dtype == teacher.head.weight.dtype == dtype
         assert teacher.vocab_size == model.config.vocab_size
         assert teacher.config.name_or_path == folder
-        for values, sequence, count in zip(
-            teacher.hidden_states(SEQUENCES, NUM_LAST), SEQUENCES, NUM_LAST, strict=True
-        ):
-            assert values.dtype == dtype
-            torch.testing.assert_close(values, expected_hidden(model, sequence, count), rtol=1e-2, atol=1e-2)
+        assert_exact(teacher, model, rtol=1e-2, atol=1e-2)
         paths = [path for path, payload, _ in server.requests if payload and payload["encoding_format"] != "float"]
         assert len(paths) == 1 + 3  # the probe, and nothing for the sequence of which nothing is asked
-
-
-def test_exact_divergence_equals_the_local_one(pooling, model):
-    teacher = connect(pooling)
-    student_hidden = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
-    student_head = lm_head(make_teacher(seed=2))
-    local = torch.cat([expected_hidden(model, *pair) for pair in zip(SEQUENCES, NUM_LAST, strict=True)])
-    remote = torch.cat(teacher.hidden_states(SEQUENCES, NUM_LAST))
-    _, expected = chunked_divergence(student_hidden, student_head, local, lm_head(model), temperature=0.7)
-    _, costs = chunked_divergence(student_hidden, student_head, remote, teacher.head, temperature=0.7)
-    torch.testing.assert_close(costs, expected)
 
 
 def test_order_is_kept_under_concurrency(pooling, model):
@@ -124,9 +107,6 @@ def test_a_sequence_that_just_fits(pooling, model):
     for count in (-1, 33):
         with pytest.raises(ValueError, match="`num_last`"):
             teacher.hidden_states([sequence], [count])
-
-
-# ------------------------------------------------------------------------------------------------ log-probabilities only
 
 
 @torch.no_grad()
@@ -180,16 +160,6 @@ def test_log_probs_that_cannot_be_correct(completions, position, match):
         teacher.log_probs([[2, 2]], [1])
 
 
-# ------------------------------------------------------------------------------------------------------- coming and going
-
-
-@pytest.mark.parametrize("status", [429, 503])
-def test_tries_again_while_the_server_has_trouble(pooling, model, status):
-    teacher = connect(pooling, max_wait=20)
-    pooling.fault = fail_first(5, status)
-    assert_exact(teacher, model)
-
-
 def cut_chunks(handler, payload):
     handler.protocol_version = "HTTP/1.1"
     handler.send_response(200)
@@ -199,18 +169,20 @@ def cut_chunks(handler, payload):
     handler.close_connection = True
 
 
-CUT = {
-    "body": answer(200, b"\0" * 40, length=200),
-    "chunks": cut_chunks,
-    "header": lambda handler, payload: handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Le"),
-    "at once": lambda handler, payload: None,
+TROUBLE = {
+    "429": answer(429, {}),
+    "503": answer(503, {}),
+    "body cut": answer(200, b"\0" * 40, length=200),
+    "chunks cut": cut_chunks,
+    "header cut": lambda handler, payload: handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Le"),
+    "cut at once": lambda handler, payload: None,
 }
 
 
-@pytest.mark.parametrize("cut", CUT)
-def test_tries_again_when_the_connection_is_cut(pooling, model, cut):
+@pytest.mark.parametrize("trouble", TROUBLE)
+def test_tries_again_while_the_server_has_trouble(pooling, model, trouble):
     teacher = connect(pooling, max_wait=20)
-    pooling.fault = in_turn([CUT[cut]] * 3)
+    pooling.fault = in_turn([TROUBLE[trouble]] * 4)
     assert_exact(teacher, model)
 
 
@@ -229,8 +201,7 @@ def test_goes_on_after_a_restart(model, folder, caplog):
         with serving(FakeServer(model, folder, port=port)):
             waiting.join(timeout=20)
             assert_exact(teacher, model)
-    for values, sequence, count in zip(results[0], SEQUENCES, NUM_LAST, strict=True):
-        torch.testing.assert_close(values, expected_hidden(model, sequence, count))
+    assert_states(results[0], model)
     assert random.getstate() == state  # training must not depend on an outage
     warnings = [record.message for record in caplog.records if "Waiting for the teacher server" in record.message]
     assert len(warnings) == 1  # not one per thread
@@ -283,9 +254,6 @@ def test_what_trying_again_would_not_change_is_an_error_at_once(pooling, fault, 
     assert len(pooling.requests) <= before + 2
 
 
-# ------------------------------------------------------------------------------------------------------------- the secret
-
-
 def test_a_redirect_is_not_followed(pooling):
     teacher = connect(pooling)
     with serving(FakeServer(pooling.model, "", key=KEY)) as other:
@@ -329,11 +297,6 @@ def test_the_key_is_in_no_text(completions, folder, model, fault, caplog):
     assert KEY not in caplog.text
 
 
-def test_the_key_is_sent_as_a_bearer_token(pooling):
-    connect(pooling)
-    assert {headers["Authorization"] for _, _, headers in pooling.requests} == {f"Bearer {KEY}"}
-
-
 UNUSABLE = ["", "localhost:8000", "ftp://host", "http://", "http://host:port", "http://host:65536", "//host"]
 UNUSABLE += ["http://host/?a=b", "http://host/a b", "http://host/\n", "http://[::1"]
 
@@ -344,18 +307,20 @@ def test_urls_that_cannot_be_used(url):
         TeacherServer(url)
 
 
-def test_credentials_have_no_place_in_a_url_and_are_not_repeated():
-    for url in (f"http://user:{KEY}@host:8000", f"http://{KEY}@host:8000", f"http://:{KEY}@host:x"):
-        with pytest.raises(ValueError, match="API key") as caught:
-            TeacherServer(url)
-        assert KEY not in str(caught.value)
-
-
-def test_a_key_that_no_header_can_carry_is_not_repeated():
-    for key in (f"{KEY}\n", f"{KEY} ", f"{KEY}é", ""):
-        with pytest.raises(ValueError, match="printable ASCII") as caught:
-            TeacherServer("http://host:8000", key)
-        assert KEY not in str(caught.value)
+@pytest.mark.parametrize(
+    ("url", "key", "match"),
+    [
+        *(
+            (f"http://{credentials}", None, "API key")
+            for credentials in (f"user:{KEY}@a:80", f"{KEY}@a", f":{KEY}@a:x")
+        ),
+        *(("http://host:8000", key, "printable ASCII") for key in (f"{KEY}\n", f"{KEY} ", f"{KEY}é", "")),
+    ],
+)
+def test_credentials_in_a_url_and_keys_that_no_header_can_carry_are_not_repeated(url, key, match):
+    with pytest.raises(ValueError, match=match) as caught:
+        TeacherServer(url, key)
+    assert KEY not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -370,9 +335,6 @@ def test_urls_may_end_as_openai_clients_write_them(url, kept):
     assert TeacherServer(url).url == kept
 
 
-# ---------------------------------------------------------------------------------------------------- what the server is
-
-
 def test_nothing_listening_says_what_to_start():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -383,67 +345,49 @@ def test_nothing_listening_says_what_to_start():
             RemoteTeacher(url)
 
 
-def test_wrong_or_missing_key(pooling):
-    with pytest.raises(TeacherServerError, match="does not accept the API key"):
-        RemoteTeacher(pooling.url, "another")
-    with pytest.raises(TeacherServerError, match="needs an API key"):
-        RemoteTeacher(pooling.url)
+def only(path, status, content):
+    return lambda handler, payload: handler.path == path and handler.send(status, content)
 
 
-@pytest.mark.parametrize(
-    "models",
-    [{}, [], None, {"data": []}, {"data": [{"id": "x"}]}, {"data": [{"id": 1, "root": "r", "max_model_len": 3}]}],
-)
-def test_another_kind_of_server(pooling, models):
-    pooling.models = models
-    with pytest.raises(TeacherServerError, match="is not a vLLM server"):
-        connect(pooling)
+def models(content):
+    return only("/v1/models", 200, content), "is not a vLLM server"
 
 
-@pytest.mark.parametrize(("status", "match"), [(404, "is not a vLLM server: it has no /v1/models"), (200, "not JSON")])
-def test_a_web_server_is_no_teacher(pooling, status, match):
-    pooling.fault = answer(status, b"<html>welcome</html>")
-    with pytest.raises(TeacherServerError, match=match):
-        connect(pooling)
-
-
-def only_pooling(status, content):
-    return lambda handler, payload: handler.path == "/pooling" and handler.send(status, content)
+def pooled(data):
+    return only("/pooling", 200, {"data": data})
 
 
 @pytest.mark.parametrize(
     ("fault", "match"),
     [
-        (only_pooling(400, {"error": {"message": "--pooler-config.task embed"}}), "--pooler-config.task embed"),
-        (only_pooling(200, {"data": [{"data": [0.1] * 12}]}), "shape 12"),
-        (only_pooling(200, {"data": [{"data": [[0.1] * 12]}]}), "shape 1×12"),
-        (only_pooling(200, {"data": [{"data": [[12**-0.5] * 12] * 3}]}), "normalised"),
-        (only_pooling(200, {"data": [{"data": [[0.7] * 16] * 3}]}), "different models"),
-        (only_pooling(200, {"data": "nothing"}), "shape 0"),
-        (only_pooling(200, {"data": [{"data": [[1, 2], [3]]}]}), "shape 0"),
+        models({}),
+        models([]),
+        models(None),
+        models({"data": []}),
+        models({"data": [{"id": "x"}]}),
+        models({"data": [{"id": 1, "root": "r", "max_model_len": 3}]}),
+        (answer(404, b"<html>welcome</html>"), "is not a vLLM server: it has no /v1/models"),
+        (answer(200, b"<html>welcome</html>"), "not JSON"),
+        (answer(401, {"error": "Unauthorized"}), "does not accept the API key"),
+        (only("/pooling", 404, {}), "neither hidden states"),
+        (only("/pooling", 400, {"error": {"message": "--pooler-config.task embed"}}), "--pooler-config.task embed"),
+        (pooled([{"data": [0.1] * 12}]), "shape 12"),
+        (pooled([{"data": [[0.1] * 12]}]), "shape 1×12"),
+        (pooled([{"data": [[12**-0.5] * 12] * 3}]), "normalised"),
+        (pooled([{"data": [[0.7] * 16] * 3}]), "different models"),
+        (pooled("nothing"), "shape 0"),
+        (pooled([{"data": [[1, 2], [3]]}]), "shape 0"),
     ],
 )
-def test_a_pooling_server_of_another_kind(pooling, fault, match):
+def test_a_server_of_another_kind(pooling, fault, match):
     pooling.fault = fault
     with pytest.raises(TeacherServerError, match=match):
         connect(pooling)
 
 
-def test_a_server_that_gives_neither(pooling):
-    pooling.route = "v1/chat/completions"
-    with pytest.raises(TeacherServerError, match="neither hidden states"):
-        connect(pooling)
-
-
-def test_a_checkpoint_that_is_not_here(pooling, folder, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    pooling.models["data"][0]["root"] = "/on/the/server"
-    with pytest.raises(ValueError, match="config cannot be read from '/on/the/server'"):
-        connect(pooling)
-    assert connect(pooling, model=folder).exact
-
-
-# --------------------------------------------------------------------------------------------------------------- the head
+def test_a_key_that_is_missing(pooling):
+    with pytest.raises(TeacherServerError, match="needs an API key"):
+        RemoteTeacher(pooling.url)
 
 
 HEADS = {

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset, concatenate_datasets
 from helpers import (
     CHARACTERS,
     VOCAB,
@@ -12,6 +13,7 @@ from helpers import (
     history,
     length_reward,
     loss_and_gradients,
+    make_args,
     make_dataset,
     make_lora,
     make_model,
@@ -28,7 +30,7 @@ from helpers import (
     save_model,
     scripted,
 )
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, TrainerCallback
 
 from trl_cmdp import (
     ConstrainedDistillTrainer,
@@ -36,6 +38,7 @@ from trl_cmdp import (
     LagrangianDistillTrainer,
     MiniLLMDistillTrainer,
 )
+from trl_cmdp.trainers.engine import checks
 
 
 class TestVocabulary:
@@ -128,7 +131,7 @@ class TestTeacherIsTheStudent:
         model = make_model()
         with pytest.raises(ValueError, match="shares parameters with the model being trained"):
             make_trainer(tmp_path, model=model, teacher_model=model, peft_config=make_lora() if lora else None)
-        if not lora:  # the caller may go on with it
+        if not lora:  # the caller may continue with it
             assert all(parameter.requires_grad for parameter in model.parameters())
 
     def test_shared_layer(self, tmp_path):
@@ -200,6 +203,89 @@ class TestRewards:
 
         dataset = make_dataset().remove_columns("answer")
         make_trainer(tmp_path, reward_funcs=reward, train_dataset=dataset)
+
+
+class TestPrompts:
+    """What is wrong with prompts is said before a model is loaded; tests/test_prompts.py has all that can be wrong."""
+
+    SHAREGPT = Dataset.from_list([{"prompt": [{"from": "human", "value": "1+2="}]}])
+    MESSAGES = Dataset.from_list([{"prompt": [{"role": "user", "content": "1+2="}]}] * 4)
+
+    @pytest.mark.parametrize("trainer_class", [ConstrainedDistillTrainer, GKDDistillTrainer])
+    @pytest.mark.parametrize("teacher", ["no/such/teacher", None])
+    def test_before_models_are_loaded(self, tmp_path, trainer_class, teacher):
+        def trainer(**kwargs):
+            models = {"model": "no/such/student", "teacher_model": teacher}
+            return make_trainer(tmp_path, trainer_class, **models, **kwargs)
+
+        for eval_dataset, name in ((self.SHAREGPT, "evaluation"), ({"held_out": self.SHAREGPT}, "held_out")):
+            with pytest.raises(ValueError, match=f"Row 0 of the {name} dataset: .*ShareGPT"):
+                trainer(eval_dataset=eval_dataset)
+        with pytest.raises(ValueError, match=r"Row 32 of the training dataset: .* is null"):
+            trainer(train_dataset=concatenate_datasets([make_dataset(), Dataset.from_dict({"prompt": [None]})]))
+        with pytest.raises(ValueError, match="The training dataset has no column 'prompt', it has 'q', 'answer'"):
+            trainer(train_dataset=make_dataset().rename_column("prompt", "q"))
+        with pytest.raises(ValueError, match="The training dataset has no rows"):
+            trainer(train_dataset=make_dataset(0))
+        with pytest.raises(ValueError, match=r"prompts of the training dataset are messages.*no chat template"):
+            trainer(train_dataset=self.MESSAGES)
+
+    @pytest.mark.parametrize("loaded", [False, True], ids=["path", "model"])
+    def test_the_students_own_tokenizer_without_template(self, tmp_path, loaded):
+        path = save_model(tmp_path / "student", make_model(), make_tokenizer())
+        model = AutoModelForCausalLM.from_pretrained(path) if loaded else path
+        with pytest.raises(ValueError, match="no chat template"):
+            ConstrainedDistillTrainer(
+                model, length_reward, make_args(tmp_path), self.MESSAGES, teacher_model="no/such/teacher"
+            )
+
+    def test_the_template_needs_an_argument(self, tmp_path):
+        """It is rendered with `chat_template_kwargs`."""
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = "{{ messages[0]['content'] + sign }}"
+        arguments = {"train_dataset": self.MESSAGES, "tokenizer": tokenizer, "teacher_model": make_teacher()}
+        with pytest.raises(ValueError, match="cannot render the first prompt of the training dataset: 'sign'"):
+            make_trainer(tmp_path, **arguments)
+        run(tmp_path, **arguments, chat_template_kwargs={"sign": "+"})
+
+    def test_a_reward_model_without_template(self, tmp_path):
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = "{{ messages[0]['content'] }}"
+        reward = LlamaForSequenceClassification(make_model().config)
+        arguments = {"reward_funcs": reward, "train_dataset": self.MESSAGES, "tokenizer": tokenizer}
+        with pytest.raises(ValueError, match=r"tokenizer of the reward model .* has no chat template"):
+            make_trainer(tmp_path, **arguments, reward_processing_classes=make_tokenizer())
+        make_trainer(tmp_path, **arguments, reward_processing_classes=tokenizer)
+
+    def test_a_rollout_func_takes_any_prompt(self, tmp_path):
+        """It makes tokens of it. Only the column must be there."""
+
+        def rollout(prompts, trainer):
+            return {
+                "prompt_ids": [[4 + seed] for seed in prompts],
+                "completion_ids": [[5]] * len(prompts),
+                "logprobs": None,
+            }
+
+        seeds = Dataset.from_dict({"prompt": [0, 1, 2, 3]})
+        run(tmp_path, train_dataset=seeds, rollout_func=rollout, teacher_model=make_teacher())
+        with pytest.raises(ValueError, match="no column 'prompt', it has 'seed'"):
+            make_trainer(tmp_path, train_dataset=seeds.rename_column("prompt", "seed"), rollout_func=rollout)
+
+
+class TestTrackers:
+    @pytest.mark.parametrize(
+        ("tracker", "install"),
+        [("wandb", r'"trl-cmdp\[wandb\]"'), ("trackio", r'"trl-cmdp\[tracking\]"'), ("mlflow", "mlflow")],
+    )
+    def test_that_is_missing(self, tmp_path, monkeypatch, tracker, install):
+        monkeypatch.setattr(checks, "get_available_reporting_integrations", lambda: ["tensorboard"])
+        with pytest.raises(ImportError, match=f"names '{tracker}', which is not installed: pip install {install}"):
+            make_trainer(tmp_path, model="no/such/student", report_to=["tensorboard", tracker])
+
+    def test_that_is_none(self, tmp_path):
+        with pytest.raises(ValueError, match=r"names 'wandbb', which is no tracker: take of .*wandb"):
+            make_trainer(tmp_path, model="no/such/student", report_to="wandbb")
 
 
 class Poison(TrainerCallback):

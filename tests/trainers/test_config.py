@@ -1,6 +1,7 @@
 """Fields of every config: read from the command line and from YAML, and refused where a value makes no sense."""
 
 import math
+from dataclasses import fields
 
 import pytest
 from helpers import make_args
@@ -102,3 +103,34 @@ REFUSED = {
 def test_refused(tmp_path, config, fields, message):
     with pytest.raises(ValueError, match=message):
         make_args(tmp_path, config, **fields)
+
+
+CONFIGS = list(REFUSED)
+NUMBERS = [
+    (config, own.name)
+    for config in CONFIGS
+    for own in fields(config)
+    if "float" in str(own.type) and (config is CONFIGS[0] or own.name in config.__annotations__)
+]
+BOUNDS = {"max_grad_norm", "delta", "epsilon_high", "off_policy_mask_threshold"}
+BOUNDS |= {"vllm_importance_sampling_clip_max", "vllm_importance_sampling_cap"}  # infinity makes them none
+
+
+@pytest.mark.parametrize(("config", "name"), NUMBERS, ids=lambda value: getattr(value, "__name__", value))
+def test_no_number_is_nan_or_infinite(tmp_path, config, name):
+    """Every field that holds a float, TRL's too, and those within lists and dictionaries."""
+    values = [math.nan, math.inf, -math.inf]
+    if name in BOUNDS:
+        values = [math.nan]
+    elif name == "reward_weights":
+        values = [[1.0, value] for value in values]
+    elif name == "cost_limit":
+        values += ["nan", "inf", {"near": 1.0, "far": math.inf}][: None if config is CONFIGS[0] else 0]
+    name_of_now = name.replace("sampling_cap", "sampling_clip_max")  # TRL's
+    for value in values:
+        with pytest.raises((ValueError, OverflowError), match=rf"{name_of_now}|cannot convert float"):
+            make_args(tmp_path, config, **{name: value})
+
+
+def test_a_bound_may_be_infinite(tmp_path):
+    assert make_args(tmp_path, max_grad_norm=math.inf).max_grad_norm == math.inf

@@ -7,7 +7,6 @@ of the other promises is held.
 """
 
 import itertools
-import runpy
 from pathlib import Path
 
 import pytest
@@ -29,13 +28,13 @@ from helpers import (
     same_weights,
     save_model,
 )
+from test_tools import SCRIPT, Environment
 from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM
 from trl import GRPOTrainer
 
 from trl_cmdp import ConstrainedDistillTrainer
 
 
-CALCULATOR = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "scripts" / "calculator_tool.py"))
 STEPS = 3
 
 
@@ -61,27 +60,12 @@ def make_environments() -> dict[str, type]:
     """Two environments with rewards of their own: one instance for each rollout, and each instance has a number."""
     numbers = itertools.count()
 
-    class Plain:
+    class Plain(Environment):
         def __init__(self):
             self.number = next(numbers)
 
-        def reset(self, **kwargs) -> str | None:
-            return None
-
         def get_reward(self) -> float:
             return float(self.number % 3 == 0)
-
-        def calculate(self, expression: str) -> str:
-            """
-            Calculates.
-
-            Args:
-                expression: What to calculate.
-
-            Returns:
-                The result.
-            """
-            return CALCULATOR["calculate"](expression)
 
     class Observed(Plain):
         def reset(self, **kwargs) -> str | None:
@@ -91,8 +75,7 @@ def make_environments() -> dict[str, type]:
 
 
 def environments() -> dict:
-    tokenizer = CALCULATOR["make_tokenizer"]()
-    dataset = CALCULATOR["make_dataset"]()
+    tokenizer, dataset = SCRIPT["make_tokenizer"](), SCRIPT["make_dataset"]()
     names = ["plain", "observed"] * (len(dataset) // 2)
     return {
         "model": make_model(vocab_size=len(tokenizer), spread=0.4),

@@ -162,23 +162,25 @@ def models():
     return student, teacher
 
 
-CASES = [
-    pytest.param(scope, credit, 1.0, id=f"{scope}-{credit}") for scope in SCOPES for credit in ("trajectory", "token")
-] + [pytest.param("mean", "trajectory", beta, id=f"mean-trajectory-beta{beta}") for beta in (0.0, 0.5)]
-
-
-@pytest.mark.parametrize(("scope", "credit_assignment", "beta"), CASES)
-def test_gradient_is_that_of_the_enumerated_objective(tmp_path, models, scope, credit_assignment, beta):
-    """(G−1)/G of the score-function part, as the group's mean holds the rollout itself, plus the surrogate."""
+@pytest.mark.parametrize(
+    ("scope", "credit_assignment", "beta", "coefficient"),
+    [
+        *((scope, credit, 1.0, 1.0) for scope in SCOPES for credit in ("trajectory", "token")),
+        *(("mean", "trajectory", beta, 1.0) for beta in (0.0, 0.5)),
+        ("mean", "trajectory", 1.0, 0.25),
+    ],
+)
+def test_gradient_is_that_of_the_enumerated_objective(tmp_path, models, scope, credit_assignment, beta, coefficient):
+    """(G−1)/G of the score-function part, as the group's mean holds the rollout itself, plus the surrogate's share."""
     student, teacher = models
     problem = Problem(student, teacher, scope, beta)
     assert problem.gap > 1e-3  # no cost so close to the limit that rounding decides
     assert problem.probabilities.sum().item() == pytest.approx(1.0, abs=1e-9)  # every sequence is listed
 
     score = gradients_of(problem.score_part(credit_assignment), student)
-    surrogate = gradients_of(problem.surrogate(credit_assignment), student)
+    surrogate = gradients_of(coefficient * problem.surrogate(credit_assignment), student)
     expected = add(score, surrogate, 0.5)
-    ours = trainer_gradient(tmp_path, student, teacher, problem, scope, credit_assignment, beta, coefficient=1.0)
+    ours = trainer_gradient(tmp_path, student, teacher, problem, scope, credit_assignment, beta, coefficient)
     assert relative_error(ours, expected) < 1e-4
     # Neither part is so small that the test would not see it missing.
     assert relative_error(expected, surrogate) > 0.05
@@ -199,24 +201,3 @@ def test_explicit_part_with_exact_weights(tmp_path, models, monkeypatch, scope, 
     )
     ours = trainer_gradient(tmp_path, student, teacher, problem, scope, credit_assignment, 1.0, coefficient=1.0)
     assert relative_error(ours, expected) < 1e-4
-
-
-def test_surrogate_is_exact_for_sum(models):
-    """For scope "sum" in the trajectory form the surrogate is the explicit part itself."""
-    student, teacher = models
-    problem = Problem(student, teacher, "sum", 1.0)
-    surrogate = gradients_of(problem.surrogate("trajectory"), student)
-    assert relative_error(surrogate, gradients_of(problem.explicit_part("trajectory"), student)) < 1e-9
-
-
-def test_coefficient_scales_the_explicit_part_alone(tmp_path, models):
-    student, teacher = models
-    problem = Problem(student, teacher, "mean", 1.0)
-    score = gradients_of(problem.score_part("trajectory"), student)
-    surrogate = gradients_of(problem.surrogate("trajectory"), student)
-    for coefficient in (0.0, 0.25):
-        ours = trainer_gradient(
-            tmp_path / str(coefficient), student, teacher, problem, "mean", "trajectory", 1.0, coefficient
-        )
-        scaled = {name: coefficient * value for name, value in surrogate.items()}
-        assert relative_error(ours, add(score, scaled, 0.5)) < 1e-4

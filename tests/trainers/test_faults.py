@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from trl_cmdp import ConstrainedDistillTrainer
-from trl_cmdp.trainers import _forward
+from trl_cmdp.trainers.engine import forward
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "cost_limit": 1.7}
@@ -104,14 +104,14 @@ class TestOutOfMemory:
         """Functions of the head that run out of memory in tiles of more than `memory["mb"]`, as a device does."""
         memory = {"mb": math.inf}
         for name in ("chunked_policy_divergence", "chunked_divergence"):
-            real = getattr(_forward, name)
+            real = getattr(forward, name)
 
             def limited(*args, memory_mb, real=real, **kwargs):
                 if (memory_mb or 256) > memory["mb"]:
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 256.00 MiB.")
                 return real(*args, memory_mb=memory_mb, **kwargs)
 
-            monkeypatch.setattr(_forward, name, limited)
+            monkeypatch.setattr(forward, name, limited)
         return memory
 
     def test_goes_on_in_smaller_tiles(self, tmp_path, undisturbed, memory, caplog):

@@ -88,13 +88,14 @@ def build(
     **args,
 ):
     """Trainer whose gradient is not finite at the optimizer steps `steps`, counted from 0."""
-    trainer_kwargs = {
+    fields = {
         "teacher_model": make_teacher() if teacher else None,
         "callbacks": [] if record is None else [record],
         "peft_config": LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if lora else None,
+        "max_steps": 4,
+        "learning_rate": 0.02,
     }
-    fields = {"max_steps": 4, "learning_rate": 0.02, **args}
-    trainer = make_trainer(folder, trainer_class, trainer_kwargs=trainer_kwargs, **fields)
+    trainer = make_trainer(folder, trainer_class, **{**fields, **args})
     if steps:
         poison(trainer, steps.__contains__, value, process)
     return trainer
@@ -276,7 +277,7 @@ class TestHalfPrecision:
         peft_config = LoraConfig(r=2, target_modules=["q_proj"]) if lora else None
         model = make_model(dtype=dtype)
         with caplog.at_level(logging.WARNING, logger="trl_cmdp"):
-            make_trainer(tmp_path, model=model, trainer_kwargs={"peft_config": peft_config})
+            make_trainer(tmp_path, model=model, peft_config=peft_config)
         assert caplog.text.count("weights, where most updates") == warnings
         assert caplog.text.count("model_init_kwargs={'dtype': 'float32'}") == warnings
 

@@ -27,27 +27,16 @@ def build(tmp_path, *, lora=False, **settings):
     return trainer
 
 
-# Each loss type with each form of credit, in windows of several micro-batches and generations, on whole models and
-# adapters.
+WINDOWS = [(2, 2), (1, 2), (4, 2), (1, 1)]  # micro-batches of an optimizer step and of a generation
+
+
+# Each loss type with each form of credit; each window on whole models and on adapters.
 @pytest.mark.parametrize(
     ("loss_type", "credit_assignment", "accumulation", "per_generation", "lora"),
     [
-        ("grpo", "trajectory", 2, 2, False),
-        ("grpo", "token", 1, 2, True),
-        ("bnpo", "trajectory", 1, 2, True),
-        ("bnpo", "token", 2, 2, False),
-        ("dr_grpo", "trajectory", 4, 2, False),
-        ("dr_grpo", "token", 2, 2, True),
-        ("dapo", "trajectory", 1, 2, True),
-        ("dapo", "token", 4, 2, False),
-        ("cispo", "trajectory", 2, 2, True),
-        ("cispo", "token", 1, 2, False),
-        ("sapo", "trajectory", 4, 2, True),
-        ("sapo", "token", 1, 1, False),
-        ("luspo", "trajectory", 2, 2, False),
-        ("luspo", "token", 4, 2, True),
-        ("vespo", "trajectory", 1, 1, False),
-        ("vespo", "token", 2, 2, True),
+        (loss_type, credit_assignment, *WINDOWS[(i + j) % 4], (i + j + i // 4) % 2 == 1)
+        for i, loss_type in enumerate(LOSS_TYPES)
+        for j, credit_assignment in enumerate(["trajectory", "token"])
     ],
 )
 def test_loss_types(tmp_path, loss_type, credit_assignment, accumulation, per_generation, lora):

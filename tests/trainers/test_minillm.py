@@ -3,14 +3,12 @@
 import pytest
 import torch
 from helpers import (
-    capture_rollouts,
     dense_costs,
     dense_logps,
     gradients_of,
     loss_and_gradients,
     make_dataset,
     make_rows,
-    make_scripted_trainer,
     make_teacher,
     make_trainer,
     micro_batches,
@@ -83,21 +81,6 @@ def test_loss_is_the_papers(tmp_path, monkeypatch, switches, alpha):
         costs = dense_costs(trainer.model, trainer.teacher_model, batch, temperature=0.8)
         loss = loss + (importance * costs * mask).sum()
     assert relative_error(gradients, gradients_of(loss / mask.sum(), trainer.model)) < 1e-4
-
-
-def test_nothing_comes_after_the_last_token(tmp_path, monkeypatch):
-    """Its advantage is 0, and padding has neither advantage nor weight."""
-    trainer = make_scripted_trainer(tmp_path, MiniLLMDistillTrainer, teacher_mixed_alpha=0.0)
-    captured = capture_rollouts(trainer, monkeypatch)
-    batch = micro_batches(trainer, make_rows(8))[0]
-    masked = ~captured[0].mask
-    assert masked.any()
-    assert (captured[0].student_logps[masked] == 0).all()
-    assert (captured[0].teacher_logps[masked] == 0).all()
-    assert (batch["advantages"][batch["completion_mask"] == 0] == 0).all()
-    assert (batch["divergence_weights"][batch["completion_mask"] == 0] == 0).all()
-    last = batch["completion_mask"].sum(1) - 1
-    assert (batch["advantages"].gather(1, last.unsqueeze(1)) == 0).all()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -1,19 +1,27 @@
 """The model card: what it says of the run, metadata that the Hub's client reads back, and no secrets."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import yaml
-from helpers import history, make_dataset, make_teacher, make_trainer, run, save_model
+from helpers import (
+    history,
+    make_dataset,
+    make_rollout,
+    make_settings,
+    make_teacher,
+    make_trainer,
+    run,
+    save_model,
+)
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from trl_cmdp import GKDDistillTrainer, LagrangianDistillTrainer
+from trl_cmdp._messages import hide_secrets, shell_command
 from trl_cmdp.core import clustered_rate_interval
+from trl_cmdp.evaluation import summarize
 from trl_cmdp.trainers.telemetry.hub import describe_error
 from trl_cmdp.trainers.telemetry.satisfaction import LOGGED_STEPS, SatisfactionCounts
-from trl_cmdp.trainers.telemetry.secrets import hide_secrets, shell_command
 
 
 def card_of(trainer, **kwargs) -> ModelCard:
@@ -95,34 +103,23 @@ def test_a_teacher_s_folder_and_the_dataset_s_path_stay_private(tmp_path):
 
 
 def test_an_evaluation_fills_a_table_and_the_metadata(tmp_path):
-    def figure(value):
-        return SimpleNamespace(value=value, low=value - 0.01, high=value + 0.01, num_rollouts=800, num_problems=200)
-
-    costs = SimpleNamespace(
-        satisfaction=figure(0.97), mean=figure(0.123), divergence=figure(0.111), violation_bound=0.056
-    )
-    rollouts = SimpleNamespace(right=figure(0.708), costs=costs, length=figure(35.2), strata={})
-    evaluation = SimpleNamespace(
-        settings=SimpleNamespace(task="gsm_symbolic", split="test", temperature=1.0),
-        cost_limit=0.35,
-        cost_scope="mean",
-        num_missing=0,
-        sampled=rollouts,
-        greedy=SimpleNamespace(**{**vars(rollouts), "costs": None}),
-    )
-    card = card_of(make_trainer(tmp_path, teacher_model=make_teacher()), evaluation=evaluation)
-    assert "| sampled | 800 | 200 | 70.8% [69.8, 71.8] | 97.0% [96.0, 98.0] | 0.123" in card.text
-    assert "| greedy | 800 | 200 | 70.8% [69.8, 71.8] | – |" in card.text
-    assert "5.6%" in card.text
-    values = {
-        (result.metric_type, result.metric_args["decoding"]): result.metric_value for result in card.data.eval_results
-    }
-    assert values == {
-        ("final_answer_accuracy", "sampled"): 0.708,
-        ("constraint_satisfaction", "sampled"): 0.97,
-        ("final_answer_accuracy", "greedy"): 0.708,
-    }
-    assert {result.dataset_type for result in card.data.eval_results} == {"gsm_symbolic"}
+    trainer = make_trainer(tmp_path, teacher_model=make_teacher())
+    rollouts = [make_rollout(index // 2, index % 2, [0.1 * index], right=index < 3) for index in range(4)]
+    evaluation = summarize(make_settings(), [*rollouts, make_rollout(0, 0, [0.0], greedy=True)])
+    card = card_of(trainer, evaluation=evaluation)
+    values = {}
+    for decoding, measured in (("sampled", evaluation.sampled), ("greedy", evaluation.greedy)):
+        figures = {"final_answer_accuracy": measured.right, "constraint_satisfaction": measured.costs.satisfaction}
+        shown = [f"{100 * of.value:.1f}% [{100 * of.low:.1f}, {100 * of.high:.1f}]" for of in figures.values()]
+        counts = f"{measured.right.num_rollouts} | {measured.right.num_problems}"
+        assert f"| {decoding} | {counts} | {' | '.join(shown)} | {measured.costs.mean.value:.3f}" in card.text
+        values |= {(name, decoding): pytest.approx(of.value, abs=1e-4) for name, of in figures.items()}
+    assert f"{100 * evaluation.sampled.costs.violation_bound:.1f}%" in card.text
+    results = card.data.eval_results
+    assert {(result.metric_type, result.metric_args["decoding"]): result.metric_value for result in results} == values
+    assert {result.dataset_type for result in results} == {"arithmetic"}
+    without_costs = summarize(make_settings(teacher=None), [make_rollout()])
+    assert "| – |" in card_of(trainer, evaluation=without_costs).text
 
 
 def test_counts_are_of_the_last_logged_steps_and_by_prompt():
@@ -144,6 +141,7 @@ def test_counts_are_of_the_last_logged_steps_and_by_prompt():
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
+        (["--name", "b c"], "--name 'b c'"),
         (["--hub_token", "abc"], "--hub_token ***"),
         (["--hub-token=abc"], "--hub-token=***"),
         (["--teacher_model_server_api_key", "abc"], "--teacher_model_server_api_key ***"),
@@ -158,10 +156,7 @@ def test_counts_are_of_the_last_logged_steps_and_by_prompt():
 )
 def test_secrets_are_hidden_in_the_command(arguments, shown):
     assert shell_command(["/usr/bin/trl-cmdp", *arguments], ["own-secret!", None]) == f"trl-cmdp {shown}"
-
-
-def test_a_script_is_shown_with_its_interpreter():
-    assert shell_command(["/home/me/train.py", "--a", "b c"]) == "python train.py --a 'b c'"
+    assert shell_command(["/home/me/train.py", *arguments], ["own-secret!"]) == f"python train.py {shown}"
 
 
 def test_an_error_is_described_with_its_causes_and_without_signatures():

@@ -1,9 +1,7 @@
 """Training with the teacher behind a server: the same numbers as with the teacher in this process, or a clear error."""
 
 import shutil
-import socket
 import threading
-import time
 
 import pytest
 import torch
@@ -18,7 +16,6 @@ from helpers import (
     make_scripted_trainer,
     make_teacher,
     make_tokenizer,
-    make_trainer,
     metrics,
     micro_batches,
     random_completions,
@@ -141,22 +138,6 @@ class AtStep(TrainerCallback):
             self.action()
 
 
-def restarted(server, folder):
-    """The same address, after a while."""
-    port = server.server_port
-    server.shutdown()
-    server.server_close()
-    other = FakeServer.__new__(FakeServer)
-
-    def start():
-        time.sleep(1.0)
-        FakeServer.__init__(other, make_teacher().eval(), folder, key=KEY, port=port)
-        other.serve_forever(0.01)
-
-    threading.Thread(target=start, daemon=True).start()
-    return other
-
-
 def train(tmp_path, server, action=None, *, resume=False, **kwargs):
     """Trained for four steps, with an action after the second."""
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "teacher_model_server_max_wait": 10}
@@ -166,20 +147,15 @@ def train(tmp_path, server, action=None, *, resume=False, **kwargs):
     return trainer
 
 
-def test_training_goes_on_after_the_server_was_away(tmp_path, folder, exact_server):
-    """Killed between two steps and started again, or failing for a while: the weights are those of a quiet run."""
+def test_training_goes_on_after_the_server_was_away(tmp_path, exact_server):
+    """Failing between two steps for a while: the weights are those of a quiet run."""
     quiet = train(tmp_path / "quiet", exact_server)
 
     def fail():
         exact_server.fault = fail_first(3, 503)
 
     failing = train(tmp_path / "failing", exact_server, fail)
-    others = []
-    killed = train(tmp_path / "killed", exact_server, lambda: others.append(restarted(exact_server, folder)))
-    others[0].shutdown()
-    assert others[0].requests
-    for trainer in (failing, killed):
-        assert relative_error(weights(trainer), weights(quiet)) < 1e-6
+    assert relative_error(weights(failing), weights(quiet)) < 1e-6
 
 
 def test_a_server_that_is_gone_ends_training_with_a_whole_checkpoint(tmp_path, folder, exact_server):
@@ -217,13 +193,6 @@ def test_key_and_teacher_are_written_nowhere(tmp_path, caplog, capfd, exact_serv
 
 
 class TestBadInput:
-    def test_nothing_listens(self, tmp_path):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-        with pytest.raises(TeacherServerError, match="vllm serve MODEL --runner pooling"):
-            make_trainer(tmp_path, teacher_model_server_url=url)
-
     @pytest.mark.parametrize(
         ("error", "message", "settings"),
         [
@@ -254,11 +223,6 @@ class TestBadInput:
     def test_refused(self, tmp_path, exact_server, error, message, settings):
         with pytest.raises(error, match=message):
             build(tmp_path, exact_server, **settings)
-
-    def test_head_of_another_model(self, tmp_path, exact_server):
-        other = save_model(tmp_path / "other", make_teacher(hidden_size=20), make_tokenizer())
-        with pytest.raises(TeacherServerError, match="they are different models"):
-            build(tmp_path, exact_server, teacher_model=other)
 
     def test_checkpoint_by_path(self, tmp_path, folder, exact_server):
         """Where the server's own path cannot be read here."""

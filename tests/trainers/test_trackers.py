@@ -7,22 +7,10 @@ import struct
 from pathlib import Path
 
 import pytest
-from helpers import history, make_dataset, make_teacher, run
+from helpers import METRICS, history, make_dataset, make_teacher, run
 
 from trl_cmdp import ConstrainedDistillTrainer
 from trl_cmdp.trainers.telemetry.shading import shade_tokens
-
-
-METRICS = {
-    "constraint/cost",
-    "constraint/cost_max",
-    "constraint/limit",
-    "constraint/satisfaction_rate",
-    "constraint/violated_token_frac",
-    "teacher/divergence",
-    "distill_loss",
-    "reward",
-}
 
 
 def train(folder, tracker: str, **kwargs) -> ConstrainedDistillTrainer:

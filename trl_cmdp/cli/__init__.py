@@ -3,9 +3,18 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
+from .._messages import message, say
 from . import calibrate, compare, demo, env, evaluate, report, training
 from ._arguments import Mistake
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser, and those of the commands, whose errors quote no secret and nothing that a terminal obeys."""
+
+    def error(self, text: str) -> NoReturn:
+        super().error(message(text))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -13,9 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Run `trl-cmdp`. Returns the exit code: 0, 1 if a part failed, 2 for a mistake in what was asked for, or 130 if a
     command that can be resumed was stopped.
     """
-    parser = argparse.ArgumentParser(
-        prog="trl-cmdp", description="Reward-aware distillation under a teacher budget that holds."
-    )
+    parser = _Parser(prog="trl-cmdp", description="Reward-aware distillation under a teacher budget that holds.")
     parser.set_defaults(trains=False, resumes=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     training.add_parsers(commands)
@@ -28,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A training command reads its hundreds of arguments itself, with TRL's parser.
         return arguments.run(rest if arguments.trains else arguments)
     except Mistake as error:
-        print(f"trl-cmdp {arguments.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"trl-cmdp {arguments.command}: error: {' '.join(str(error).split())}", error=True)
         return 2
     except KeyboardInterrupt:
         if not arguments.resumes:

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._files import write_whole
+from .._messages import without_secrets
 from ._experiment import Cell
 from ._run import evaluate_student, load_models, set_up_process, train_student, training_args
 from ._tasks import load_task
@@ -44,7 +46,7 @@ def run_cell(cell: Cell, folder: Path, start: float) -> "CellRecord":
     if cell.trainer != "none":
         shared = {"steps": settings["steps"], "seed": cell.seed, "cost_limit": settings["cost_limit"]}
         args = training_args(cell.trainer, task, settings["fields"], output_dir=folder / "trainer", **shared)
-        config = args.to_dict()  # tokens are masked
+        config = without_secrets(args.to_dict())
         del config["output_dir"]
         trainer = train_student(student, tokenizer, teacher, args, cell.trainer, task)
         history = _history(trainer.state.log_history)
@@ -57,7 +59,7 @@ def run_cell(cell: Cell, folder: Path, start: float) -> "CellRecord":
         trainer=cell.trainer,
         seed=cell.seed,
         task=task,
-        settings=settings,
+        settings=without_secrets(settings),
         config=config,
         versions=library_versions(),
         git_commit=commit,
@@ -106,7 +108,7 @@ def main() -> None:
     cell = Cell(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     record = run_cell(cell, folder, start)
-    (folder / RECORD_FILE).write_text(record.to_json() + "\n")
+    write_whole(folder / RECORD_FILE, record.to_json() + "\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import IO, TYPE_CHECKING, Any
 
+from .._messages import message, without_secrets
 from ._experiment import Cell
 
 
@@ -49,8 +50,9 @@ def missing_cells(cells: Sequence[Cell], records: "Sequence[CellRecord]", output
     shared = {key: value for cell in cells for key, value in cell.settings.items() if key != "fields"}
     for record in records:
         cell = planned.get((record.method, record.seed))
-        old = {"trainer": record.trainer, **record.settings}
-        new = shared if cell is None else {"trainer": cell.trainer, **cell.settings}
+        # A secret decides no result, and is in no record.
+        old = without_secrets({"trainer": record.trainer, **record.settings})
+        new = without_secrets(shared if cell is None else {"trainer": cell.trainer, **cell.settings})
         keys = old.keys() & new.keys() if cell is None else old.keys() | new.keys()
         other = sorted(key for key in keys if old.get(key) != new.get(key))
         if other:
@@ -175,7 +177,7 @@ def _result(record: "CellRecord") -> str:
 
 def _tail(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines()[-_LOG_TAIL:]
-    return "\n".join(f"    {line}" for line in lines)
+    return message("\n".join(f"    {line}" for line in lines))
 
 
 @contextmanager

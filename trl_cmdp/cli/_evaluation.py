@@ -1,13 +1,15 @@
 """What `evaluate` and `calibrate` share: their arguments, what they load, and a student rolled out with its records."""
 
 import argparse
+import json
 import os
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from .._defaults import COST_SCOPE, CostScope
-from ._arguments import mistakes, positive_float, positive_int
+from .._messages import hide_secrets, without_secrets
+from ._arguments import json_object, mistakes, positive_float, positive_int, text_of_file
 from ._tasks import load_problems, load_reward, load_task, task_name
 
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..evaluation import EvaluationSettings, RolloutRecord
 
+ADAPTER_FILE = "adapter_config.json"
 TEACHER_KEY_VARIABLE = "TRL_CMDP_TEACHER_API_KEY"  # an argument would be in the shell's history
 
 
@@ -65,6 +68,18 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser, records_help: str)
     rollouts.add_argument("--num_samples", type=int, default=1, help="samples of each problem (default: 1)")
     rollouts.add_argument("--temperature", type=positive_float, default=1.0, help="temperature (default: 1)")
     rollouts.add_argument("--max_new_tokens", type=positive_int, help="longest completion (default: the task's)")
+    rollouts.add_argument(
+        "--chat_template",
+        type=text_of_file,
+        metavar="FILE",
+        help="Jinja file of the chat template (default: the student's own)",
+    )
+    rollouts.add_argument(
+        "--chat_template_kwargs",
+        type=json_object,
+        metavar="JSON",
+        help="further arguments of the chat template, those of the training: '{\"enable_thinking\": false}'",
+    )
     rollouts.add_argument("--seed", type=int, default=0, help="seed of the problems and the samples (default: 0)")
     rollouts.add_argument("--batch_size", type=positive_int, default=32, help="rollouts at a time (default: 32)")
     rollouts.add_argument("--scoring_batch_size", type=positive_int, default=32, help="the same when scored")
@@ -75,7 +90,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser, records_help: str)
 
 def output_folder(command: str, arguments: argparse.Namespace) -> Path:
     """The folder asked for, or one named by the command, the task and the student."""
-    task = Path(arguments.dataset or arguments.task or "").stem
+    task = Path(hide_secrets(arguments.dataset or arguments.task or "")).stem
     name = Path(_student_name(arguments)).name  # a name is text, and no way out of the folder
     return arguments.output_dir or Path("outputs") / f"{command}-{task}-{name}"
 
@@ -109,10 +124,12 @@ def roll_out(arguments: argparse.Namespace, records_path: Path) -> "tuple[Evalua
     with mistakes(DatasetsError, TeacherServerError):
         task = task_of(arguments)
         reward = task.final_answer_reward if arguments.reward is None else load_reward(arguments.reward)
-        student, tokenizer = load_student(arguments)
+        tokenizer = load_tokenizer(arguments)
         problems = problems_of(task, tokenizer, arguments)
-        settings = _settings(task, len(problems), arguments)
+        student = load_student(arguments)
         teacher = _load_teacher(student, tokenizer, arguments)
+        found = _fingerprints(student, tokenizer, problems, reward, teacher, arguments)
+        settings = _settings(task, len(problems), found, arguments)
         with show_progress(settings.name) as progress:
             try:
                 records = evaluate(
@@ -142,20 +159,31 @@ def task_of(arguments: argparse.Namespace) -> Any:
     return load_task(arguments.task or "table")
 
 
-def load_student(
-    arguments: argparse.Namespace, trainable: bool = False
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Student, a model or an adapter on its base, and its tokenizer. An adapter is frozen unless it is `trainable`."""
+def load_tokenizer(arguments: argparse.Namespace) -> "PreTrainedTokenizerBase":
+    """Tokenizer of the student, with the chat template that is asked for."""
+    from transformers import AutoTokenizer
+
+    source, folder = arguments.student, Path(arguments.student)
+    if (folder / ADAPTER_FILE).exists() and not (folder / "tokenizer_config.json").exists():
+        source = json.loads((folder / ADAPTER_FILE).read_text())["base_model_name_or_path"]
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if arguments.chat_template is not None:
+        tokenizer.chat_template = arguments.chat_template
+    return tokenizer
+
+
+def load_student(arguments: argparse.Namespace, trainable: bool = False) -> "PreTrainedModel":
+    """Student, a model or an adapter on its base. An adapter is frozen unless it is `trainable`."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    folder = Path(arguments.student)
-    source = arguments.student
     # `None`, the default of transformers, asks on the terminal whether to run remote code.
     options = {"dtype": arguments.dtype, "trust_remote_code": False, "use_safetensors": True}
-    if (folder / "adapter_config.json").exists():
+    if (Path(arguments.student) / ADAPTER_FILE).exists():
         if arguments.backend == "vllm":
             raise ValueError(
                 "vLLM takes whole models: merge the adapter (`merge_and_unload`), save it, and name that."
@@ -163,18 +191,15 @@ def load_student(
         from peft import AutoPeftModelForCausalLM  # an optional dependency
 
         student = AutoPeftModelForCausalLM.from_pretrained(arguments.student, is_trainable=trainable, **options)
-        if not (folder / "tokenizer_config.json").exists():
-            source = student.peft_config[student.active_adapter].base_model_name_or_path
     else:
         student = AutoModelForCausalLM.from_pretrained(arguments.student, **options)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return student.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return student.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def problems_of(task: Any, tokenizer: "PreTrainedTokenizerBase", arguments: argparse.Namespace) -> "Dataset":
-    """Problems of the task, as many and of the split that the arguments say."""
+    """Problems of the task, as many and of the split that the arguments say, with prompts that the tokenizer takes."""
+    from .._prompts import check_chat_template
+
     asked = {
         "path": arguments.dataset,
         "prompt_column": arguments.prompt_column,
@@ -183,26 +208,68 @@ def problems_of(task: Any, tokenizer: "PreTrainedTokenizerBase", arguments: argp
         "conversational": True if tokenizer.chat_template is not None else None,
     }
     options = {name: value for name, value in asked.items() if value is not None}
-    return load_problems(task, arguments.num_problems, arguments.split, arguments.seed, **options)
+    problems = load_problems(task, arguments.num_problems, arguments.split, arguments.seed, **options)
+    if isinstance(prompt := problems[0]["prompt"], list):
+        kwargs = arguments.chat_template_kwargs
+        check_chat_template(tokenizer, prompt, "the dataset of problems", chat_template_kwargs=kwargs)
+    return problems
 
 
-def _settings(task: Any, num_problems: int, arguments: argparse.Namespace) -> "EvaluationSettings":
+def _fingerprints(
+    student: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    problems: "Dataset",
+    reward: "Callable[..., Any]",
+    teacher: Any,
+    arguments: argparse.Namespace,
+) -> dict[str, str | None]:
+    """What decides the records beside the arguments themselves: an evaluation of anything else is another one."""
+    from transformers import PreTrainedModel
+
+    from ..core.fingerprint import fingerprint_of_rows, fingerprint_of_weights
+    from ..evaluation.provenance import (
+        dotted_name,
+        source_fingerprint,
+        tokenizer_fingerprint,
+        weights_fingerprint,
+    )
+
+    # The files of an adapter say nothing of its base.
+    of_files = weights_fingerprint(arguments.student) if isinstance(student, PreTrainedModel) else None
+    if isinstance(teacher, PreTrainedModel):
+        of_teacher = fingerprint_of_weights(teacher.named_parameters())
+    else:
+        of_teacher = None if teacher is None else teacher.fingerprint()
+    return {
+        "student_fingerprint": of_files or fingerprint_of_weights(student.named_parameters()),
+        "teacher_fingerprint": of_teacher,
+        "reward": dotted_name(reward),
+        "reward_fingerprint": source_fingerprint(reward),
+        "problems_fingerprint": fingerprint_of_rows(problems),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "student_dtype": str(student.dtype).removeprefix("torch."),
+    }
+
+
+def _settings(
+    task: Any, num_problems: int, fingerprints: dict[str, str | None], arguments: argparse.Namespace
+) -> "EvaluationSettings":
     from ..evaluation import EvaluationSettings
-    from ..evaluation.provenance import weights_fingerprint
 
     asked = {field.name: vars(arguments).get(field.name) for field in fields(EvaluationSettings)}
     teacher = arguments.teacher or arguments.teacher_model_server_url
     if arguments.teacher_adapter_name:
         teacher = f"{arguments.student}, adapter {arguments.teacher_adapter_name}"
     found = {
+        **fingerprints,
         "name": _student_name(arguments),
-        "student_fingerprint": weights_fingerprint(arguments.student),
         "teacher": teacher,
         "task": arguments.dataset or task_name(task),
         "num_problems": num_problems,
         "max_new_tokens": arguments.max_new_tokens or task.MAX_COMPLETION_LENGTH,
     }
-    return EvaluationSettings(**{name: value for name, value in (asked | found).items() if value is not None})
+    given = {name: value for name, value in (asked | found).items() if value is not None}
+    return EvaluationSettings(**without_secrets(given))
 
 
 def _load_teacher(

@@ -2,12 +2,13 @@
 
 import json
 import re
+import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from .._files import read_yaml
+from .._messages import hide_secrets, secrets_in
 from ._run import TRAINERS, distill_class, training_args
 from ._tasks import EMBEDDED_TASKS
 
@@ -100,29 +101,12 @@ def load_experiment(name_or_path: str) -> Experiment:
         path = PRESETS / f"{name_or_path}.yaml"
     if not path.is_file():
         raise ValueError(f"There is no file {path}.")
+    content = None
     try:
-        content = yaml.load(path.read_text(), Loader=_Loader)
+        content = read_yaml(path)
         return _experiment(path.stem, content)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path.name} is not valid YAML: {error}") from error
     except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without its two traps: a key that is given twice, and 3e-4 read as text."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if not key.tag.endswith(":merge")]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise ValueError(f"{twice[0]!r} is given twice: give each name once.")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
+        raise ValueError(hide_secrets(f"{path.name}: {error}", secrets_in(content))) from None  # its cause quotes too
 
 
 def _experiment(name: str, content: Any) -> Experiment:
@@ -137,11 +121,11 @@ def _experiment(name: str, content: Any) -> Experiment:
     if content["task"] not in EMBEDDED_TASKS:
         raise ValueError(f"unknown task {content['task']!r}: take one of {', '.join(EMBEDDED_TASKS)}.")
     limit = content["cost_limit"]
-    if not _is_number(limit) or not 0 < limit < float("inf"):
+    if not _is_number(limit) or not 0 < limit <= sys.float_info.max:
         raise ValueError(f"`cost_limit` must be a positive number of nats per token, got {limit!r}.")
     for key in ("steps", "held_out"):
-        if not _is_int(content[key]) or content[key] < 1:
-            raise ValueError(f"`{key}` must be an integer of at least 1, got {content[key]!r}.")
+        if not _is_int(content[key]) or not 1 <= content[key] < 2**31:
+            raise ValueError(f"`{key}` must be an integer of at least 1 and below 2³¹, got {content[key]!r}.")
     _check_seeds(content["seeds"], "`seeds`")
     if not isinstance(content["methods"], dict) or not content["methods"]:
         raise ValueError(
@@ -172,6 +156,8 @@ def _method(name: Any, entry: Any) -> Method:
 
 
 def _check_config(method: Method, experiment: Experiment) -> None:
+    from ..evaluation._lines import parse_json  # with torch, which the command line's help does not wait for
+
     config = distill_class(method.trainer, "Config")
     known = {field.name for field in fields(config) if field.init}
     for key in method.fields:
@@ -182,10 +168,10 @@ def _check_config(method: Method, experiment: Experiment) -> None:
                 f"method {method.name!r} has the unknown config field `{key}`: see the fields of {config.__name__}."
             )
     try:
-        json.dumps(method.fields, allow_nan=False)
+        parse_json(json.dumps(method.fields, allow_nan=False))  # a record of it can be read
         shared = {"steps": experiment.steps, "seed": experiment.seeds[0], "cost_limit": experiment.cost_limit}
         training_args(method.trainer, experiment.task, method.fields, output_dir="unused", **shared)
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"method {method.name!r}: {error}") from error
 
 

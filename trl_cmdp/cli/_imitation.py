@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._arguments import Mistake, mistakes, positive_float, positive_int
-from ._evaluation import TEACHER_KEY_VARIABLE, load_student, problems_of, replace_arguments, task_of
+from .._messages import without_secrets
+from ._arguments import Mistake, mistakes, positive_float, positive_int, refusals
+from ._evaluation import TEACHER_KEY_VARIABLE, load_student, load_tokenizer, problems_of, replace_arguments, task_of
 
 
 if TYPE_CHECKING:
@@ -61,17 +62,26 @@ def imitate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """
     from datasets.exceptions import DatasetsError
 
-    from ..evaluation.provenance import library_versions, weights_fingerprint
+    from ..core.fingerprint import fingerprint_of_rows
+    from ..evaluation.provenance import library_versions, tokenizer_fingerprint, weights_fingerprint
     from ..teachers import TeacherServerError
 
     steps, batch_size = arguments.imitation_steps, arguments.imitation_batch_size
+    num_problems = arguments.imitation_problems or steps * batch_size // NUM_GENERATIONS
+    with mistakes(DatasetsError):
+        tokenizer = load_tokenizer(arguments)
+        problems = _train_problems(tokenizer, num_problems, arguments)
     settings = {
         "student": arguments.student,
         "student_fingerprint": weights_fingerprint(arguments.student),
         "teacher": arguments.teacher or arguments.teacher_model_server_url or arguments.teacher_adapter_name,
+        "teacher_fingerprint": weights_fingerprint(arguments.teacher) if arguments.teacher else None,
+        "teacher_dtype": arguments.dtype,
         "task": arguments.dataset or arguments.task,
         "split": arguments.imitation_split,
-        "num_problems": arguments.imitation_problems or steps * batch_size // NUM_GENERATIONS,
+        "num_problems": num_problems,
+        "problems_fingerprint": fingerprint_of_rows(problems),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "steps": steps,
         "learning_rate": arguments.imitation_learning_rate,
         "batch_size": batch_size,
@@ -79,14 +89,17 @@ def imitate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "temperature": arguments.temperature,
         "teacher_beta": arguments.teacher_beta,
         "teacher_eos_token": arguments.teacher_eos_token,
+        "chat_template": arguments.chat_template,
+        "chat_template_kwargs": arguments.chat_template_kwargs,
         "cost_scope": arguments.cost_scope,
         "max_completion_length": arguments.max_new_tokens or task_of(arguments).MAX_COMPLETION_LENGTH,
         "seed": arguments.seed,
         "versions": library_versions(),
     }
+    settings = without_secrets(settings)
     file = folder / RUN_FILE
     if file.exists():
-        found = json.loads(file.read_text())
+        found = _read_run(file)
         for name, value in settings.items():
             before = found["settings"].get(name)
             if before != value:
@@ -96,8 +109,9 @@ def imitate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 )
         return found
     with mistakes(DatasetsError, TeacherServerError, NotImplementedError):
-        trainer = _make_trainer(arguments, settings, folder)
-    trainer.train()
+        trainer = _make_trainer(tokenizer, problems, arguments, settings, folder)
+    with refusals():
+        trainer.train()
     trainer.save_model(str(folder))
     costs = [entry["constraint/cost"] for entry in trainer.state.log_history if "constraint/cost" in entry]
     run = {"settings": settings, "mean_costs": costs}
@@ -105,7 +119,25 @@ def imitate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return run
 
 
-def _make_trainer(arguments: argparse.Namespace, settings: dict[str, Any], folder: Path) -> Any:
+def _read_run(file: Path) -> dict[str, Any]:
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Mistake(f"{file} is damaged ({error}): delete its folder, or choose another --output_dir.") from error
+    if not (
+        isinstance(run, dict) and isinstance(run.get("settings"), dict) and isinstance(run.get("mean_costs"), list)
+    ):
+        raise Mistake(f"{file} is not of an imitation: delete its folder, or choose another --output_dir.")
+    return run
+
+
+def _make_trainer(
+    tokenizer: "PreTrainedTokenizerBase",
+    problems: "Dataset",
+    arguments: argparse.Namespace,
+    settings: dict[str, Any],
+    folder: Path,
+) -> Any:
     import torch
     from transformers import PrinterCallback
 
@@ -114,11 +146,9 @@ def _make_trainer(arguments: argparse.Namespace, settings: dict[str, Any], folde
 
     on_gpu = torch.cuda.is_available()
     # As the training commands do: trained weights are float32.
-    student, tokenizer = load_student(replace_arguments(arguments, dtype="float32"), trainable=True)
-    names = (
-        *("learning_rate", "num_generations", "max_completion_length", "temperature", "seed"),
-        *("teacher_beta", "teacher_eos_token"),
-    )
+    student = load_student(replace_arguments(arguments, dtype="float32"), trainable=True)
+    names = ("learning_rate", "num_generations", "max_completion_length", "temperature", "seed", "teacher_beta")
+    names = (*names, "chat_template_kwargs", "teacher_eos_token")
     trainer = GKDDistillTrainer(
         model=student,
         args=GKDDistillConfig(
@@ -138,7 +168,7 @@ def _make_trainer(arguments: argparse.Namespace, settings: dict[str, Any], folde
             bf16=on_gpu and torch.cuda.is_bf16_supported(),
             **{name: settings[name] for name in names},
         ),
-        train_dataset=_train_problems(tokenizer, settings["num_problems"], arguments),
+        train_dataset=problems,
         processing_class=tokenizer,
         callbacks=[TrainingProgress()],
         teacher_model=arguments.teacher,

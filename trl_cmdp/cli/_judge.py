@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._files import write_whole
+from .._messages import say
 from ._tasks import EMBEDDED_TASKS, load_task
 
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "TRL_CMDP_JUDGE_API_KEY"
 PROCESS = "process"
+_SHOWN_REASONS = 3  # for which a model gave no reply
 JUDGEMENTS_FILE, REPLIES_FILE = "judgements.jsonl", "judge_replies.jsonl"
 
 
@@ -61,7 +64,7 @@ def judge_evaluations(
     a judge that cannot be used are a `ValueError`.
     """
     from ..evaluation import agreement, judge_pairs, win_rate
-    from ..evaluation.judges import JudgeError, write_judgements
+    from ..evaluation.judges import JudgeError, LLMJudge, write_judgements
     from ..evaluation.progress import show_progress
 
     judges = _judges(evaluations[0][0].task, arguments, output_dir)
@@ -85,10 +88,14 @@ def judge_evaluations(
                 agreed = agreement(judged, of_process)
                 row["agreement_with_process"] = agreed and _as_json(agreed)
             rows.append(row)
+    for judge in judges:
+        if isinstance(judge, LLMJudge):
+            for reason, count in judge.reasons.most_common(_SHOWN_REASONS):
+                say(f"{judge.name} left questions unanswered ({count}): {reason}", error=True)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(write_judgements(judgements))
-        print(f"Judgements are in {path}.")
+        write_whole(path, write_judgements(judgements))
+        say(f"Judgements are in {path}.")
     return rows
 
 

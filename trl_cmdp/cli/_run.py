@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ._arguments import refusals
 from ._tasks import load_task
 
 
@@ -129,7 +130,8 @@ def train_student(
         teacher_model=None if trainer == "grpo" else teacher,
     )
     run.remove_callback(PrinterCallback)  # it would print every log
-    run.train()
+    with refusals():
+        run.train()
     return run
 
 

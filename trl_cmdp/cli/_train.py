@@ -2,17 +2,18 @@
 
 import json
 import os
-import sys
 from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import transformers
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
-from datasets.exceptions import DatasetsError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import constants
+from jinja2 import TemplateError
 from packaging.version import Version
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import (
@@ -27,6 +28,8 @@ from trl import (
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts.grpo import GRPOScriptArguments
 
+from .._files import check_yaml
+from .._messages import message, say
 from ..reports import plot_training_curves
 from ..tasks.table import load_splits
 from ..teachers import TeacherServerError
@@ -34,7 +37,7 @@ from ..trainers.engine.config import DistillConfig
 from ..trainers.engine.distill_trainer import DistillTrainer
 from ..trainers.telemetry.card import CURVES_FILE
 from ..trainers.telemetry.hub import describe_error
-from ._arguments import mistakes
+from ._arguments import Mistake, mistakes, refusals
 from ._progress import TrainingProgress
 from ._tasks import load_problems, load_reward, load_task
 
@@ -112,7 +115,8 @@ def run_training(command: str, trainer_class: type[DistillTrainer], arguments: l
     Run a training command, given what follows it. Returns 0, or 1 if the trained model could not be pushed.
 
     Raises:
-        Mistake: For a mistake that is found before training begins. Later errors are raised as they are.
+        Mistake: For what is found before training begins, and for a model that could not be saved. Errors of the training
+            itself are raised as they are.
     """
     launched = arguments[:1] == [_LAUNCHED]
     if launched:
@@ -133,6 +137,7 @@ def _parse(command: str, config_class: type[DistillConfig], arguments: list[str]
     """Script, model, dataset and training arguments, and what is none of them, of the file and of the command line."""
     if arguments[-1:] == ["--config"]:
         raise ValueError("--config expects a YAML file.")
+    _check_yaml_files(arguments)
     try:
         return TrainingParser(command, config_class).parse_args_and_config(
             arguments, return_remaining_strings=True, separate_remaining_strings=True
@@ -141,8 +146,20 @@ def _parse(command: str, config_class: type[DistillConfig], arguments: list[str]
         raise ValueError(str(error)) from error
 
 
+def _check_yaml_files(arguments: list[str]) -> None:
+    """Check the YAML files that arguments name, this command's and accelerate's, before they are read by others."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    for option, path in pairwise(words):
+        if option in ("--config", "--accelerate_config", "--config_file") and Path(path).is_file():
+            try:
+                check_yaml(path)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+
+
 def _launch(command: str, of_config: list[str], of_command_line: list[str], arguments: list[str]) -> None:
     """Run the command in the processes that accelerate starts."""
+    _check_yaml_files(of_config)
     launch_args = resolve_accelerate_config_argument(of_config + of_command_line)
     left_over = iter([*of_command_line, None])  # in the order of `arguments`
     current = next(left_over)
@@ -173,6 +190,8 @@ def _make_trainer(
     if model_args.model_name_or_path is None:
         raise ValueError("--model_name_or_path is needed: the student.")
     checkpoint = training_args.resume_from_checkpoint
+    if str(checkpoint).lower() == "true":  # on the command line, where it is text
+        checkpoint = training_args.resume_from_checkpoint = True
     if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
         raise ValueError(f"--resume_from_checkpoint: there is no folder {checkpoint!r}.")
     reward_funcs: list[Any] = [load_reward(name) for name in script_args.reward_funcs or []]
@@ -215,7 +234,11 @@ def _make_trainer(
 
 def _load_dataset(script_args: DistillScriptArguments, dataset_args: DatasetMixtureConfig) -> Any:
     if dataset_args.datasets:
-        return get_dataset(dataset_args)
+        try:
+            return get_dataset(dataset_args)
+        except (DatasetGenerationError, StopIteration) as error:  # which hide what they are about
+            cause = error.__cause__ or "a file is empty."
+            raise ValueError(f"The `datasets` of the YAML file cannot be read: {cause}") from error
     if not script_args.dataset_name:
         raise ValueError("Either --dataset_name, or `datasets` in the YAML file, is needed.")
     return load_splits(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
@@ -238,11 +261,15 @@ def _train(trainer: DistillTrainer, dataset_name: str | None) -> int:
     if args.push_to_hub:
         trainer.add_callback(CurvesOnPush())
     try:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        with refusals():
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    except TemplateError as error:  # of the student's chat template, which is not this program's
+        raise Mistake(f"The chat template cannot render a prompt: {type(error).__name__}: {error}.") from error
     finally:
         progress.stop()
-    trainer.save_model(args.output_dir, _internal_call=True)  # not pushed yet
-    trainer.accelerator.print(f"Model saved to {args.output_dir}.")
+    with mistakes(RuntimeError):
+        trainer.save_model(args.output_dir, _internal_call=True)  # not pushed yet
+    trainer.accelerator.print(message(f"Model saved to {args.output_dir}."))
     pushed = _push(trainer, dataset_name) if args.push_to_hub else True
     # Finish the trackers and destroy the process group, as TRL's scripts do.
     if Version(transformers.__version__) >= Version("5.18.0"):
@@ -255,11 +282,11 @@ def _push(trainer: DistillTrainer, dataset_name: str | None) -> bool:
     try:
         trainer.push_to_hub(dataset_name=dataset_name)
     except Exception as error:  # of many kinds, from the Hub's client
-        print(
+        say(
             f"The push to the Hub failed: {describe_error(error)}.\nTraining is done and the model is in "
             f"{trainer.args.output_dir}. Push it later with: hf upload {trainer.hub_model_id} {trainer.args.output_dir} "
             "--exclude 'checkpoint-*'",
-            file=sys.stderr,
+            error=True,
         )
         return False
     trainer.accelerator.print(f"Model pushed to {constants.ENDPOINT}/{trainer.hub_model_id}.")

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._defaults import COST_SCOPE, COST_UNITS, FEASIBLE_SATISFACTION
+from .._files import write_whole
+from .._messages import say
 from ._arguments import Mistake, mistakes, positive_float
 from ._evaluation import add_evaluation_arguments, output_folder, read_evaluation, replace_arguments, roll_out
 from ._imitation import add_imitation_arguments, check_imitation_arguments, imitate
@@ -90,7 +92,7 @@ def _report(
     parts = [_costs_text(calibration), _satisfaction_text(calibration)]
     if imitation is not None:
         parts.append(_imitation_text(imitation))
-    print("\n" + "\n\n".join(part.rstrip() for part in (*parts, suggestion)))
+    say("\n" + "\n\n".join(part.rstrip() for part in (*parts, suggestion)))
     if output_dir is None:
         return
     from ..reports.calibration_plot import plot_calibration
@@ -103,9 +105,9 @@ def _report(
         "versions": library_versions(),
         "git_commit": git_state()[0],
     }
-    (output_dir / JSON_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_whole(output_dir / JSON_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
     plot_calibration(calibration, evaluations, output_dir / PLOT_FILE)
-    print(f"\n{JSON_FILE} and {PLOT_FILE} are in {output_dir}/.")
+    say(f"\n{JSON_FILE} and {PLOT_FILE} are in {output_dir}/.")
 
 
 def suggestion_text(calibration: "Calibration") -> str:

@@ -7,6 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .._files import write_whole
+from .._messages import message, printable, say
 from ._arguments import Mistake, mistakes, positive_int
 from ._experiment import preset_names
 
@@ -73,15 +75,15 @@ def _compare(experiment: "Experiment", output_dir: Path, workers: int) -> int:
         records, cut = load_records(output_dir)
         missing = missing_cells(cells, records, output_dir)
     if cut:
-        print("The last record was cut while it was written: its cell is run again.", flush=True)
+        say("The last record was cut while it was written: its cell is run again.")
     if len(missing) < len(cells):
-        print(f"{len(cells) - len(missing)} of {len(cells)} cells are recorded already.", flush=True)
+        say(f"{len(cells) - len(missing)} of {len(cells)} cells are recorded already.")
     new, num_failed = _run_with_progress(missing, len(cells), output_dir, workers)
     records += new
     if records:
         _report(experiment, records, output_dir)
     if num_failed:
-        print(f"{num_failed} of {len(cells)} cells failed, see {output_dir}/logs/.", file=sys.stderr)
+        say(f"{num_failed} of {len(cells)} cells failed, see {output_dir}/logs/.", error=True)
     return 1 if num_failed else 0
 
 
@@ -101,7 +103,7 @@ def _run_with_progress(
 
         def report(line: str) -> None:
             # Over the bar where there is a terminal, a plain line where there is none.
-            progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            progress.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
         def running_changed(completed: int, names: list[str]) -> None:
             progress.update(task, completed=completed, description=", ".join(names))
@@ -126,9 +128,10 @@ def _report(experiment: "Experiment", records: "list[CellRecord]", output_dir: P
     commits = sorted({f"{record.git_commit}{'-dirty' * record.git_dirty}" for record in records})
     versions = [dict(pairs) for pairs in sorted({tuple(record.versions.items()) for record in records})]
     summary = {"experiment": experiment.name, **asdict(comparison), "versions": versions, "git_commits": commits}
-    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    table = comparison_table(comparison)
-    (output_dir / "table.md").write_text(table)
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    table = message(comparison_table(comparison))
+    write_whole(output_dir / "summary.json", text)
+    write_whole(output_dir / "table.md", table)
     plot_pareto(comparison, output_dir / "pareto.png", f"{experiment.name}: correct answers against cost")
     plot_comparison_curves(records, output_dir / "curves.png", f"{experiment.name}: training, mean over seeds")
-    print(f"\n{table}\nrecords.jsonl, summary.json, table.md, pareto.png and curves.png are in {output_dir}/.")
+    say(f"\n{table}\nrecords.jsonl, summary.json, table.md, pareto.png and curves.png are in {output_dir}/.")

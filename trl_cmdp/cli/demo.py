@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._files import write_whole
+from .._messages import say
 from ._arguments import positive_float, positive_int
 from ._run import LEARNING_RATE, NUM_GENERATIONS, PROMPTS_PER_STEP
 
@@ -90,10 +92,10 @@ def run(arguments: argparse.Namespace) -> int:
         "seconds": round(time.monotonic() - start, 1),
     }
     metrics = {"before": before, "after": after, "teacher": teacher_metrics, "config": config}
-    (arguments.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_whole(arguments.output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     title = f"trl-cmdp demo: {arguments.method}, seed {arguments.seed}"
     plot_training_curves(trainer.state.log_history, arguments.output_dir / "curves.png", title)
-    print(f"\nStudent, metrics.json and curves.png are in {arguments.output_dir}/ ({config['seconds']:.0f} s).")
+    say(f"\nStudent, metrics.json and curves.png are in {arguments.output_dir}/ ({config['seconds']:.0f} s).")
     return 0
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .._defaults import COST_LIMIT
+from .._files import write_whole
+from .._messages import message, say
 from ._arguments import mistakes, positive_float
 from ._evaluation import add_evaluation_arguments, output_folder, read_evaluation, roll_out
 from ._judge import add_judge_arguments, check_judge_arguments, judge_evaluations
@@ -70,14 +72,15 @@ def _report(evaluations: "Sequence[Evaluation]", arguments: argparse.Namespace, 
     win_rates = judge_evaluations(evaluations, arguments, output_dir) if arguments.judge else []
     parts = [evaluation_table(summaries), strata_table(summaries), difference_table(differences)]
     parts.append(win_rate_table(win_rates))
-    table = "\n".join(part for part in parts if part)
-    print(f"\n{table}")
+    table = message("\n".join(part for part in parts if part))
+    say(f"\n{table}")
     if output_dir is None:
         return
-    output_dir.mkdir(parents=True, exist_ok=True)
     summary = {"evaluations": list(map(asdict, summaries)), "differences": list(map(asdict, differences))}
     if win_rates:
         summary["win_rates"] = win_rates
-    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    (output_dir / "table.md").write_text(table, encoding="utf-8")
-    print(f"summary.json and table.md are in {output_dir}/.")
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(output_dir / "summary.json", text)
+    write_whole(output_dir / "table.md", table)
+    say(f"summary.json and table.md are in {output_dir}/.")

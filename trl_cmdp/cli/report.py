@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from .._messages import say
 from ._arguments import mistakes, positive_int
 
 
@@ -44,5 +45,5 @@ def run(arguments: argparse.Namespace) -> int:
         runs = read_runs(arguments.runs)
         written = write_report(runs, arguments.output_dir, title=arguments.title, max_rollouts=arguments.max_rollouts)
     page, *plots = written
-    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB), and {len(plots)} plots beside it.")
+    say(f"{page} ({page.stat().st_size / 1e6:.1f} MB), and {len(plots)} plots beside it.")
     return 0

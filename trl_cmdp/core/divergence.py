@@ -14,6 +14,7 @@ from .kernels.memory import Workspace, default_memory_mb, slices
 from .kernels.projection import Projection, accumulation_dtype, compute_dtype
 from .kernels.softmax import OnlineSoftmax
 from .kernels.tiles import make_pair
+from .kernels.triton_heads import triton_scores
 
 
 class Scores(NamedTuple):
@@ -118,8 +119,8 @@ def chunked_divergence(
             As in [`Comparison`].
         memory_mb (`float`, *optional*):
             Bound in MiB on what is vocabulary-sized beyond inputs and returned gradients. 256 if `None`, and on a CUDA
-            device a share of the memory that is free. At least one row is processed at a time, and on a CPU no more
-            than are of use.
+            device a share of the memory that is free. At least one row is processed at a time, and no more than are of
+            use.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: The loss Σ weights·costs, a scalar with gradient to the student's hidden
@@ -180,7 +181,8 @@ def chunked_policy_divergence(
             Sampled tokens of shape `(N,)`, each below V_s.
         weights (`torch.Tensor`):
             Weight of each position's divergence in the loss, of shape `(N,)`. Treated as a constant. A position of
-            weight 0 is never compared with the teacher.
+            weight 0 is never compared with the teacher. The Triton kernel, which waits for no value, does not check
+            that there are M others.
         memory_mb (`float`, *optional*):
             As in [`chunked_divergence`].
 
@@ -195,12 +197,16 @@ def chunked_policy_divergence(
     """
     student, teacher = _as_heads(student_head, teacher_head)
     _check_one_per_position(student_hidden, token_ids=token_ids, weights=weights)
-    rows = weights.nonzero().squeeze(-1)  # (M,)
-    if len(rows) != len(teacher_hidden):
-        raise ValueError(
-            f"{len(rows)} positions have a weight other than 0, but there are {len(teacher_hidden)} teacher positions."
-        )
     pair = make_pair(student_hidden, student, teacher_hidden, teacher, comparison, memory_mb)
+    if pair.triton:  # which waits for no value
+        rows = (weights != 0).int().argsort(descending=True, stable=True)[: len(teacher_hidden)]
+    else:
+        rows = weights.nonzero().squeeze(-1)  # (M,)
+        if len(rows) != len(teacher_hidden):
+            raise ValueError(
+                f"{len(rows)} positions have a weight other than 0, but there are {len(teacher_hidden)} teacher "
+                "positions."
+            )
     return fused_heads(pair, student_hidden, teacher_hidden, rows, weights, token_ids)
 
 
@@ -237,6 +243,9 @@ def chunked_scores(
     student, teacher = _on_shared_tokens(student_head, teacher_head)
     _check_same_positions(student_hidden, teacher_hidden)
     pair = make_pair(student_hidden, student, teacher_hidden, teacher, comparison, memory_mb)
+    if pair.triton:
+        of_rows = triton_scores(pair, student_hidden, teacher_hidden, token_ids)
+        return Scores(of_rows.cost, *((of_rows.log_prob, of_rows.teacher_log_prob) if token_ids is not None else ()))
     num_rows = student_hidden.shape[0]
     workspace = pair.workspace(num_rows, keep_tiles=True)
     scores = student_hidden.new_empty((1 if token_ids is None else 3, num_rows), dtype=pair.student.dtype)

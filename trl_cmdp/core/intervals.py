@@ -130,11 +130,15 @@ def bootstrap_interval(
     sums = torch.zeros(num_clusters, dtype=torch.float64).index_add_(0, index, values)
     sizes = torch.zeros(num_clusters, dtype=torch.float64).index_add_(0, index, torch.ones_like(values))
     generator = torch.Generator().manual_seed(seed)
+    of_one_size = bool((sizes == sizes[0]).all())
     means = []
     batch = max(1, 2**22 // num_clusters)  # bounded memory, however many clusters there are
     for start in range(0, num_resamples, batch):
-        draws = torch.randint(num_clusters, (min(batch, num_resamples - start), num_clusters), generator=generator)
-        means.append(sums[draws].sum(-1) / sizes[draws].sum(-1))
+        shape = (min(batch, num_resamples - start), num_clusters)
+        draws = torch.randint(num_clusters, shape, generator=generator, dtype=torch.int32).flatten()
+        total = sums.index_select(0, draws).view(shape).sum(-1)
+        trials = num_clusters * sizes[0] if of_one_size else sizes.index_select(0, draws).view(shape).sum(-1)
+        means.append(total / trials)
     return _percentiles(torch.cat(means), confidence)
 
 

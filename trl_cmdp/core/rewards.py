@@ -50,7 +50,7 @@ def token_modified_rewards(
     """
     Modified reward of every step R̂_t, with what falls after the end of the completion in a last column.
 
-    A violated episode goes on paying −(n + C(y))/H for each of the H − L steps after its end. Without it, a student
+    A violated episode keeps paying −(n + C(y))/H for each of the H − L steps after its end. Without it, a student
     that has violated would escape further penalty by ending early.
 
     Args:

@@ -16,12 +16,16 @@ LEVELS = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95)
 # What has to be equal for costs to be compared.
 _SHARED = (
     *PROBLEM_SETTINGS,
-    "num_samples",
-    "temperature",
-    "max_new_tokens",
-    "teacher",
-    "teacher_beta",
-    "teacher_eos_token",
+    *(
+        "num_samples",
+        "temperature",
+        "max_new_tokens",
+        "chat_template",
+        "chat_template_kwargs",
+        "teacher",
+        "teacher_beta",
+        "teacher_eos_token",
+    ),
 )
 
 

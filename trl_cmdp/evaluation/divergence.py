@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ..core import Comparison, chunked_scores
+from ..core import Comparison
 from ..teachers import (
     AdapterTeacher,
     LocalTeacher,
@@ -19,6 +19,7 @@ from ..teachers import (
     load_teacher,
     misfit,
 )
+from ..teachers.kernels import chunked_scores
 from .rollouts import Rollout
 
 

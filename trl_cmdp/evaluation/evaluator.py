@@ -1,5 +1,6 @@
 """Evaluating a student: rollouts batch by batch, each batch recorded before the next."""
 
+import math
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,9 @@ from datasets import Dataset
 from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .._prompts import Prompt, check_chat_template, check_prompts
 from ..teachers import end_ids
+from ._lines import read_text
 from .divergence import AnyTeacher, as_teacher, score_rollouts
 from .rollout_records import EvaluationSettings, RolloutRecord, read_rollout_records
 from .rollouts import Rollout, eos_ids, sample_rollouts
@@ -74,11 +77,13 @@ def evaluate(
         problems' order, and then the greedy rollouts.
 
     Raises:
-        ValueError: If the arguments do not fit the settings, or the file is of an evaluation with other settings.
+        ValueError: If the arguments do not fit the settings, a prompt is neither text nor messages that the chat
+            template renders, or the file is of an evaluation with other settings.
         filelock.Timeout: If another evaluation is writing to the file.
     """
     rows = [dict(row) for row in problems]
     _check_arguments(rows, settings, teacher, engine)
+    _check_prompts(problems, tokenizer, settings)
     generate: Callable[..., list[Rollout]] = sample_rollouts
     if settings.backend == "vllm":
         from .vllm import sample_rollouts_vllm  # an optional dependency
@@ -107,6 +112,8 @@ def evaluate(
                 temperature=settings.temperature,
                 greedy=batch[0][1],
                 batch_size=len(batch),
+                chat_template=settings.chat_template,
+                chat_template_kwargs=settings.chat_template_kwargs,
                 seed=_batch_seed(settings.seed, number),
             )
             costs: Sequence[torch.Tensor | None] = [None] * len(batch)
@@ -124,7 +131,7 @@ def evaluate(
             new = [
                 RolloutRecord(
                     *key,
-                    prompt=rollout.prompt,
+                    prompt=_recorded(rollout.prompt),
                     answer=str(row["answer"]),
                     difficulty=None if row.get("difficulty") is None else str(row["difficulty"]),
                     completion=rollout.completion,
@@ -154,15 +161,17 @@ def _check_arguments(
 ) -> None:
     if len(rows) != settings.num_problems:
         raise ValueError(f"The settings say {settings.num_problems} problems, and `problems` holds {len(rows)}.")
-    if missing := [name for name in ("prompt", "answer") if rows and name not in rows[0]]:
-        raise ValueError(f"The problems have no column {missing[0]!r}, they have {', '.join(map(repr, rows[0]))}.")
+    if rows and "answer" not in rows[0]:
+        raise ValueError(f"The problems have no column 'answer', they have {', '.join(map(repr, rows[0]))}.")
     if settings.num_problems < 1 or settings.num_samples + settings.greedy < 1 or settings.num_samples < 0:
         raise ValueError(
             "There is nothing to evaluate: ask for a problem, and for a sample of each or a greedy rollout."
         )
-    for name in ("batch_size", "max_new_tokens", "temperature"):
-        if not getattr(settings, name) > 0:
-            raise ValueError(f"`{name}` must be positive, got {getattr(settings, name)}.")
+    for name in ("batch_size", "max_new_tokens", "temperature", "cost_limit"):
+        if not 0 < getattr(settings, name) < math.inf:
+            raise ValueError(f"`{name}` must be positive and finite, got {getattr(settings, name)}.")
+    if not 0 <= settings.teacher_beta <= 1:
+        raise ValueError(f"`teacher_beta` must lie in [0, 1], got {settings.teacher_beta}.")
     check_cost_scope(settings.cost_scope)
     if (settings.teacher is None) != (teacher is None):
         raise ValueError("`settings.teacher` names the teacher that is passed as `teacher`: give both or neither.")
@@ -170,6 +179,30 @@ def _check_arguments(
         raise ValueError(f"`backend` must be 'transformers' or 'vllm', got {settings.backend!r}.")
     if (settings.backend == "vllm") != (engine is not None):
         raise ValueError("Give an `engine`, a `vllm.LLM`, with the backend 'vllm', and with no other.")
+
+
+def _check_prompts(problems: Dataset, tokenizer: PreTrainedTokenizerBase, settings: EvaluationSettings) -> None:
+    name = "the dataset of problems"
+    prompt = check_prompts(problems, name)
+    if isinstance(prompt, str):
+        return
+    check_chat_template(tokenizer, prompt, name, settings.chat_template, settings.chat_template_kwargs)
+    for index, messages in enumerate(problems["prompt"]):
+        contents = [message["content"] for message in messages]
+        if any(part["type"] != "text" for content in contents if isinstance(content, list) for part in content):
+            raise ValueError(f"Row {index} of {name}: only text can be evaluated, and its prompt has other content.")
+
+
+def _recorded(prompt: Prompt) -> str | list[dict[str, str]]:
+    """A prompt as records have it: of each message what is text."""
+    if isinstance(prompt, str):
+        return prompt
+    texts = [{name: value for name, value in message.items() if isinstance(value, str)} for message in prompt]
+    contents = [message["content"] or "" for message in prompt]
+    return [
+        {**text, "content": content if isinstance(content, str) else "".join(part["text"] for part in content)}
+        for text, content in zip(texts, contents, strict=True)
+    ]
 
 
 def _batches(settings: EvaluationSettings) -> list[list[_Key]]:
@@ -231,11 +264,11 @@ def _records_file(
 
 def _resume(path: Path, settings: EvaluationSettings, batches: Sequence[Sequence[_Key]]) -> list[RolloutRecord]:
     """The records of whole batches that the file holds. What follows them is cut off; a missing file is created."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if "\n" not in text:  # not even the settings were written to their end
-        path.write_text(f"{settings.to_json()}\n", encoding="utf-8", newline="\n")
-        return []
     try:
+        text = read_text(path) if path.exists() else ""
+        if "\n" not in text:  # not even the settings were written to their end
+            path.write_text(f"{settings.to_json()}\n", encoding="utf-8", newline="\n")
+            return []
         found, records = read_rollout_records(text)
     except ValueError as error:
         raise ValueError(f"{path} cannot be resumed: {error}") from error

@@ -1,12 +1,22 @@
 """Where a record comes from: versions, commit, and the weights that it is of."""
 
 import hashlib
+import inspect
 import platform
 import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..core.fingerprint import fingerprint
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def library_versions() -> dict[str, str]:
@@ -45,3 +55,28 @@ def weights_fingerprint(model: str | Path) -> str | None:
             while chunk := stream.read(2**20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def dotted_name(function: Callable[..., Any]) -> str:
+    """Module and name of a function, of an object that is called its class's."""
+    named = _named(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def source_fingerprint(function: Callable[..., Any]) -> str | None:
+    """Fingerprint of the source of a function's module, `None` where it cannot be read."""
+    try:
+        return fingerprint(inspect.getsource(sys.modules[_named(function).__module__]))
+    except (OSError, TypeError, KeyError):
+        return None
+
+
+def _named(function: Callable[..., Any]) -> Any:
+    while isinstance(function, partial):
+        function = function.func
+    return function if inspect.isroutine(function) else type(function)
+
+
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Fingerprint of what turns a prompt into tokens, and tokens into text."""
+    return fingerprint([tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.get_vocab()])

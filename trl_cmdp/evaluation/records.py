@@ -1,5 +1,6 @@
 """The record of one cell of a comparison: one method, one seed."""
 
+import io
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -55,8 +56,8 @@ class CellRecord:
         record = from_line(cls, line)
         if not record["outcomes"]:
             raise ValueError("its `outcomes` are empty.")
-        if "cost_limit" not in record["settings"]:
-            raise ValueError("its `settings` hold no `cost_limit`.")
+        if type(record["settings"].get("cost_limit")) not in (int, float):
+            raise ValueError("its `settings` hold no `cost_limit` that is a number.")
         return cls(**{**record, "outcomes": [Outcome(*values) for values in record["outcomes"]]})
 
 
@@ -75,7 +76,7 @@ def read_records(text: str) -> list[CellRecord]:
         ValueError: If another line is not a record (its number is named), or if a cell is recorded twice.
     """
     records: dict[tuple[str, int], CellRecord] = {}
-    for number, record in read_lines(text, CellRecord.from_json, "record"):
+    for number, record in read_lines(io.StringIO(text), CellRecord.from_json, "record"):
         if (record.method, record.seed) in records:
             raise ValueError(
                 f"Line {number}: {record.method!r} with seed {record.seed} is recorded twice: delete one of its lines."

@@ -1,12 +1,13 @@
 """The records of one evaluation, from which every figure is computed again without a model."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .._defaults import COST_LIMIT, COST_SCOPE, CostScope
-from ._lines import from_line, read_lines, to_line
+from ._lines import from_line, lines_of, read_lines, to_line
 from .provenance import git_state, library_versions
 
 
@@ -28,6 +29,19 @@ class EvaluationSettings:
             SHA-256 of the student's weight files, `None` where they are not local files.
         teacher (`str`, *optional*):
             Path or hub id of the teacher, `None` if costs are not measured.
+        teacher_fingerprint (`str`, *optional*):
+            Fingerprint of its weights. This and what follows to `student_dtype` is `None` where nobody has
+            taken it, as in records of earlier versions; the commands take each.
+        reward (`str`, *optional*):
+            Dotted name of the reward function.
+        reward_fingerprint (`str`, *optional*):
+            Fingerprint of the source of its module, `None` also where that cannot be read.
+        problems_fingerprint (`str`, *optional*):
+            Fingerprint of the problems, every column of them.
+        tokenizer_fingerprint (`str`, *optional*):
+            Fingerprint of the tokenizer: its vocabulary, special tokens and chat template.
+        student_dtype (`str`, *optional*):
+            Dtype of the student.
         task (`str`):
             Name of the task, or of the dataset.
         split (`str`, *optional*, defaults to `"test"`):
@@ -46,6 +60,10 @@ class EvaluationSettings:
             Longest completion, in tokens.
         batch_size (`int`, *optional*, defaults to `32`):
             Rollouts generated at a time. Part of what the seed means.
+        chat_template (`str`, *optional*):
+            Chat template of prompts that are messages, in place of the tokenizer's own.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Further arguments of the chat template, such as `{"enable_thinking": False}`: those of the training.
         backend (`str`, *optional*, defaults to `"transformers"`):
             What generates: `"transformers"` or `"vllm"`.
         teacher_beta (`float`, *optional*, defaults to `1.0`):
@@ -66,6 +84,12 @@ class EvaluationSettings:
     student: str
     student_fingerprint: str | None = None
     teacher: str | None = None
+    teacher_fingerprint: str | None = None
+    reward: str | None = None
+    reward_fingerprint: str | None = None
+    problems_fingerprint: str | None = None
+    tokenizer_fingerprint: str | None = None
+    student_dtype: str | None = None
     task: str
     split: str = "test"
     num_problems: int
@@ -75,6 +99,8 @@ class EvaluationSettings:
     temperature: float = 1.0
     max_new_tokens: int
     batch_size: int = 32
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     backend: Literal["transformers", "vllm"] = "transformers"
     teacher_beta: float = 1.0
     teacher_eos_token: str | None = None
@@ -179,21 +205,26 @@ def read_rollout_records(source: Path | str) -> tuple[EvaluationSettings, list[R
         ValueError: If a line is not a record that the settings ask for (its number is named), or if a rollout is
             recorded twice.
     """
-    text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
-    if "\n" not in text:
+    lines = lines_of(source) if isinstance(source, Path) else io.StringIO(source)
+    first = next(lines, "")
+    if not first.endswith("\n"):
         raise ValueError("There are no settings on the first line: nothing was recorded.")
     try:
-        settings = EvaluationSettings.from_json(text[: text.index("\n")])
+        settings = EvaluationSettings.from_json(first)
     except ValueError as error:
         raise ValueError(f"Line 1 holds no settings of an evaluation: {error}") from error
+
+    shared = _Shared()
 
     def record_of(line: str) -> RolloutRecord:
         record = RolloutRecord.from_json(line)
         _check_expected(record, settings)
+        record.tokens[:] = map(shared.__getitem__, record.tokens)
+        record.completion_ids[:] = map(shared.__getitem__, record.completion_ids)
         return record
 
     records: dict[tuple[int, bool, int], RolloutRecord] = {}
-    for number, record in read_lines(text, record_of, "record", first=2):
+    for number, record in read_lines(lines, record_of, "record", first=2):
         if record.key in records:
             raise ValueError(
                 f"Line {number}: the {'greedy rollout' if record.greedy else f'sample {record.sample}'} of problem "
@@ -212,6 +243,15 @@ def difference_of_settings(
         if values[0] != values[1]:
             return name, *values
     return None
+
+
+class _Shared(dict[Any, Any]):
+    """Equal values as one object, up to a number of them: a file names few tokens, millions of times."""
+
+    def __missing__(self, value: Any) -> Any:
+        if len(self) < 2**18:
+            self[value] = value
+        return value
 
 
 def _check_expected(record: RolloutRecord, settings: EvaluationSettings) -> None:

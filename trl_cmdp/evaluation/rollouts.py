@@ -1,6 +1,6 @@
 """Sampling rollouts, as the trainers do: same prompt format, same end of a completion."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .._prompts import Prompt, encode_prompt
 from ..teachers import base_model, keep_differentiable, stop_ids
 
 
@@ -17,7 +18,7 @@ class Rollout:
     One completion of one prompt.
 
     Args:
-        prompt (`str` or `list[dict[str, str]]`):
+        prompt (`str` or `list[dict[str, Any]]`):
             Prompt, text or messages.
         completion (`str`):
             Completion as text, without special tokens.
@@ -27,7 +28,7 @@ class Rollout:
             Tokens of the completion, the end-of-sequence token included where there is one.
     """
 
-    prompt: str | list[dict[str, str]]
+    prompt: Prompt
     completion: str
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -36,13 +37,15 @@ class Rollout:
 def sample_rollouts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict[str, str]]],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
     greedy: bool = False,
     batch_size: int = 64,
     seed: int = 0,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], Any] | None = None,
 ) -> list[Rollout]:
     """
@@ -53,7 +56,7 @@ def sample_rollouts(
             Model to sample from. Put in eval mode for the call.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer, with a padding token.
-        prompts (`Sequence[str | list[dict[str, str]]]`):
+        prompts (`Sequence[str | list[dict[str, Any]]]`):
             Prompts: text, or messages for the chat template.
         max_new_tokens (`int`):
             Longest completion.
@@ -65,6 +68,10 @@ def sample_rollouts(
             Prompts generated at a time. Part of what the seed means: another size draws other samples.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the sampling. The global random state is left as it was.
+        chat_template (`str`, *optional*):
+            Chat template in place of the tokenizer's own.
+        chat_template_kwargs (`Mapping[str, Any]`, *optional*):
+            Further arguments of the chat template, such as `{"enable_thinking": False}`.
         progress (`Callable[[int, int], Any]`, *optional*):
             Called with (done, total) after each batch.
 
@@ -91,7 +98,7 @@ def sample_rollouts(
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = list(prompts[start : start + batch_size])
-            batch_ids = [encode_prompt(tokenizer, prompt) for prompt in batch]
+            batch_ids = [encode_prompt(tokenizer, prompt, chat_template, chat_template_kwargs) for prompt in batch]
             inputs = tokenizer.pad({"input_ids": batch_ids}, padding=True, padding_side="left", return_tensors="pt")
             inputs = inputs.to(model.device)
             output = model.generate(**inputs, generation_config=config)  # type: ignore[operator]
@@ -104,14 +111,6 @@ def sample_rollouts(
                 progress(len(rollouts), len(prompts))
     model.train(training)
     return rollouts
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
-    """Token ids of a prompt, a conversation's with the chat template's opening of the answer."""
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    encoded: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return list(encoded["input_ids"])
 
 
 @contextmanager

@@ -15,6 +15,11 @@ from .rollout_records import PROBLEM_SETTINGS, EvaluationSettings, RolloutRecord
 
 
 Evaluation = tuple[EvaluationSettings, Sequence[RolloutRecord]]
+_Clusters = Sequence[Sequence[RolloutRecord]]  # rollouts of each problem
+
+_MOST_DRAWS = 2**26  # of problems, in one bootstrap
+_MOST_STRATA = 100
+_ROWS = 1024  # rollouts whose costs are computed at a time
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,8 @@ class RolloutSummary:
         truncated (`Figure`):
             Share of completions cut at the maximum length.
         strata (`dict[str, RolloutSummary]`):
-            The same figures for the problems of each difficulty, easiest first. Empty where the data has none.
+            The same figures for the problems of each difficulty, easiest first. Empty where the data has none, or more
+            than a hundred.
     """
 
     right: Figure
@@ -242,22 +248,27 @@ def compare_evaluations(
                 f"{our[0].problem} are {our[0].answer!r} and {their[0].answer!r}."
             )
 
-    def difference(value: Callable[[RolloutRecord], float]) -> Figure:
-        means = [[mean(map(value, rollouts)) for rollouts in pair] for pair in pairs]
-        values = torch.tensor(means, dtype=torch.float64)
-        differences = values[:, 0] - values[:, 1]
+    sides = [list(side) for side in zip(*pairs, strict=True)]
+
+    def difference(values: Callable[[_Clusters], Sequence[Sequence[float]]]) -> Figure:
+        first, second = (torch.tensor(list(map(mean, values(side))), dtype=torch.float64) for side in sides)
+        differences = first - second
         num_rollouts = sum(len(our) + len(their) for our, their in pairs)
-        return Figure(differences.mean().item(), *bootstrap_interval(differences), num_rollouts, len(pairs))
+        interval = bootstrap_interval(differences, num_resamples=_num_resamples(len(pairs)))
+        return Figure(differences.mean().item(), *interval, num_rollouts, len(pairs))
+
+    def satisfied(side: _Clusters) -> list[list[bool]]:
+        return [[cost <= limit for cost in costs] for costs in rollout_costs(side, scope)]
 
     has_costs = ours.teacher is not None and theirs.teacher is not None
     return EvaluationDifference(
         name=ours.name,
         reference=theirs.name,
         greedy=greedy,
-        right=difference(lambda record: record.right),
-        satisfaction=difference(lambda record: _rollout_cost(record, scope) <= limit) if has_costs else None,
-        cost=difference(lambda record: _rollout_cost(record, scope)) if has_costs else None,
-        length=difference(lambda record: len(record.completion_ids)),
+        right=difference(lambda side: [[record.right for record in rollouts] for rollouts in side]),
+        satisfaction=difference(satisfied) if has_costs else None,
+        cost=difference(lambda side: rollout_costs(side, scope)) if has_costs else None,
+        length=difference(lambda side: [[len(record.completion_ids) for record in rollouts] for rollouts in side]),
     )
 
 
@@ -302,7 +313,11 @@ def _summary(
         costs=None if clusters[0][0].costs is None else _costs(clusters, limit, scope),
         length=_mean(of_rollouts(lambda record: len(record.completion_ids)), clusters),
         truncated=rate_of_clusters(of_rollouts(lambda record: record.truncated)),
-        strata={name: _summary(groups[name], limit, scope, strata=False) for name in sorted(groups, key=_by_number)},
+        strata={
+            name: _summary(groups[name], limit, scope, strata=False)
+            for name in sorted(groups, key=_by_number)
+            if len(groups) <= _MOST_STRATA
+        },
     )
 
 
@@ -330,12 +345,21 @@ def _costs(clusters: Sequence[Sequence[RolloutRecord]], limit: float, scope: Cos
 
 def rollout_costs(clusters: Sequence[Sequence[RolloutRecord]], scope: CostScope) -> list[list[float]]:
     """Cost of each rollout, by problem."""
-    return [[_rollout_cost(record, scope) for record in rollouts] for rollouts in clusters]
-
-
-def _rollout_cost(record: RolloutRecord, scope: CostScope) -> float:
-    costs = torch.tensor([record.costs], dtype=torch.float64)
-    return rollout_cost(costs, torch.ones_like(costs), scope).item()
+    # Rollouts of one length together: the same sums, and none of padding.
+    by_length: dict[int, list[tuple[int, int]]] = {}
+    for problem, rollouts in enumerate(clusters):
+        for sample, record in enumerate(rollouts):
+            by_length.setdefault(len(record.costs or ()), []).append((problem, sample))
+    found = [[0.0] * len(rollouts) for rollouts in clusters]
+    for indices in by_length.values():
+        for start in range(0, len(indices), _ROWS):
+            batch = indices[start : start + _ROWS]
+            rows = [clusters[problem][sample].costs for problem, sample in batch]
+            costs = torch.tensor(rows, dtype=torch.float64)
+            of_rollouts = rollout_cost(costs, torch.ones_like(costs), scope).tolist()
+            for (problem, sample), cost in zip(batch, of_rollouts, strict=True):
+                found[problem][sample] = cost
+    return found
 
 
 def rate_of_clusters(outcomes: Sequence[Sequence[bool]]) -> Figure:
@@ -348,4 +372,10 @@ def _mean(values: Sequence[Sequence[float]], clusters: Sequence[Sequence[Rollout
     """Mean of the values of each problem's rollouts, one or more of a rollout."""
     flat = torch.tensor([value for of_problem in values for value in of_problem], dtype=torch.float64)
     problem = torch.arange(len(values)).repeat_interleave(torch.tensor([len(of_problem) for of_problem in values]))
-    return Figure(flat.mean().item(), *bootstrap_interval(flat, problem), sum(map(len, clusters)), len(clusters))
+    interval = bootstrap_interval(flat, problem, num_resamples=_num_resamples(len(clusters)))
+    return Figure(flat.mean().item(), *interval, sum(map(len, clusters)), len(clusters))
+
+
+def _num_resamples(num_problems: int) -> int:
+    """10,000, and fewer only where that would take minutes: then the interval is narrow."""
+    return min(10_000, max(1_000, _MOST_DRAWS // num_problems))

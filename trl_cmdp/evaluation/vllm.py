@@ -2,13 +2,14 @@
 
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .rollouts import Rollout, encode_prompt
+from .._prompts import Prompt, encode_prompt
+from .rollouts import Rollout
 
 
 if TYPE_CHECKING:
@@ -42,13 +43,15 @@ def load_engine(model: str | Path, **kwargs: Any) -> "LLM":
 def sample_rollouts_vllm(
     engine: "LLM",
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict[str, str]]],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
     greedy: bool = False,
     batch_size: int = 64,
     seed: int = 0,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], Any] | None = None,
     adapter: str | Path | None = None,
 ) -> list[Rollout]:
@@ -65,7 +68,7 @@ def sample_rollouts_vllm(
             Prompts handed to vLLM at a time, of which it makes its own batches. Not a part of what the seed means.
         adapter (`str` or `Path`, *optional*):
             Folder of a LoRA adapter over the engine's model, for an engine with `enable_lora=True`. It is read once.
-        tokenizer, prompts, max_new_tokens, temperature, greedy, seed, progress:
+        tokenizer, prompts, max_new_tokens, temperature, greedy, seed, chat_template, chat_template_kwargs, progress:
             As in [`sample_rollouts`].
 
     Returns:
@@ -78,7 +81,7 @@ def sample_rollouts_vllm(
     from vllm import SamplingParams, TokensPrompt
     from vllm.lora.request import LoRARequest
 
-    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    prompt_ids = [encode_prompt(tokenizer, prompt, chat_template, chat_template_kwargs) for prompt in prompts]
     longest, room = max(map(len, prompt_ids), default=0), engine.llm_engine.model_config.max_model_len
     if longest + max_new_tokens > room:
         raise ValueError(

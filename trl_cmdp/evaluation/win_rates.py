@@ -213,4 +213,5 @@ def _text(prompt: str | list[dict[str, str]]) -> str:
     """The problem: the prompt, or its last message of the user."""
     if isinstance(prompt, str):
         return prompt
-    return next(message["content"] for message in reversed(prompt) if message["role"] == "user")
+    of_user = [message for message in prompt if message["role"] == "user"]
+    return (of_user or prompt)[-1]["content"]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..evaluation import Rate
+from ..evaluation._lines import LARGEST
 
 
 SMOOTHED_STEPS = 5
@@ -18,7 +19,7 @@ def trailing_means(values: Sequence[float], window: int = SMOOTHED_STEPS) -> lis
 
 
 def logged(history: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values where a metric was logged as a finite number."""
+    """Steps and values where a metric was logged as a finite number, and one that can be drawn."""
     entries = [entry for entry in history if _finite(entry.get(key)) and _finite(entry.get("step"))]
     return [entry["step"] for entry in entries], [entry[key] for entry in entries]
 
@@ -45,4 +46,4 @@ def rate_band(rates: Sequence[float], batch_size: int, window: int) -> tuple[lis
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) <= LARGEST

@@ -1,5 +1,8 @@
 """What every plot shares: figures without global state, colours, axes, legends, and how names are written."""
 
+import io
+import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from .._files import write_whole
+from .._messages import printable
 from ..evaluation.rates import ValueWithInterval
 
 
@@ -21,6 +26,7 @@ LINES = ("-", "--", ":")
 LIMIT_LINE: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1}
 SMALLEST_COST = 1e-4  # on a logarithmic axis
 _LONGEST_NAME = 32
+_MOST_STEPS = 1000  # as fine as a pixel
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -32,10 +38,19 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save(figure: Figure, path: str | Path, title: str | None = None) -> Figure:
     """Write a figure, under a title of all its axes if there is one, as PNG."""
-    if title is not None:
-        figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    write_whole(path, png(figure, title))
     return figure
+
+
+def png(figure: Figure, title: str | None = None) -> bytes:
+    """A figure, under a title of all its axes if there is one, as the bytes of a PNG."""
+    if title is not None:
+        figure.suptitle(literal(title))
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
 
 
 def style_axes(axes: Axes) -> None:
@@ -60,12 +75,19 @@ def lines_by_name(names: Sequence[str]) -> dict[str, str]:
     return {name: LINES[index // len(COLOURS) % len(LINES)] for index, name in enumerate(sorted(names))}
 
 
+def literal(text: str) -> str:
+    """A text as matplotlib shows it letter by letter: no formula between dollar signs, no control character."""
+    return " ".join(printable(text).split("\n")).replace("$", r"\$")
+
+
+def short(name: str) -> str:
+    """A name, or its beginning if it is long."""
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+
+
 def plain(name: str) -> str:
-    """A name as matplotlib shows it letter by letter: no formula between dollar signs, no control character."""
-    shown = "".join(letter if letter.isprintable() else "�" for letter in name)
-    if len(shown) > _LONGEST_NAME:
-        shown = f"{shown[: _LONGEST_NAME - 1]}…"
-    return shown.replace("$", r"\$")
+    """A short name, letter by letter."""
+    return literal(short(name))
 
 
 def bars(figure: ValueWithInterval) -> list[list[float]]:
@@ -91,6 +113,7 @@ def logarithmic_if_wide(axes: Axes, which: Literal["x", "y"], values: Sequence[f
 
 
 def cumulative(values: Sequence[float], start: float) -> tuple[list[float], list[float]]:
-    """Steps of the share of values of at most each: from 0 at `start` to 1."""
+    """Steps of the share of values of at most each, or of a thousand of them: from 0 at `start` to 1."""
     ordered = sorted(values)
-    return [start, *ordered], [index / len(ordered) for index in range(len(ordered) + 1)]
+    counts = range(len(ordered), 0, -math.ceil(len(ordered) / _MOST_STEPS))[::-1]
+    return [start, *(ordered[count - 1] for count in counts)], [0.0, *(count / len(ordered) for count in counts)]

@@ -9,6 +9,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from .._messages import printable
 from ._figures import COLOURS
 
 
@@ -50,7 +51,7 @@ def inline_svg(figure: Figure, name: str, description: str) -> Markup:
     # What matplotlib leaves black it leaves without a colour.
     root.attrib = {"viewBox": view_box, "role": "img", "aria-labelledby": f"{name}-title", "fill": "var(--ink)"}
     title = ElementTree.Element("title", {"id": f"{name}-title"})
-    title.text = "".join(letter if letter.isprintable() else "�" for letter in description)
+    title.text = printable(description)
     root.insert(0, title)
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 

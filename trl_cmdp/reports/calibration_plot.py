@@ -20,8 +20,8 @@ from ._figures import (
     legend_below,
     new_figure,
     number_decades,
-    plain,
     save,
+    short,
     style_axes,
 )
 
@@ -64,7 +64,7 @@ def plot_calibration(calibration: Calibration, evaluations: Sequence[Evaluation]
         _style_costs(axes, lowest, highest)
     legend_below(figure, histogram, 3)
     figure.get_layout_engine().set(w_pad=0.12)
-    students = f"{plain(settings.name)} on {plain(Path(settings.task).stem)}"
+    students = f"{short(settings.name)} on {short(Path(settings.task).stem)}"
     return save(figure, path, f"{students}, {calibration.start.num_rollouts} rollouts")
 
 

@@ -1,5 +1,6 @@
 """Plots of evaluations: distribution of the costs, divergence along the completion, strata of difficulty, Pareto."""
 
+import math
 from collections.abc import Sequence
 from itertools import zip_longest
 
@@ -8,15 +9,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .._defaults import COST_UNITS, FEASIBLE_SATISFACTION, CostScope
-from ..evaluation.summary import RolloutSummary
+from ..evaluation.summary import RolloutSummary, rollout_costs
 from ._figures import LIMIT_LINE, SMALLEST_COST, bars, cumulative, plain, style_axes
 from .pareto import ParetoPoint, draw_pareto
-from .rollout_browser import cost_through
 from .runs import EvaluationRun
 
 
 # Behind that few rollouts, means and quantiles are those of the longest ones alone.
 FEWEST_ROLLOUTS = 20
+_MOST_POSITIONS = 1000
 _RATES = {"right": "correct answers", "satisfaction": "within the limit"}
 
 
@@ -25,11 +26,9 @@ def draw_cost_distribution(axes: Axes, runs: Sequence[EvaluationRun], colours: d
     settings = runs[0].settings
     lowest = settings.cost_limit / 10
     for run in runs:
-        costs = [
-            max(SMALLEST_COST, cost_through(record.costs, settings.cost_scope)[-1])
-            for record in run.records
-            if record.greedy == greedy and record.costs
-        ]
+        rollouts = [record for record in run.records if record.greedy == greedy and record.costs]
+        (costs,) = rollout_costs([rollouts], settings.cost_scope)
+        costs = [max(SMALLEST_COST, cost) for cost in costs]
         lowest = min(lowest, *costs)
         style = {"where": "post", "color": colours[run.name], "linewidth": 1.6, "label": plain(run.name)}
         axes.step(*cumulative(costs, SMALLEST_COST), **style)
@@ -65,9 +64,11 @@ def position_profile(run: EvaluationRun, greedy: bool) -> tuple[list[float], lis
 def draw_position_profile(axes: Axes, profile: tuple[list[float], list[float], list[float]], colour: str) -> None:
     """Draw [`position_profile`]."""
     means, low, high = profile
-    positions = range(1, len(means) + 1)
-    axes.fill_between(positions, low, high, color=colour, alpha=0.22, linewidth=0)
-    axes.plot(positions, means, color=colour, linewidth=1.6)
+    indices = range(0, len(means), math.ceil(len(means) / _MOST_POSITIONS) or 1)
+    positions = [index + 1 for index in indices]
+    means_shown, *band = ([values[index] for index in indices] for values in (means, low, high))
+    axes.fill_between(positions, *band, color=colour, alpha=0.22, linewidth=0)
+    axes.plot(positions, means_shown, color=colour, linewidth=1.6)
     axes.set(xlabel="token of the completion", ylabel="divergence, nats")
     axes.set_xlim(1, max(2, len(means)))
     style_axes(axes)

@@ -2,8 +2,6 @@
 
 import base64
 import hashlib
-import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -17,10 +15,11 @@ from matplotlib.figure import Figure
 
 from .. import __version__
 from .._defaults import COST_UNITS
+from .._files import write_whole
 from ..evaluation import compare_methods
 from ..evaluation.summary import EvaluationDifference, compare_evaluations, summarize
 from ._curves import logged
-from ._figures import COLOURS, colours_by_name, legend_below, new_figure
+from ._figures import COLOURS, colours_by_name, legend_below, new_figure, png
 from ._inline_svg import inline_svg
 from .comparison_plots import CURVES, draw_comparison_curve, draw_comparison_pareto
 from .evaluation_plots import (
@@ -32,7 +31,7 @@ from .evaluation_plots import (
     ordered_strata,
     position_profile,
 )
-from .rollout_browser import MAX_ROLLOUTS, SHADES, browser_data, choose_problems
+from .rollout_browser import MAX_ROLLOUTS, SHADES, browser_data, choose_problems, keep_shown, script_json
 from .runs import ComparisonRun, EvaluationRun, Run, TrainingRun
 from .tables import method_label
 from .training_curves import TRAINING_PANELS
@@ -53,33 +52,27 @@ class _Plot:
 
 
 class _Gallery:
-    """Plots, each saved as a PNG and kept as SVG for the page."""
+    """Plots, each kept as the PNG of a file and as SVG for the page."""
 
-    def __init__(self, output_dir: Path) -> None:
-        self._output_dir = output_dir
-        self.files: list[str] = []
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
 
     def add(self, figure: Figure, name: str, title: str, caption: str) -> _Plot:
         svg = inline_svg(figure, f"plot-{name}", f"{title}. {caption}")
-        figure.suptitle(title)  # in the page it stands above the plot
-        self.files.append(f"{name}.png")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            figure.savefig(self._output_dir / self.files[-1], dpi=150)
+        self.files[f"{name}.png"] = png(figure, title)  # in the page the title stands above the plot
         return _Plot(title, caption, svg, wide=figure.get_figwidth() > _PANEL[0])
 
 
 def write_report(
     runs: Sequence[Run], output_dir: Path, *, title: str | None = None, max_rollouts: int = MAX_ROLLOUTS
 ) -> list[Path]:
-    """Write a report of runs."""
+    """Write a report of runs, all its files or, where anything is wrong, none."""
     if not runs:
         raise ValueError("There is no run to report.")
     training = [run for run in runs if isinstance(run, TrainingRun)]
     evaluations = [run for run in runs if isinstance(run, EvaluationRun)]
     comparisons = [run for run in runs if isinstance(run, ComparisonRun)]
-    output_dir.mkdir(parents=True, exist_ok=True)
-    gallery = _Gallery(output_dir)
+    gallery = _Gallery()
     # One colour for a name, whether it was trained or evaluated.
     colours = colours_by_name(list({run.name for run in (*training, *evaluations)}))
     task = f"{evaluations[0].settings.task}, {evaluations[0].settings.split}" if evaluations else None
@@ -93,10 +86,12 @@ def write_report(
         "series": {name: COLOURS.index(colour) for name, colour in colours.items()},
         "version": __version__,
     }
-    path = output_dir / PAGE
     # A lone surrogate, which a record may hold, cannot be written otherwise.
-    path.write_bytes(_render(page).encode("utf-8", "replace"))
-    return [path, *(output_dir / name for name in gallery.files)]
+    contents = {PAGE: _render(page).encode("utf-8", "replace"), **gallery.files}
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_whole(output_dir / name, content)
+    return [output_dir / name for name in contents]
 
 
 def _evaluation_part(runs: Sequence[EvaluationRun], colours: dict[str, str], gallery: _Gallery) -> dict[str, Any]:
@@ -261,15 +256,18 @@ def _comparison_settings(run: ComparisonRun) -> list[tuple[str, str]]:
 def _browser_part(runs: Sequence[EvaluationRun], max_rollouts: int) -> dict[str, Any]:
     evaluations = [(run.settings, run.records) for run in runs]
     problems = choose_problems(evaluations, max_rollouts)
+    num_chosen = sum(record.problem in problems for run in runs for record in run.records)
+    evaluations = keep_shown(evaluations, problems, max_rollouts)
     data = browser_data([run.name for run in runs], evaluations, problems)
     difficulties = dict.fromkeys(
         problem["difficulty"] for problem in data["problems"].values() if problem["difficulty"] is not None
     )
     return {
-        "data": _embedded(data),
+        "data": Markup(script_json(data)),
         "names": [run.name for run in runs],
         "shown": len(data["rollouts"]),
         "total": sum(len(run.records) for run in runs),
+        "whole": len(data["rollouts"]) == num_chosen,
         "problems_shown": len(problems),
         "problems_total": len({record.problem for run in runs for record in run.records}),
         "difficulties": list(difficulties),
@@ -279,11 +277,6 @@ def _browser_part(runs: Sequence[EvaluationRun], max_rollouts: int) -> dict[str,
         "limit": runs[0].settings.cost_limit,
         "scope": runs[0].settings.cost_scope,
     }
-
-
-def _embedded(value: Any) -> Markup:
-    """JSON for a `<script>` element: no completion can end it, or begin a comment in it."""
-    return Markup(json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
 
 
 def _render(page: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from matplotlib.transforms import Bbox
 
 from .._defaults import FEASIBLE_SATISFACTION
 from ..evaluation.rates import ValueWithInterval
-from ._figures import LIMIT_LINE, bars, colours_by_name, logarithmic_if_wide, new_figure, plain, style_axes
+from ._figures import LIMIT_LINE, bars, colours_by_name, literal, logarithmic_if_wide, new_figure, plain, style_axes
 
 
 # Where a label may stand, in points from its point: near positions first.
@@ -83,7 +83,7 @@ def draw_pareto(
     logarithmic_if_wide(axes, "x", [cost for one in points for cost in (one.cost.low, cost_limit, one.cost.high)])
     axes.set(xlabel=cost_label, ylabel="share of correct final answers")
     style_axes(axes)
-    axes.set_title(title, pad=20)
+    axes.set_title(literal(title), pad=20)
     axes.margins(0.12, 0.1)
     above: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "fontsize": 9}
     at_limit = {"xycoords": axes.get_xaxis_transform(), "ha": "center", **above}

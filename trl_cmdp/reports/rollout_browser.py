@@ -1,5 +1,7 @@
 """The data of the report's rollout browser: which rollouts, their tokens' costs, and where each leaves the limit."""
 
+import json
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +14,8 @@ from ..evaluation.summary import Evaluation
 
 
 # About 15 bytes a token and a page of a few megabytes at most.
-MAX_ROLLOUTS, MAX_TOKENS = 1000, 200_000
+MAX_ROLLOUTS, MAX_TOKENS, MAX_CHARACTERS = 1000, 200_000, 3_500_000
+_Size = tuple[int, int, int]  # rollouts, tokens, characters
 # Lower bounds, in nats, of the shades: half decades, so that the eye sees both a slip and a leap.
 SHADES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
@@ -34,22 +37,62 @@ def first_exceeding(costs: Sequence[float], cost_limit: float, scope: CostScope)
     return next((index for index, cost in enumerate(cost_through(costs, scope)) if cost > cost_limit), None)
 
 
+def script_json(value: Any) -> str:
+    """JSON for a `<script>` element: no completion can end it, or begin a comment in it."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
 def choose_problems(
     evaluations: Sequence[Evaluation], max_rollouts: int = MAX_ROLLOUTS, max_tokens: int = MAX_TOKENS
 ) -> set[int]:
     """As many problems as fit, but at least one, at even distances, each with all its rollouts of all students."""
-    sizes: dict[int, tuple[int, int]] = {}
+    sizes: dict[int, _Size] = {}
     for _, records in evaluations:
         for record in records:
-            rollouts, tokens = sizes.get(record.problem, (0, 0))
-            sizes[record.problem] = (rollouts + 1, tokens + len(record.tokens))
+            before = sizes.get(record.problem) or (0, 0, len(script_json([record.prompt, record.answer])))
+            sizes[record.problem] = _sum([before, _size(record)])
     problems = sorted(sizes)
-    for count in range(len(problems), 1, -1):
-        chosen = [problems[index * len(problems) // count] for index in range(count)]
-        rollouts, tokens = (sum(sizes[problem][part] for problem in chosen) for part in (0, 1))
-        if rollouts <= max_rollouts and tokens <= max_tokens:
-            return set(chosen)
-    return set(problems[:1])
+    chosen = _fitting([sizes[problem] for problem in problems], (max_rollouts, max_tokens, MAX_CHARACTERS))
+    return {problems[index] for index in chosen}
+
+
+def keep_shown(
+    evaluations: Sequence[Evaluation], problems: set[int], max_rollouts: int = MAX_ROLLOUTS
+) -> list[Evaluation]:
+    """Evaluations with the rollouts of these problems alone and, where those of one are too many, as many as fit."""
+    kept = [(student, record) for student, (_, records) in enumerate(evaluations) for record in records]
+    kept = [(student, record) for student, record in kept if record.problem in problems]
+    if len(problems) == 1:
+        sizes = [_size(record) for _, record in kept]
+        kept = [kept[index] for index in _fitting(sizes, (max_rollouts, MAX_TOKENS, MAX_CHARACTERS))]
+    return [
+        (settings, [record for owner, record in kept if owner == student])
+        for student, (settings, _) in enumerate(evaluations)
+    ]
+
+
+def _size(record: RolloutRecord) -> _Size:
+    """Rollouts, tokens and characters of one rollout in the page, about seven of them a cost."""
+    return 1, len(record.tokens), 200 + len(script_json(record.tokens)) + 7 * len(record.tokens)
+
+
+def _sum(sizes: Sequence[_Size]) -> _Size:
+    rollouts, tokens, characters = map(sum, zip(*sizes, strict=True))
+    return rollouts, tokens, characters
+
+
+def _fitting(sizes: Sequence[_Size], largest: _Size) -> list[int]:
+    """Indices at even distances: as many as fit together, but at least the first."""
+
+    def spread(count: int) -> list[int]:
+        return [index * len(sizes) // count for index in range(count)]
+
+    def too_large(count: int) -> bool:
+        total = _sum([sizes[index] for index in spread(count)])
+        return any(size > most for size, most in zip(total, largest, strict=True))
+
+    # More of them are larger, but for how much each is.
+    return spread(1 + bisect_left(range(2, len(sizes) + 1), True, key=too_large))
 
 
 def browser_data(names: Sequence[str], evaluations: Sequence[Evaluation], problems: set[int]) -> dict[str, Any]:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation import CellRecord, EvaluationSettings, RolloutRecord, read_records, read_rollout_records
+from ..evaluation._lines import read_text
 from ..evaluation.rollout_records import PROBLEM_SETTINGS, difference_of_settings
 
 
 TRAINER_STATE = "trainer_state.json"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_PROGRESS = "trl_cmdp_progress.json"
+_CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")
+_TOO_MANY = 2**53  # steps or rollouts, which a float counts no longer
 # What has to be equal for two students to stand in one table.
 _SHARED_SETTINGS = (
     *PROBLEM_SETTINGS,
@@ -91,11 +94,19 @@ def _newest_state(folder: Path) -> Path | None:
         return folder / TRAINER_STATE
     # A checkpoint that was cut off while it was written may lack its state.
     states = {
-        int(match[1]): path / TRAINER_STATE
+        (_session_of(path), int(match[1])): path / TRAINER_STATE
         for path in folder.iterdir()
         if (match := _CHECKPOINT.fullmatch(path.name)) and (path / TRAINER_STATE).is_file()
     }
     return states[max(states)] if states else None
+
+
+def _session_of(checkpoint: Path) -> int:
+    """Number of the training that wrote it: a later one may have begun at an earlier step."""
+    try:
+        return int(json.loads((checkpoint / _PROGRESS).read_text(encoding="utf-8"))["session"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return 0
 
 
 def _read_file(path: Path) -> Run:
@@ -112,13 +123,18 @@ def _read_state(path: Path) -> TrainingRun:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         history, batch_size, steps = state["log_history"], state["train_batch_size"], state["global_step"]
-        if not (isinstance(steps, int) and isinstance(history, list) and all(isinstance(e, dict) for e in history)):
+        if not (
+            isinstance(steps, int)
+            and 0 <= steps < _TOO_MANY
+            and isinstance(history, list)
+            and all(isinstance(e, dict) for e in history)
+        ):
             raise TypeError
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a state that a trainer saved, or it is damaged.") from error
     folder = path.resolve().parent
     name = folder.parent.name if _CHECKPOINT.fullmatch(folder.name) else folder.name
-    known = isinstance(batch_size, int) and batch_size > 0
+    known = isinstance(batch_size, int) and 0 < batch_size < _TOO_MANY
     return TrainingRun(name, str(path), history, batch_size if known else None, steps)
 
 
@@ -143,7 +159,7 @@ def _read_records(path: Path) -> Run:
             if not rollouts:
                 raise ValueError("There are no rollouts yet.")
             return EvaluationRun(settings.name, str(path), settings, rollouts)
-        cells = read_records(path.read_text(encoding="utf-8"))
+        cells = read_records(read_text(path))
         if not cells:
             raise ValueError("There is no complete record yet.")
         return ComparisonRun(path.resolve().parent.name, str(path), cells)

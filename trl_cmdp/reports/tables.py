@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from .._defaults import COST_UNITS
+from .._messages import printable
 from ..evaluation import Comparison, EvaluationDifference, EvaluationSummary, MethodSummary, RolloutSummary
 from ..evaluation.rates import ValueWithInterval
 
@@ -22,8 +23,8 @@ def markdown_table(
     A table of GitHub Markdown. The columns with the indices `left` are aligned left, the others right; `padded` cells
     align in a terminal too.
     """
-    # A name is the user's own, and may hold what ends a cell.
-    lines = [[cell.replace("|", "/") for cell in line] for line in (columns, *rows)]
+    # A name is the user's own, and may hold what ends a cell or a row.
+    lines = [[_one_line(cell).replace("|", "/") for cell in line] for line in (columns, *rows)]
     widths = [max(map(len, column)) if padded else 0 for column in zip(*lines, strict=True)]
     dashes = ["-" * max(3, width - 1) for width in widths]
     rule = [f":{dash}" if index in left else f"{dash}:" for index, dash in enumerate(dashes)]
@@ -32,6 +33,10 @@ def markdown_table(
         f"| {' | '.join(put(cell, width) for put, cell, width in zip(justify, line, widths, strict=True))} |\n"
         for line in (lines[0], rule, *lines[1:])
     )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(printable(text).split("\n"))
 
 
 def percent(figure: ValueWithInterval | None, sign: str = "") -> str:
@@ -47,7 +52,7 @@ def comparison_table(comparison: Comparison) -> str:
         *("steps to 0.95", "violations in training (last quarter)", "CPU s"),
     )
     return markdown_table(columns, [_method_cells(row) for row in comparison.methods], left=(1,)) + (
-        f"\nTask `{comparison.task}`, {comparison.num_problems} held-out problems a seed, sampled at temperature 1; "
+        f"\nTask `{_one_line(comparison.task)}`, {comparison.num_problems} held-out problems a seed, sampled at temperature 1; "
         f"limit {comparison.cost_limit:g} nats per token. Methods of which at least 95% of the rollouts satisfy the "
         "limit rank first, then correct answers count. Intervals: two-level bootstrap over seeds and problems; "
         "differences are paired. Steps to 0.95: until 95% of the training rollouts of 5 steps satisfy the method's "
@@ -63,9 +68,10 @@ def method_label(row: MethodSummary) -> str:
 def evaluation_table(summaries: Sequence[EvaluationSummary]) -> str:
     """Write evaluations as GitHub Markdown: a row for each student's sampled rollouts, and one for its greedy ones."""
     first, settings = summaries[0], summaries[0].settings
-    missing = [f"{one.num_missing} of {one.settings.name}" for one in summaries if one.num_missing]
+    task, split = _one_line(settings.task), _one_line(settings.split)
+    missing = [f"{one.num_missing} of {_one_line(one.settings.name)}" for one in summaries if one.num_missing]
     return markdown_table(_COLUMNS, [_rollout_cells(name, rollouts) for name, rollouts in _kinds(summaries)]) + (
-        f"\nTask `{settings.task}`, split `{settings.split}`, {settings.num_problems} problems, sampled at temperature "
+        f"\nTask `{task}`, split `{split}`, {settings.num_problems} problems, sampled at temperature "
         f"{settings.temperature:g}; limit {first.cost_limit:g} ({COST_UNITS[first.cost_scope]}). Intervals at 95%, "
         "clustered by problem. The last column: with 95% confidence at most this share of rollouts exceeds the limit, "
         "from one rollout per problem.\n"

@@ -72,7 +72,7 @@ def _draw_cost(axes: Axes, runs: Sequence[TrainingRun], colours: dict[str, str])
 def _draw_satisfaction(axes: Axes, runs: Sequence[TrainingRun], colours: dict[str, str]) -> None:
     for run in runs:
         steps, rates = logged(run.history, "constraint/satisfaction_rate")
-        if run.batch_size is not None and rates:
+        if run.batch_size is not None and rates and 0 <= min(rates) <= max(rates) <= 1:
             indices, *bounds = rate_band(rates, run.batch_size, BAND_STEPS)
             band = {"color": colours[run.name], "alpha": 0.18, "linewidth": 0}
             axes.fill_between([steps[index] for index in indices], *bounds, **band)

@@ -6,7 +6,7 @@ from typing import Literal
 from datasets import Dataset
 
 from ._verify import final_answer_reward
-from .table import check_columns, draw, open_split
+from .table import check_columns, check_text, draw, open_split
 
 
 __all__ = ["INSTRUCTION", "MAX_COMPLETION_LENGTH", "final_answer_reward", "load_problems"]
@@ -46,11 +46,13 @@ def load_problems(
         the solution before its last, `#### ` and the answer) and `solution` (without calculator annotations).
 
     Raises:
-        ValueError: If there is no such split or column, or `n` is larger than the split.
+        ValueError: If there is no such split or column, `n` is larger than the split, or a row has no
+            question.
     """
     path = path or _PATH
     rows = open_split(path, split, "main" if path == _PATH else None)
     check_columns(rows, ["question", "answer"], path)
+    check_text(rows, "question", path)
     problems = []
     for row in draw(rows, n, seed):
         solution = _ANNOTATION.sub("", row["answer"] or "").strip()

@@ -10,7 +10,7 @@ from typing import Literal
 from datasets import Dataset
 
 from ._verify import final_answer_reward, last_boxed
-from .table import check_columns, draw, open_split
+from .table import check_columns, check_text, draw, open_split
 
 
 __all__ = ["INSTRUCTION", "MAX_COMPLETION_LENGTH", "final_answer_reward", "load_problems"]
@@ -52,7 +52,8 @@ def load_problems(
         `difficulty` (level, `"1"` to `"5"`, two problems have `"?"`), `subject` and `solution`.
 
     Raises:
-        ValueError: If there is no such split or column, or `n` is larger than the split.
+        ValueError: If there is no such split or column, `n` is larger than the split, or a row has no
+            problem.
     """
     if split not in _SOURCES:
         raise ValueError(f"`split` must be one of {', '.join(map(repr, _SOURCES))}, got {split!r}.")
@@ -60,6 +61,7 @@ def load_problems(
     path = path or hub_path
     rows = open_split(path, source_split)
     check_columns(rows, ["problem", "level", subject, "solution"], path)
+    check_text(rows, "problem", path)
     problems = []
     for row in draw(rows, n, seed):
         solution = row["solution"] or ""

@@ -1,10 +1,13 @@
 """Any dataset with a column of prompts and one of final answers: a local JSONL, Parquet or CSV file, or from the Hub."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
+from .._prompts import check_prompts
 from ._verify import answer_text, final_answer_reward
 
 
@@ -30,11 +33,53 @@ def load_splits(path: str, name: str | None = None, streaming: bool = False) -> 
 
     Returns:
         `datasets.DatasetDict` or `datasets.IterableDatasetDict`: The splits.
+
+    Raises:
+        ValueError: If a file is empty or damaged. Of lines of JSON the first damaged one is named.
     """
     file_format = _FILE_FORMATS.get(Path(path).suffix)
-    if file_format is not None:
-        return load_dataset(file_format, data_files=path, name=name, streaming=streaming)
-    return load_dataset(path, name=name, streaming=streaming)
+    files = {} if file_format is None else {"data_files": path}
+    try:
+        splits = load_dataset(file_format or path, name=name, streaming=streaming, **files)
+        for split in splits.values() if streaming else ():
+            next(iter(split), None)
+        return splits
+    except (DatasetGenerationError, StopIteration, ValueError) as error:  # which hide what they are about
+        cause = _damage(Path(path)) or error.__cause__ or error
+        raise ValueError(f"The dataset {path!r} cannot be read: {cause}") from error
+
+
+def _damage(path: Path) -> str | None:
+    """Of a local file, or of those in a folder: which is empty, or which line of which is not JSON."""
+    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in _FILE_FORMATS)
+    for file in files:
+        content = file.read_bytes()
+        if b"\n" not in content.strip() and (not content.strip() or file.suffix == ".csv"):
+            return f"{file.name} has no rows."
+        if _FILE_FORMATS.get(file.suffix) == "json" and (found := _damaged_line(content, file.suffix == ".jsonl")):
+            return f"{file.name}, {found}"
+    return None
+
+
+def _damaged_line(content: bytes, as_lines: bool) -> str | None:
+    lines = content.splitlines()
+    if not as_lines:  # one document, or lines all the same
+        try:
+            json.loads(lines[0])
+        except ValueError:
+            lines = [content]
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            return f"line {number} is not JSON: {error}"
+        if len(lines) > 1 and not isinstance(row, dict):
+            return f"line {number} is no JSON object but {type(row).__name__}."
+        if isinstance(row, list) and not row:
+            return "which is an empty list."
+    return None
 
 
 def load_problems(
@@ -80,12 +125,13 @@ def load_problems(
         as strings.
 
     Raises:
-        ValueError: If there is no such split or column, `n` is larger than the split, or a row has no answer that a
-            completion could state.
+        ValueError: If there is no such split or column, `n` is larger than the split, a prompt is neither text nor
+            messages, or a row has no answer that a completion could state.
     """
     rows = open_split(path, split, name)
     check_columns(rows, [prompt_column, answer_column, *([difficulty_column] if difficulty_column else [])], path)
-    messages = conversational or (len(rows) > 0 and not isinstance(rows[0][prompt_column], str))
+    first = check_prompts(rows, f"the dataset {path!r}", prompt_column, one_kind=not conversational)
+    messages = conversational or not isinstance(first, str)
     if system_prompt is not None and not messages:
         raise ValueError("`system_prompt` is a message, but the prompts are text: set `conversational`.")
 
@@ -135,6 +181,16 @@ def check_columns(rows: Dataset, columns: list[str], path: str) -> None:
         if column not in rows.column_names:
             there = ", ".join(map(repr, rows.column_names))
             raise ValueError(f"The dataset {path!r} has no column {column!r}, it has {there}.")
+
+
+def check_text(rows: Dataset, column: str, path: str) -> None:
+    """An error that names the row, if the column holds anything but text there."""
+    for index, value in enumerate(rows[column]):
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(
+                f"Row {index} of the dataset {path!r}: its {column!r} must be text, got {repr(value)[:60]}. Leave such "
+                "rows out."
+            )
 
 
 def draw(rows: Dataset, n: int | None, seed: int) -> Dataset:

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from ..core import Head
+from ..core.fingerprint import fingerprint, fingerprint_of_weights
 from .local import LocalTeacher
 
 
@@ -92,3 +93,8 @@ class AdapterTeacher:
         """Head of the base model, or of the teacher's adapter if that has one of its own (`modules_to_save`)."""
         with self.active():
             return self._local.head()
+
+    def fingerprint(self) -> str:
+        """Of the adapter's name, and of the weights that are not trained: its own and the base's."""
+        frozen = ((name, one) for name, one in self.model.named_parameters() if not one.requires_grad)
+        return fingerprint([self.adapter_name, fingerprint_of_weights(frozen)])

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..core import Head
+from ..core.fingerprint import fingerprint_of_weights
 from .models import base_model, embedding, is_plain_linear, last_hidden_state, lm_head, num_positions, predicting
 from .quantized import allow_fast_kernel
 
@@ -29,7 +30,8 @@ class LocalTeacher:
     def __init__(self, module: torch.nn.Module, accelerator: Accelerator | None = None):
         self.module = module
         self._accelerator = accelerator
-        self._model = base_model(module if accelerator is None else accelerator.unwrap_model(module))
+        self._unwrapped = module if accelerator is None else accelerator.unwrap_model(module)
+        self._model = base_model(self._unwrapped)
         self.vocab_size: int = embedding(self._model).num_embeddings
         self.max_length = num_positions(self._model.config)
         self._called_head: Head | None = None
@@ -50,6 +52,10 @@ class LocalTeacher:
         if self._called_head is None:
             self._called_head = lm_head(self._model)
         return self._called_head
+
+    def fingerprint(self) -> str:
+        """Of the weights."""
+        return fingerprint_of_weights(self._unwrapped.named_parameters())
 
 
 def load_teacher(

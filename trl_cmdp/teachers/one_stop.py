@@ -6,6 +6,7 @@ import torch
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..core import Head
+from ..core.fingerprint import fingerprint
 from .server_teacher import ServerTeacher
 from .teacher import Teacher
 
@@ -77,6 +78,10 @@ class OneStopTeacher:
         """As [`ServerTeacher.top_k`]."""
         token_ids, logps = self._server.top_k(input_ids, attention_mask, mask, k)
         return swapped(token_ids, self._ends), logps
+
+    def fingerprint(self) -> str:
+        """Of the teacher and the two tokens."""
+        return fingerprint([self._teacher.fingerprint(), self._ends])
 
     @property
     def _server(self) -> ServerTeacher:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..core.fingerprint import fingerprint, fingerprint_of_weights
 from ._checkpoint import load_config, load_head
 from ._server import TeacherServer, TeacherServerError
 
@@ -95,6 +96,11 @@ class RemoteTeacher:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
 
+    def fingerprint(self) -> str:
+        """Of what the server names its model, and of the head. The weights between are out of sight."""
+        head = [] if self.head is None else [("head", self.head.weight)]
+        return fingerprint([self._model_id, fingerprint_of_weights(head)])
+
     def hidden_states(self, sequences: Sequence[list[int]], num_last: Sequence[int]) -> list[torch.Tensor]:
         """
         Hidden states that predict the last tokens of each sequence: those at `-(k + 1):-1`, after the final norm.
@@ -109,7 +115,7 @@ class RemoteTeacher:
             `list[torch.Tensor]`: Hidden states of shape `(k, H)` per sequence, on the CPU, in `dtype`.
 
         Raises:
-            TeacherServerError: If the server is gone for longer than `max_wait`, or answers what cannot be right.
+            TeacherServerError: If the server is gone for longer than `max_wait`, or answers what cannot be true.
             ValueError: If the server is not exact, or a sequence is too long for it.
         """
         if self.head is None:
@@ -164,7 +170,7 @@ class RemoteTeacher:
             `list[torch.Tensor]`: Log-probabilities of shape `(k,)` per sequence, in nats and float32.
 
         Raises:
-            TeacherServerError: If the server is gone for longer than `max_wait`, or answers what cannot be right.
+            TeacherServerError: If the server is gone for longer than `max_wait`, or answers what cannot be true.
             ValueError: If the server is exact, a sequence too long for it, or the temperature not 1.
         """
         return [

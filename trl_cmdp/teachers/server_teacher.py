@@ -28,7 +28,7 @@ class ServerTeacher:
     ):
         self.remote, self._on_any_process = remote, on_any_process
         self.exact, self.vocab_size = remote.exact, remote.vocab_size
-        self.max_length = None  # the server says itself what is too long
+        self.max_length: int | None = None  # the server says itself what is too long
         self._head = None if remote.head is None else remote.head.to(device)
 
     def head(self) -> Head:
@@ -39,6 +39,10 @@ class ServerTeacher:
                 f"hidden states. Start it with: {EXACT_SERVER_COMMAND}"
             )
         return self._head
+
+    def fingerprint(self) -> str:
+        """Of what the server names its model, and of the head."""
+        return self.remote.fingerprint()
 
     def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Hidden states (N, H), see [`Teacher`]."""

@@ -42,3 +42,7 @@ class Teacher(Protocol):
     def head(self) -> Head:
         """The teacher's head, on the device of the hidden states."""
         ...
+
+    def fingerprint(self) -> str:
+        """Short text that another teacher does not share."""
+        ...

@@ -28,12 +28,7 @@ from helpers import (
 from peft import get_peft_model
 from transformers import TrainerCallback
 
-from trl_cmdp import (
-    ConstrainedDistillTrainer,
-    GKDDistillTrainer,
-    LagrangianDistillTrainer,
-    MiniLLMDistillTrainer,
-)
+from trl_cmdp import ConstrainedDistillTrainer, GKDDistillTrainer, LagrangianDistillTrainer, MiniLLMDistillTrainer
 
 
 ROLLOUTS = 16  # per step, over all processes

@@ -8,7 +8,8 @@ from torch.autograd.function import once_differentiable
 
 from .memory import Workspace, slices
 from .projection import Projection
-from .tiles import HeadPair, Statistics, policy_gradient
+from .tiles import SECOND_BACKWARD, HeadPair, Statistics, policy_gradient
+from .triton_heads import TritonHeads
 
 
 def fused_heads(
@@ -23,7 +24,8 @@ def fused_heads(
     `log_probs` (N,), `entropy` (N,), `loss` () and `costs` (M,) of [`chunked_policy_divergence`]; without tokens the
     first two are `None`. `teacher_rows` (M,) are the rows that the teacher's hidden states belong to.
     """
-    outputs: tuple[Any, Any, torch.Tensor, torch.Tensor] = _FusedHeads.apply(  # type: ignore[no-untyped-call]
+    function = TritonHeads if pair.triton else _FusedHeads
+    outputs: tuple[Any, Any, torch.Tensor, torch.Tensor] = function.apply(  # type: ignore[no-untyped-call]
         student_hidden,
         pair.student.head.weight,
         pair.student.head.bias,
@@ -100,10 +102,7 @@ class _FusedHeads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_log_probs, grad_entropy, grad_loss, _):  # type: ignore[no-untyped-def]
         if ctx.consumed:
-            raise RuntimeError(
-                "Trying to backward through the graph a second time: the gradients that the forward pass formed are "
-                "handed over, also where the graph is retained. Run the forward pass again."
-            )
+            raise RuntimeError(SECOND_BACKWARD)
         gradients, ctx.gradients, ctx.consumed = ctx.gradients, None, True
         if gradients is None:
             gradients = Gradients(ctx.pair.student, ctx.num_rows, ctx.needs_input_grad[:3])

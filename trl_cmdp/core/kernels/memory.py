@@ -57,8 +57,6 @@ class Workspace:
         dtype: torch.dtype,
         memory_mb: float,
     ):
-        if memory_mb <= 0:
-            raise ValueError(f"`memory_mb` must be positive, got {memory_mb}.")
         # A quarter at most for the blocks and an eighth for casts; a block may always hold one row.
         num_blocks = len(Blocks._fields)
         elements = int(memory_mb * 2**20 // dtype.itemsize)

@@ -8,10 +8,17 @@ import torch
 
 from ..comparison import Comparison
 from ..head import Head
+from .choice import kernel_of
 from .measures import block_costs, block_gradient, gradient_factor, with_prob_floor, zero_where_impossible_
 from .memory import Blocks, Workspace, default_memory_mb
 from .projection import Projection, accumulation_dtype, compute_dtype
 from .softmax import OnlineSoftmax, add_at_tokens_
+
+
+SECOND_BACKWARD = (
+    "Trying to backward through the graph a second time: the gradients that the forward pass formed are handed over, also "
+    "where the graph is retained. Run the forward pass again."
+)
 
 
 class Tile(NamedTuple):
@@ -58,6 +65,7 @@ class HeadPair:
     student: Projection
     teacher: Projection
     comparison: Comparison
+    triton: bool  # whether the Triton kernels take it
 
     @property
     def vocab_size(self) -> int:
@@ -196,4 +204,5 @@ def make_pair(
         Projection(head, comparison.temperature, compute_dtype(hidden), dtype, memory_mb)
         for head, hidden in ((student_head, student_hidden), (teacher_head, teacher_hidden))
     )
-    return HeadPair(student, teacher, comparison)
+    triton = kernel_of(student_hidden.device) == "triton" and dtype == torch.float32
+    return HeadPair(student, teacher, comparison, triton)

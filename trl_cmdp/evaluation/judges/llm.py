@@ -1,7 +1,6 @@
 """An LLM as judge of two solutions: each pair in both orders, replies parsed strictly, cached on disk."""
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from ._cache import ReplyCache
 from ._client import ChatEndpoint, JudgeError, Message, NoReplyError
+from ._verdicts import parse_verdict
 from .records import Judgement, Outcome, Pair, flipped, judgement
 
 
@@ -50,7 +50,6 @@ RETRY_PROMPT = (
     '"Verdict: A", "Verdict: B" or "Verdict: tie", written once.'
 )
 
-_VERDICT = re.compile(r"Verdict: (A|B|tie)")
 _OUTCOMES: dict[str, Outcome] = {"A": "win", "B": "loss", "tie": "tie"}
 
 
@@ -60,6 +59,8 @@ class LLMJudge:
 
     Each pair is judged twice, with either solution first. Only an outcome that both orders give is one; verdicts that
     disagree are a tie. Solutions of the same text are a tie without a question.
+
+    `reasons` counts why questions had no reply, such as the message of a refusal.
 
     Args:
         chat ([`ChatEndpoint`]):
@@ -73,6 +74,7 @@ class LLMJudge:
 
     def __init__(self, chat: ChatEndpoint, cache: str | Path | None = None, *, max_malformed: int = 2):
         self.name = chat.model
+        self.reasons: Counter[str] = Counter()
         self._chat = chat
         self._cache = None if cache is None else ReplyCache(cache)
         self._max_malformed = max_malformed
@@ -89,8 +91,17 @@ class LLMJudge:
             [`Judgement`]: Of each pair, in the pairs' order.
 
         Raises:
-            JudgeError: If the model cannot be used at all, or does not answer the first question.
+            JudgeError: If the model cannot be used at all, does not answer the first question, or replies to no pair.
         """
+        asked = refused = 0
+        for judged in self._judge_each(pairs):
+            asked += bool(judged.orders)
+            refused += judged.failures.get("no_reply", 0) == 2
+            yield judged
+        if asked and refused == asked:
+            raise JudgeError(f"{self._chat!r} gave no reply to any pair: {self._reason()}.")
+
+    def _judge_each(self, pairs: Sequence[Pair]) -> Iterator[Judgement]:
         started = False
         with ThreadPoolExecutor(self._chat.concurrency) as executor:
             # The first question alone: where nothing answers, that should not be found out a thousand times.
@@ -98,7 +109,7 @@ class LLMJudge:
                 first = self._judge_pair(pairs[0])
                 started = bool(first.orders)
                 if first.failures.get("no_reply", 0) == 2 and "refused" not in first.failures:
-                    raise JudgeError(f"{self._chat!r} answers neither order of the first pair: {first.failures}.")
+                    raise JudgeError(f"{self._chat!r} answers neither order of the first pair: {self._reason()}.")
                 yield first
                 pairs = pairs[1:]
             futures = [executor.submit(self._judge_pair, pair) for pair in pairs]
@@ -107,6 +118,10 @@ class LLMJudge:
                     yield future.result()
             finally:
                 executor.shutdown(wait=False, cancel_futures=True)
+
+    def _reason(self) -> str:
+        """Why most questions had no reply."""
+        return self.reasons.most_common(1)[0][0]
 
     def _judge_pair(self, pair: Pair) -> Judgement:
         if pair.solution == pair.other:
@@ -129,6 +144,7 @@ class LLMJudge:
             except NoReplyError as error:
                 failures.update(error.failures)
                 failures["no_reply"] += 1
+                self.reasons[str(error)] += 1
                 return None
             if (verdict := parse_verdict(reply)) is not None:
                 return _OUTCOMES[verdict]
@@ -142,9 +158,8 @@ class LLMJudge:
         return None
 
     def _reply(self, messages: list[Message], order: str, failures: Counter[str]) -> str:
-        key = ReplyCache.key(
-            {"model": self._chat.model, "sampling": self._chat.sampling_params, "messages": messages, "order": order}
-        )
+        asked = {"server": self._chat.url, "model": self._chat.model, "sampling": self._chat.sampling_params}
+        key = ReplyCache.key({**asked, "messages": messages, "order": order})
         reply = None if self._cache is None else self._cache.get(key)
         if reply is None:
             reply, before = self._chat.complete(messages)
@@ -161,15 +176,6 @@ def judge_messages(problem: str, first: str, second: str) -> list[Message]:
     mark = hashlib.sha256("\0".join((problem, first, second)).encode(errors="surrogatepass")).hexdigest()[:16]
     question = USER_PROMPT.format(problem=problem, mark=mark, first=first, second=second)
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
-
-
-def parse_verdict(reply: str) -> str | None:
-    """The verdict of a reply whose last line, and no other, is a verdict."""
-    lines = reply.strip().splitlines()
-    if sum("verdict:" in line.lower() for line in lines) != 1:
-        return None
-    match = _VERDICT.fullmatch(lines[-1].strip())
-    return match[1] if match else None
 
 
 def _shortened(solution: str) -> str:

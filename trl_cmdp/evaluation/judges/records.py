@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Protocol, cast
 
+from .._lines import parse_json
+
 
 Outcome = Literal["win", "tie", "loss"]
 
@@ -51,7 +53,7 @@ class Judgement:
     @classmethod
     def from_json(cls, line: str) -> "Judgement":
         """Read [`~Judgement.to_json`]'s line."""
-        record = json.loads(line)
+        record = parse_json(line)
         if not isinstance(record, dict) or record.keys() != {field.name for field in fields(cls)}:
             raise ValueError("A judgement is a JSON object with the fields of `Judgement`.")
         _check(record)

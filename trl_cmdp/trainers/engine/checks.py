@@ -7,12 +7,20 @@ from itertools import islice
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import GRPOConfig
+from trl.data_utils import is_conversational
+from trl.trainer.utils import get_config_model_id
 
+from ..._prompts import check_chat_template, check_column, check_prompts
 from .config import DistillConfig
 
 
+# Extras that bring a tracker. Those that transformers finds in other ways than by a package are left to it.
+_TRACKER_EXTRAS = {"wandb": "wandb", "tensorboard": "tracking", "trackio": "tracking"}
+_FOUND_OTHERWISE = {"azure_ml", "flyte"}
 # What TRL itself passes to a reward function, beside the columns of the dataset.
 _REWARD_ARGUMENTS = {
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"
@@ -57,6 +65,55 @@ def check_arguments(config_class: type[DistillConfig], args: GRPOConfig, with_te
         )
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that what `report_to` names is installed."""
+    if not names:
+        return
+    for name in set(names) - {*get_available_reporting_integrations(), *_FOUND_OTHERWISE}:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"`report_to` names {name!r}, which is no tracker: take of {', '.join(INTEGRATION_TO_CALLBACK)}."
+            )
+        extra = _TRACKER_EXTRAS.get(name)
+        install = name if extra is None else f'"trl-cmdp[{extra}]"'
+        raise ImportError(f"`report_to` names {name!r}, which is not installed: pip install {install}.")
+
+
+def check_data(
+    model: str | PreTrainedModel,
+    args: GRPOConfig,
+    train_dataset: Any,
+    eval_dataset: Any,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
+    rollout_func: Any,
+    environment_factory: Any,
+) -> None:
+    """
+    Check the prompts of the datasets, and that the student's chat template renders messages. A `rollout_func` may take
+    prompts of any kind, and an environment may bring them in place of the column.
+    """
+    for name, dataset in _named(train_dataset, eval_dataset).items():
+        if not isinstance(dataset, Dataset | IterableDataset):
+            continue
+        columns = dataset.column_names or next(iter(dataset), {})
+        if environment_factory is not None and "prompt" not in columns:
+            continue
+        if rollout_func is not None:
+            check_column(columns, f"the {name} dataset")
+            continue
+        prompt = check_prompts(dataset, f"the {name} dataset")
+        if isinstance(prompt, str):
+            continue
+        if processing_class is None:  # where TRL takes it from, after it has loaded the model
+            processing_class = AutoProcessor.from_pretrained(
+                model if isinstance(model, str) else get_config_model_id(model.config),
+                revision=(args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None,
+                trust_remote_code=args.trust_remote_code,
+            )
+        kwargs = args.chat_template_kwargs
+        check_chat_template(processing_class, prompt, f"the {name} dataset", chat_template_kwargs=kwargs)
+
+
 def no_reward(completions: list, **kwargs: Any) -> list[float]:
     """Reward of a trainer that has a teacher and no reward function: 0 for every completion."""
     return [0.0] * len(completions)
@@ -84,6 +141,23 @@ def check_reward_columns(reward_funcs: list, names: list[str], train_dataset: An
                     f"{sorted(dataset.column_names)}. Add or rename the column (`dataset.rename_column`), or give "
                     "the argument a default."
                 )
+
+
+def check_reward_templates(reward_funcs: list, processing_classes: list, train_dataset: Any) -> None:
+    """A reward model reads messages through the chat template of its own tokenizer."""
+    models = [
+        (model, processing_class)
+        for model, processing_class in zip(reward_funcs, processing_classes, strict=True)
+        if isinstance(model, torch.nn.Module)
+    ]
+    if not models or not is_conversational(next(iter(train_dataset))):
+        return
+    for model, processing_class in models:
+        if processing_class.chat_template is None:
+            raise ValueError(
+                f"The prompts are messages, and the tokenizer of the reward model {get_config_model_id(model.config)!r} "
+                "has no chat template. Give one with a template as `reward_processing_classes`, or make text of the prompts."
+            )
 
 
 def check_rewards_finite(rewards_per_func: torch.Tensor, names: list[str], step: int) -> None:
@@ -118,10 +192,10 @@ def check_no_images(train_dataset: Any, eval_dataset: Any) -> None:
             columns = sorted({"image", "images"} & row.keys())
             if columns:
                 raise ValueError(f"The {name} dataset has the column {columns[0]!r}. {IMAGES_REFUSED}")
-            messages = row.get("prompt", [])
-            contents = [] if isinstance(messages, str) else [message.get("content") for message in messages]
-            parts = [part for content in contents if isinstance(content, list) for part in content]
-            if any(part["type"] == "image" for part in parts):
+            prompt = row.get("prompt")
+            messages = [message for message in prompt if isinstance(message, dict)] if isinstance(prompt, list) else []
+            contents = [content for message in messages if isinstance(content := message.get("content"), list)]
+            if any(isinstance(part, dict) and part.get("type") == "image" for content in contents for part in content):
                 raise ValueError(f"A message of the {name} dataset has an image. {IMAGES_REFUSED}")
 
 

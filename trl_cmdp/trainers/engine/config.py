@@ -1,13 +1,30 @@
 """Configuration fields that every trainer with a teacher shares."""
 
 import copy
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
 from trl import GRPOConfig
 
+from ..._messages import without_secrets
 from ...core import Comparison
+
+
+_MAY_BE_INFINITE = {"max_grad_norm", "delta", "epsilon_high", "off_policy_mask_threshold"} | {
+    f"vllm_importance_sampling_{bound}" for bound in ("cap", "clip_max")
+}
+
+
+def _floats(value: Any) -> Iterator[float]:
+    """Every float in a value, and in the lists and dictionaries of it."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for element in value.values() if isinstance(value, dict) else value:
+            yield from _floats(element)
 
 
 def help_from_docstring(config: type) -> type:
@@ -60,7 +77,7 @@ class DistillConfig(GRPOConfig):
             ε of the mixture of the teacher with the uniform distribution, which bounds the cost by log(V/ε).
         divergence_memory_mb (`float`, *optional*):
             Memory, in MiB per process, that vocabulary-sized tiles of the divergence may take. By default 256, and on a
-            CUDA device a share of the memory that is free.
+            CUDA device what its kernel takes (docs/kernels.md).
         teacher_hidden_memory_mb (`float`, *optional*, defaults to `256`):
             Memory, in MiB per process, in which the teacher's hidden states are kept from scoring to the loss. Where
             they do not fit they are computed once more; the loss is the same.
@@ -74,6 +91,12 @@ class DistillConfig(GRPOConfig):
         tolerated_violation_rate (`float`, *optional*, defaults to `0.05`):
             Share of rollouts above the limit with which a student counts as feasible, where checkpoints are chosen by
             `metric_for_best_model="constraint/feasible_reward"`.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Delete the checkpoints that another run has left in `output_dir` when this one begins anew. Otherwise such a
+            folder is refused.
+        resume_with_changes (`list[str]`, *optional*):
+            Names of what is meant to differ from the run of the checkpoint that is resumed from, such as
+            `["learning_rate", "teacher"]` (docs/resuming.md lists them). Any other difference is refused.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
@@ -97,10 +120,14 @@ class DistillConfig(GRPOConfig):
     cost_scope: Literal["mean", "sum", "worst_prefix"] = "mean"
     tolerated_violation_rate: float = 0.05
 
+    overwrite_output_dir: bool = False
+    resume_with_changes: list[str] | None = None
+
     def __post_init__(self):
         super().__post_init__()
         self._check_choices()
         self._check_cost_limit()
+        self._check_finite()
         if not 0.0 <= self.teacher_beta <= 1.0:
             raise ValueError(
                 f"`teacher_beta` must lie in [0, 1] (0 is forward KL, 1 reverse KL), got {self.teacher_beta}."
@@ -122,16 +149,26 @@ class DistillConfig(GRPOConfig):
     # What is written anywhere (logs, cards, `training_args.bin`) comes from one of these: none has the key.
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "teacher_model_server_api_key": None}
+        return {**without_secrets(super().to_dict()), "teacher_model_server_api_key": None}
 
     def __str__(self) -> str:
         return super(DistillConfig, copy.copy(self)).__str__()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "teacher_model_server_api_key": None, "hub_token": None}
+        # A token may stand in `model_init_kwargs`.
+        state = {name: without_secrets(value) if type(value) is dict else value for name, value in vars(self).items()}
+        return {**state, "teacher_model_server_api_key": None, "hub_token": None}
 
     def _check_cost_limit(self) -> None:
         self._check_positive("cost_limit")
+
+    def _check_finite(self) -> None:
+        """No number is NaN, and none infinite but a bound of which infinity makes none."""
+        for own in fields(self):
+            value = getattr(self, own.name)
+            for number in _floats(value):
+                if math.isnan(number) or (math.isinf(number) and own.name not in _MAY_BE_INFINITE):
+                    raise ValueError(f"`{own.name}` must be finite, got {value}.")
 
     def _check_positive(self, *names: str) -> None:
         for name in names:

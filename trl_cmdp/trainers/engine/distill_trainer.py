@@ -15,7 +15,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
 from ...core.signal import Rollouts, Signal
-from ...teachers import OneStopTeacher, base_model, end_ids, stop_ids
+from ...teachers import base_model
 from ..telemetry.card import DistillationFacts, describe_cost, describe_limit, describe_teacher, write_model_card
 from ..telemetry.hub import warn_if_failed
 from ..telemetry.metrics import DistillMetrics
@@ -24,9 +24,12 @@ from ..telemetry.shading import ShadedCompletions
 from .checks import (
     IMAGES_REFUSED,
     check_arguments,
+    check_data,
     check_no_images,
     check_reward_columns,
+    check_reward_templates,
     check_rewards_finite,
+    check_trackers,
     checked_rollout_func,
     has_teacher,
     no_reward,
@@ -38,7 +41,7 @@ from .policy_loss import loss_mask, policy_token_weight
 from .processes import gather_rows, on_any_process
 from .scoring import RolloutScorer
 from .student import prepare_student
-from .teachers import Teacher, TeacherModel, make_teachers, teacher_index
+from .teachers import Teacher, TeacherModel, common_end, make_teachers, teacher_index, with_common_end
 from .trl_hooks import check_trl_hooks
 
 
@@ -89,12 +92,14 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         check_arguments(
             self._config_class, args, with_teacher, reward_funcs is not None or environment_factory is not None
         )
+        check_trackers(args.report_to)
         if with_teacher:
             check_no_images(train_dataset, eval_dataset)
             if reward_funcs is None and environment_factory is None:
                 reward_funcs = no_reward
             if rollout_func is not None:
                 rollout_func = checked_rollout_func(rollout_func)
+        check_data(model, args, train_dataset, eval_dataset, processing_class, rollout_func, environment_factory)
         selects = asks_for_feasible_reward(args, with_teacher, eval_dataset)
 
         super().__init__(
@@ -115,13 +120,12 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         )
         if rollout_func is None and environment_factory is None:
             check_reward_columns(self.reward_funcs, self.reward_func_names, self.train_dataset, self.eval_dataset)
+        check_reward_templates(self.reward_funcs, self.reward_processing_classes, self.train_dataset)
 
         if with_teacher:
             check_trl_hooks(self)
         self.command = sys.argv  # what the model card says that made the run; secrets are hidden there
-        if with_teacher:  # before a teacher is loaded
-            stops = stop_ids(self._tokenizer, base_model(self.accelerator.unwrap_model(self.model)).generation_config)
-            self._ends = end_ids(self._tokenizer, stops, args.teacher_eos_token)
+        self._ends = common_end(self) if with_teacher else None  # an error of these before a teacher is loaded
         self.teachers: dict[str, Teacher] = make_teachers(self, teacher_model) if with_teacher else {}
         if not self.teachers:
             return
@@ -132,10 +136,7 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         # DeepSpeed may have the head partitioned again by the time of a backward that reads it.
         fused = not (args.cast_lm_head_to_fp32 or self.is_deepspeed_enabled)
         self._student_forward = StudentForward(student, args, maybe_gather_lm_head_ctx, fused)
-        teachers = {
-            name: teacher if self._ends is None else OneStopTeacher(teacher, self._ends)
-            for name, teacher in self.teachers.items()
-        }
+        teachers = with_common_end(self.teachers, self._ends)
         self._scorer = RolloutScorer(teachers, self._student_forward, self.accelerator, args)
         self._rewards_per_func: torch.Tensor | None = None
         tolerated = args.tolerated_violation_rate if selects else None
@@ -315,6 +316,13 @@ class DistillTrainer(OffPolicyGRPOTrainer):
             self._shaded.log(self.state.global_step)
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
+
+    def _identity(self) -> dict[str, Any]:
+        identity = super()._identity()
+        if self.teachers:
+            identity["method"] = self._name
+            identity["teacher"] = {name: teacher.fingerprint() for name, teacher in self.teachers.items()}
+        return identity
 
     def _saved_state(self) -> dict[str, Any]:
         return self._method_state() if self.teachers else {}

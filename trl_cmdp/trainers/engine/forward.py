@@ -12,15 +12,10 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ...core import (
-    Head,
-    chunked_divergence,
-    chunked_log_probs,
-    chunked_policy_divergence,
-    chunked_scores,
-    default_memory_mb,
-)
+from ... import core
+from ...core import Head, chunked_log_probs, default_memory_mb
 from ...teachers import LeftAligned, backbone, last_hidden_state, predicting, read_head, swapped
+from ...teachers.kernels import chunked_divergence, chunked_policy_divergence, chunked_scores
 from .config import DistillConfig
 
 
@@ -171,13 +166,15 @@ class StudentForward:
         """Set the loss Σ weights·divergences, with gradient to the student's hidden states (B, T, H) and head."""
         request.loss = hidden.new_zeros((), dtype=torch.float32)
         head = read_head(self._student)
+        # Of a head that may be partitioned again by the time of backward, the gradient must be formed now.
+        compute = chunked_divergence if self._fused else core.chunked_divergence
         for states in request.teachers:
             with (
                 self._gathered_head(head.weight, head.bias),
                 self._gathered_head(states.head.weight, states.head.bias),
             ):
                 loss, costs = self._in_tiles(
-                    chunked_divergence,
+                    compute,
                     hidden[states.mask],
                     head,
                     states.hidden,

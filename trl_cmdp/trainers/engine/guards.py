@@ -18,6 +18,10 @@ from .processes import on_any_process
 _LOCK_FILE = "_run.lock"  # the Hub's uploads leave out what begins with an underscore
 
 
+class RefusedRun(ValueError, RuntimeError):
+    """What a user has to settle before a run can begin."""
+
+
 @contextmanager
 def sole_run(output_dir: str, accelerator: Accelerator) -> Iterator[None]:
     """No other run trains into the folder meanwhile: their checkpoints would take each other's places."""
@@ -29,7 +33,7 @@ def sole_run(output_dir: str, accelerator: Accelerator) -> Iterator[None]:
         except Timeout:
             taken = True
     if on_any_process(accelerator, taken):
-        raise RuntimeError(
+        raise RefusedRun(
             f"Another run is training into {output_dir}: give this one another `output_dir`, or stop that one first."
         )
     try:
@@ -39,18 +43,18 @@ def sole_run(output_dir: str, accelerator: Accelerator) -> Iterator[None]:
 
 
 @contextmanager
-def named_failure(checkpoint: Path) -> Iterator[None]:
+def named_failure(what: str, folder: Path, advice: str) -> Iterator[None]:
     """
-    What fails while a checkpoint is written is named: the libraries' own errors know neither the folder nor the disk.
+    What fails while `what` is written is named: the libraries' own errors know neither the folder nor the disk. `advice`
+    says what is left, and what to do once the cause is gone.
     """
     try:
         yield
     except Exception as error:
-        free = shutil.disk_usage(checkpoint.parent).free / 2**20
+        disk = next(path for path in folder.absolute().parents if path.exists())
+        free = shutil.disk_usage(disk).free / 2**20
         raise RuntimeError(
-            f"The checkpoint {checkpoint} could not be written ({error}); {free:,.0f} MiB are free on its disk. The ones "
-            "before it are whole: once the cause is gone (if the disk is full, make room), go on with "
-            "`trainer.train(resume_from_checkpoint=True)`, which passes over this one."
+            f"{what} {folder} could not be written ({error}); {free:,.0f} MiB are free on its disk. {advice}"
         ) from error
 
 

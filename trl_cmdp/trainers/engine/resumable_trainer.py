@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -17,15 +18,23 @@ from .checkpoints import (
     PROGRESS_FILE,
     ROLLOUTS_FILE,
     check_whole,
-    file_sizes,
+    delete_older,
     last_whole_checkpoint,
     load_tree,
+    make_room,
+    next_session,
+    read_progress,
     save_tree,
     start_checkpoint,
+    step_of,
+    write_progress,
 )
-from .finite_gradients import FiniteGRPOTrainer
+from .config import DistillConfig
+from .final_save import written_beside
+from .finite_gradients import FiniteGRPOTrainer, nonfinite_weights
 from .gradient_check import GradientCheck
-from .guards import CheckpointOnSigterm, named_failure, sole_run
+from .guards import CheckpointOnSigterm, RefusedRun, named_failure, sole_run
+from .run_identity import REWARDS, RunIdentity, data_fingerprint, settings_of, student_fingerprint
 
 
 _logger = logging.getLogger(__name__)
@@ -34,16 +43,19 @@ _logger = logging.getLogger(__name__)
 class ResumableGRPOTrainer(FiniteGRPOTrainer):
     """
     [`~trl.GRPOTrainer`] that resumes exactly, from any checkpoint. The only change is what a checkpoint holds: also the
-    rollouts that the generation cycle still needs, the logging window, and the state of the method. SIGTERM ends a run
-    with a checkpoint, and two runs cannot train into one folder.
+    rollouts that the generation cycle still needs, the logging window, the state of the method, and what the run is
+    known by. SIGTERM ends a run with a checkpoint, and two runs cannot train into one folder.
 
     Takes the arguments of [`~trl.GRPOTrainer`].
     """
 
     _train_sampler: Sampler | None = None  # of the dataset, unless it is iterable
+    _session = 1  # number of this training among those that have left checkpoints in the folder
+    _run: dict[str, Any]  # what this run is known by
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._start = student_fingerprint(self.model)
         keep_differentiable(self.model)
         self.add_callback(GradientCheck(self.accelerator))
         self._sigterm = CheckpointOnSigterm(self.accelerator)
@@ -58,6 +70,17 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
     def _load_saved_state(self, state: dict[str, Any]) -> None:
         raise NotImplementedError
 
+    def _identity(self) -> dict[str, Any]:
+        """What the run is known by: all that decides its weights."""
+        return {
+            "method": "GRPO",
+            "student": self._start,
+            "teacher": {},
+            "data": data_fingerprint(self.train_dataset),
+            REWARDS: list(self.reward_func_names),
+            **settings_of(self.args),
+        }
+
     def _logging_window(self) -> dict[str, Any]:
         """What has been counted in training since the last log."""
         return {"metrics": {name: list(map(float, values)) for name, values in self._metrics["train"].items()}}
@@ -70,22 +93,55 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """
         [`~transformers.Trainer.train`], where a resumed run continues as if it had never stopped. SIGTERM
-        ends the step under way, saves a checkpoint, and then ends the process.
+        ends the step under way, saves a checkpoint, and then ends the process. A run that is complete stays as it is.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                Folder of a checkpoint, or `True` for the newest one in `args.output_dir` that is whole.
+                Folder of a checkpoint, or `True` for the newest one of this run in `args.output_dir` that is whole.
 
         Raises:
-            ValueError: If that checkpoint was cut off while it was written, or there is none that is whole.
-            RuntimeError: If another run is training into `args.output_dir`.
+            ValueError: If that checkpoint was cut off or damaged, or is another run's, or if there is none. Without one,
+                if `args.output_dir` holds another run.
+            RuntimeError: If another run is training into `args.output_dir`, or if the weights are not finite at the end.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
-        elif resume_from_checkpoint:
-            check_whole(resume_from_checkpoint)
         with sole_run(self.args.output_dir, self.accelerator), self._sigterm.listening():
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            checkpoint = self._starting_point(resume_from_checkpoint)
+            output = super().train(checkpoint, *args, **kwargs)
+            self._check_weights(Path(self.args.output_dir))
+            return output
+
+    def _starting_point(self, asked: str | bool | None) -> str | None:
+        """Checkpoint that training begins from. One process looks, for all."""
+        self._run = self._identity()
+        found: list[Any] = [None, 0]
+        if self.accelerator.is_main_process:
+            try:
+                found = [self._choose_checkpoint(asked), next_session(self.args.output_dir)]
+            except RefusedRun as refusal:
+                found[0] = refusal
+        broadcast_object_list(found)
+        if isinstance(found[0], RefusedRun):
+            raise found[0]
+        checkpoint, self._session = found
+        return checkpoint
+
+    def _choose_checkpoint(self, asked: str | bool | None) -> str | None:
+        args = self.args
+        own = isinstance(args, DistillConfig)  # a plain `GRPOConfig` does without a teacher
+        identity = RunIdentity(type(self).__name__, self._run, (args.resume_with_changes or ()) if own else ())
+        if asked is True:
+            return last_whole_checkpoint(args.output_dir, identity)
+        if asked:
+            check_whole(asked, identity)
+            return asked
+        make_room(args.output_dir, identity, overwrite=own and args.overwrite_output_dir)
+        return None
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # resumed when it was complete: no step is left
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)
@@ -93,14 +149,51 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
 
     # --------------------------------------------------------------------------------------------------------- writing
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        """
+        [`~transformers.Trainer.save_model`], but that the folder holds a whole model at any time: this one, or until it is
+        written the one before.
+
+        Args:
+            output_dir (`str`, *optional*):
+                Folder, `args.output_dir` if `None`.
+
+        Raises:
+            RuntimeError: If it could not be written, or the weights are not finite.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        if step_of(folder) is not None:  # a checkpoint is whole by its list of files
+            super().save_model(output_dir, _internal_call)
+            return
+        if names := nonfinite_weights(self.model):
+            raise RuntimeError(f"The student's weights are not finite ({', '.join(names[:3])}): nothing is saved.")
+        left = "What was there before is whole. Once the cause is gone (if the disk is full, make room), save again."
+        with named_failure("The model", folder, left), written_beside(folder, self.args.should_save) as beside:
+            super().save_model(str(beside), _internal_call=True)
+            if self.is_deepspeed_enabled:  # each process may write a part
+                self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         self._check_weights(folder)
-        with named_failure(folder):
+        left = (
+            "The ones before it are whole: once the cause is gone (if the disk is full, make room), continue with "
+            "`trainer.train(resume_from_checkpoint=True)`, which passes over this one."
+        )
+        limit = self.args.save_total_limit
+        with named_failure("The checkpoint", folder, left):
             if self.args.should_save:
                 start_checkpoint(folder)
             self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
+            self.args.save_total_limit = None  # transformers would delete by the folders' times
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+        if limit and self.args.should_save:
+            delete_older(folder, limit, self.state.best_model_checkpoint)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
@@ -116,14 +209,16 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             progress = {
+                "run": self._run,
+                "session": self._session,
+                "global_step": self.state.global_step,
                 "step": self._step,
                 "batches": self._batches(),
                 "logging_window": self._logging_window(),
                 "entropy": [self.entropy_coef, self._last_world_entropy],
                 "nonfinite_in_a_row": self._nonfinite_in_a_row,
-                "files": file_sizes(folder),
             }
-            (folder / PROGRESS_FILE).write_text(json.dumps(progress))
+            write_progress(folder, progress)
 
     # --------------------------------------------------------------------------------------------------------- resuming
 
@@ -156,10 +251,10 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
             )
             return
 
-        progress = json.loads((checkpoint / PROGRESS_FILE).read_text())
+        progress = read_progress(checkpoint)
         if self.use_adaptive_entropy:  # TRL writes it after older checkpoints are deleted
             self.entropy_coef, self._last_world_entropy = progress["entropy"]
-        self._nonfinite_in_a_row = progress.get("nonfinite_in_a_row", 0)  # absent from older checkpoints
+        self._nonfinite_in_a_row = progress["nonfinite_in_a_row"]
         self._load_logging_window(progress["logging_window"])
 
         saved, batches = progress["batches"], self._batches()

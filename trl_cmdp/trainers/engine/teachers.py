@@ -12,13 +12,16 @@ from ...teachers import (
     EXACT_SERVER_COMMAND,
     AdapterTeacher,
     LocalTeacher,
+    OneStopTeacher,
     RemoteTeacher,
     ServerTeacher,
     Teacher,
     base_model,
     check_reading,
     check_vocabulary,
+    end_ids,
     load_teacher,
+    stop_ids,
     teacher_generation_config,
     warn_of_another_end,
 )
@@ -43,6 +46,18 @@ def make_teachers(trainer: GRPOTrainer, teacher_model: TeacherModel | None) -> d
         name = args.teacher_adapter_name or teacher_model.adapter_name
         return {name: _adapter_teacher(trainer, name)}
     return {"teacher": _make_teacher(trainer, teacher_model)}
+
+
+def common_end(trainer: GRPOTrainer) -> tuple[int, int] | None:
+    """Token ids with which student and teacher end a turn, where they differ and are to be one stop action."""
+    student = base_model(trainer.accelerator.unwrap_model(trainer.model))
+    stops = stop_ids(trainer._tokenizer, student.generation_config)
+    return end_ids(trainer._tokenizer, stops, trainer.args.teacher_eos_token)
+
+
+def with_common_end(teachers: dict[str, Teacher], ends: tuple[int, int] | None) -> dict[str, Teacher]:
+    """The teachers as they are asked for scores."""
+    return teachers if ends is None else {name: OneStopTeacher(teacher, ends) for name, teacher in teachers.items()}
 
 
 def _make_teacher(trainer: GRPOTrainer, model: OneTeacher | None) -> Teacher:

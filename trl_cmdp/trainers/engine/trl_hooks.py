@@ -6,12 +6,16 @@ tested in tests/trainers/test_trl_hooks.py.
 """
 
 import inspect
+from importlib import import_module
 from importlib.metadata import version
+from types import MethodType
 
 import torch
 from trl import GRPOTrainer
 from trl.models import utils as model_utils
 from trl.trainer import utils as trainer_utils
+
+from ...core.kernels.choice import kernel_of
 
 
 TESTED_TRL = ("1.15.0", "1.16.0")  # the lowest supported, and the newest that the tests have run on
@@ -31,6 +35,7 @@ METHODS = {
     "_save_rng_state": "(self, output_dir)",
     "create_model_card": "(self, model_name=None, dataset_name=None, tags=None)",
     "log": "(self, logs, start_time=None)",
+    "save_model": "(self, output_dir=None, _internal_call=False)",
     "training_step": "(self, model, inputs, num_items_in_batch)",
     "train": "(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)",
 }
@@ -40,6 +45,18 @@ FUNCTIONS = {
     (model_utils, "prepare_deepspeed"): "(model, accelerator)",
     (trainer_utils, "get_config_model_id"): "(config)",
     (trainer_utils, "maybe_gather_lm_head_ctx"): "(*params)",
+}
+# What teachers/kernels.py calls where the device's kernels are TRL's. Without Triton they cannot be imported in TRL 1.15.
+KERNELS = {
+    ("trl.kernels.chunked_divergence", "ChunkedDivergenceFunction.forward"): (
+        "(ctx, student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, beta, "
+        "temperature=1.0, student_logit_scale=1.0, student_final_logit_softcapping=None, teacher_logit_scale=1.0, "
+        "teacher_final_logit_softcapping=None)"
+    ),
+    ("trl.kernels.chunked_logprob", "ChunkedLogProbFunction.forward"): (
+        "(ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None, logit_scale=1.0, "
+        "outputs=('entropy', 'log_sum_sq_probs', 'mean_logits', 'is_top1'))"
+    ),
 }
 # Attributes of a trainer that are read, or set: their types.
 ATTRIBUTES = {
@@ -52,6 +69,7 @@ ATTRIBUTES = {
     "_tag_names": list,
     "_name": str,
     "_paper": dict,
+    "_run_epoch": MethodType,  # all that it is given is handed on
     "chat_template": (str, type(None)),
     "chat_template_kwargs": dict,
     "entropy_coef": float,
@@ -77,6 +95,11 @@ ATTRIBUTES = {
 def check_trl_hooks(trainer: GRPOTrainer) -> None:
     """Refuse a TRL in which something of the table is gone, or takes other arguments."""
     hooks = {(GRPOTrainer, name): expected for name, expected in METHODS.items()} | FUNCTIONS
+    if kernel_of(trainer.accelerator.device) == "trl":
+        try:
+            hooks |= {(import_module(module), name): expected for (module, name), expected in KERNELS.items()}
+        except ImportError as error:
+            raise moved_hooks(str(error)) from error
     moved = []
     for (owner, name), expected in hooks.items():
         found = _signature(owner, name)

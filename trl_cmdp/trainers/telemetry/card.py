@@ -16,9 +16,9 @@ from transformers import is_wandb_available
 from trl import GRPOTrainer, is_conversational
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
+from ..._messages import shell_command
 from ...teachers import AdapterTeacher, LocalTeacher
 from .satisfaction import MeasuredSatisfaction
-from .secrets import shell_command
 
 
 # Shown where it lies beside the card.

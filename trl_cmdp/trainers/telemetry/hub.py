@@ -1,9 +1,9 @@
-"""Pushes that go on in the background while a student is trained."""
+"""Pushes in the background while a student is trained."""
 
 import logging
 from concurrent.futures import Future
 
-from .secrets import hide_secrets
+from ..._messages import hide_secrets, printable
 
 
 _logger = logging.getLogger(__name__)
@@ -14,7 +14,7 @@ def warn_if_failed(push: Future) -> None:
     error = None if push.cancelled() else push.exception()
     if error is not None:
         _logger.warning(
-            f"A push to the Hub failed: {describe_error(error)}. Training goes on, and the checkpoint is on disk. What "
+            f"A push to the Hub failed: {describe_error(error)}. Training continues, and the checkpoint is on disk. What "
             "was not pushed goes with the next push."
         )
 
@@ -29,4 +29,4 @@ def describe_error(error: BaseException) -> str:
         if not any(part.partition(": ")[2] and part.partition(": ")[2] in earlier for earlier in parts):
             parts.append(part)
         cause = cause.__cause__
-    return hide_secrets(", caused by ".join(parts))
+    return printable(hide_secrets(", caused by ".join(parts)))
