@@ -109,7 +109,7 @@ def test_every_architecture():
     for name in sorted(model_classes().keys() - REFUSED):
         try:
             student, teacher = small_model(name), small_model(name, seed=1)
-        except (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError):
+        except Exception:  # of many kinds, from configs
             not_small.add(name)
             continue
         check(name, student, teacher)
