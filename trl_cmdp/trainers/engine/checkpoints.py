@@ -142,8 +142,8 @@ def make_room(output_dir: str | Path, identity: RunIdentity, overwrite: bool) ->
 
 def delete_older(newest: Path, limit: int, best: str | None) -> None:
     """Delete checkpoints beside the newest one until `limit` are left, those that were cut off and the oldest first."""
-    kept = {newest} if best is None else {newest, Path(best)}
-    others = [path for path in newest_first(newest.parent) if path not in kept]
+    kept = {path.resolve() for path in (newest, *([] if best is None else [Path(best)]))}
+    others = [path for path in newest_first(newest.parent) if path.resolve() not in kept]
     others.sort(key=lambda path: _session_of(path) == 0)
     for path in others[max(0, limit - len(kept)) :]:
         shutil.rmtree(path, ignore_errors=True)
