@@ -14,7 +14,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from ... import core
 from ...core import Head, chunked_log_probs, default_memory_mb
-from ...teachers import LeftAligned, backbone, last_hidden_state, predicting, read_head, swapped
+from ...teachers import LeftAligned, backbone, predicting, read_head, swapped
 from ...teachers.kernels import chunked_divergence, chunked_policy_divergence, chunked_scores
 from .config import DistillConfig
 
@@ -128,7 +128,9 @@ class StudentForward:
         return outputs
 
     def _last_hidden_state(self, **model_inputs: Any) -> torch.Tensor:
-        return last_hidden_state(self._fused_forward, self._student.get_output_embeddings(), **model_inputs)
+        # Not by the head's input, as a teacher's: FSDP2 shards again what a backward does not reach by its output.
+        rows = LeftAligned(model_inputs)
+        return rows.restore(backbone(self._student)(**rows.inputs, use_cache=False).last_hidden_state)
 
     def _differentiate_fused(
         self, request: DivergenceRequest, *, labels: torch.Tensor, fused_lm_head: bool, **model_inputs: Any
