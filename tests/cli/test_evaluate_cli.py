@@ -55,6 +55,19 @@ def test_a_teacher_on_a_server_with_a_key(folders, tmp_path, monkeypatch):
     assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
+def test_the_teachers_end_of_turn(folders, tmp_path, capsys):
+    """Its ids are the tokenizer's, other costs follow, and the records say so."""
+    options = ["--student", STUDENT, "--teacher", TEACHER, "--greedy", *SIZES, "--output_dir"]
+    assert run(*options, tmp_path / "swapped", "--teacher_eos_token", "=") == 0
+    settings, found = read_rollout_records(tmp_path / "swapped" / "records.jsonl")
+    assert settings.teacher_eos_token == "="
+    _, expected = read_rollout_records(folders / "student" / "records.jsonl")
+    assert [record.completion for record in found] == [record.completion for record in expected]
+    assert [record.costs for record in found] != [record.costs for record in expected]
+    assert run(*options, tmp_path / "unknown", "--teacher_eos_token", "<|im_end|>") == 2
+    assert "is no token of the tokenizer" in error_line(capsys)
+
+
 def test_records_summary_and_table_are_written(folders):
     settings, records = read_rollout_records(folders / "student" / "records.jsonl")
     asked = (settings.name, settings.task, settings.split, settings.max_new_tokens)
