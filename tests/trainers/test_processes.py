@@ -110,7 +110,10 @@ def test_one_process_had_masked_tokens_only(results):
     ("name", "message"),
     [
         ("poisoned", "The teacher returned NaN or infinite values at step 1"),
-        ("beyond", "a token id beyond the teacher's 16 .* at step 0"),
+        (
+            "beyond",
+            "At step 0: (The student produced a token id beyond the teacher's 16|a rollout of another process does not)",
+        ),
     ],
 )
 def test_error_of_one_process_is_raised_on_every_process(output, name, message):

@@ -164,6 +164,7 @@ def build(
         per_device_train_batch_size=ROLLOUTS // processes,
         per_device_eval_batch_size=ROLLOUTS // processes,
         max_steps=3,
+        optim="sgd",  # Adam makes whole steps of gradients that are rounding alone
         cost_limit=cost_limit,
         ddp_backend="gloo" if processes > 1 else None,
         **settings,
