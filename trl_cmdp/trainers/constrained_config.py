@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from .._defaults import COST_LIMIT, VIOLATION_PENALTY
 from .engine.config import DistillConfig, help_from_docstring
 from .engine.limit import LimitPlan, parse_cost_limit
 
@@ -56,7 +57,7 @@ class ConstrainedDistillConfig(DistillConfig):
 
     # Of `float | str` TRL's parser would make float. Of this it makes text, which `_check_cost_limit` turns into what
     # is meant; `None` is refused there.
-    cost_limit: float | str | None = 0.35
+    cost_limit: float | str | None = COST_LIMIT
     auto_limit_steps: int = 50
     auto_limit_quantile: float = 0.9
     auto_limit_margin: float = 2.0
@@ -64,7 +65,7 @@ class ConstrainedDistillConfig(DistillConfig):
     cost_limit_start: float | None = None
     cost_limit_schedule_steps: int | None = None
     cost: Literal["divergence", "log_ratio", "teacher_nll"] = "divergence"
-    violation_penalty: float = 20.0
+    violation_penalty: float = VIOLATION_PENALTY
     violation_distill_coef: float = 0.1
     violation_distill_loss: Literal["divergence", "teacher_nll"] = "divergence"
     credit_assignment: Literal["trajectory", "token"] = "trajectory"

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from trl import GRPOConfig
 
+from ..._defaults import COST_LIMIT, COST_SCOPE, CostScope
 from ..._messages import without_secrets
 from ...core import Comparison
 
@@ -116,8 +117,8 @@ class DistillConfig(GRPOConfig):
     teacher_hidden_memory_mb: float = 256
     teacher_hidden_offload: bool = False
 
-    cost_limit: float = 0.35
-    cost_scope: Literal["mean", "sum", "worst_prefix"] = "mean"
+    cost_limit: float = COST_LIMIT
+    cost_scope: CostScope = COST_SCOPE
     tolerated_violation_rate: float = 0.05
 
     overwrite_output_dir: bool = False
