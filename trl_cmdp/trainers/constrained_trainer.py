@@ -1,11 +1,11 @@
 """The constrained method."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from ..core import constrained_advantages, violation_weights
+from ..core import RewardRange, constrained_advantages, feasible_weights, violation_weights
 from ..core.signal import Rollouts, Signal
 from .constrained_config import ConstrainedDistillConfig
 from .engine.checks import check_violation_penalty
@@ -69,7 +69,8 @@ class ConstrainedDistillTrainer(DistillTrainer):
     @property
     def _needs_divergence(self) -> bool:
         args = self.args
-        return args.cost == "divergence" or args.violation_distill_coef > 0 or args.cost_limit == "auto"
+        distills = args.violation_distill_coef > 0 or args.feasible_distill_coef > 0
+        return distills or args.cost == "divergence" or args.cost_limit == "auto"
 
     @property
     def _needs_log_probs(self) -> bool:
@@ -81,6 +82,7 @@ class ConstrainedDistillTrainer(DistillTrainer):
 
     def _set_up_method(self) -> None:
         self._cost_limit = CostLimit(self.args.limit_plan, list(self.teachers))
+        self._reward_range = RewardRange()
 
     def _signal(self, rollouts: Rollouts) -> Signal:
         args, step, training = self.args, self.state.global_step, self._mode == "train"
@@ -91,6 +93,7 @@ class ConstrainedDistillTrainer(DistillTrainer):
         elif args.cost == "teacher_nll":
             rollouts = replace(rollouts, costs=-rollouts.teacher_logps)
         if training:
+            self._reward_range.update(rollouts.rewards)
             self._cost_limit.end_imitation(step)
         if not self._cost_limit.known:
             return self._imitation_signal(rollouts, training)
@@ -115,10 +118,12 @@ class ConstrainedDistillTrainer(DistillTrainer):
             reward_weights,
         )
         weights = None
-        if args.violation_distill_coef > 0:
-            weights = args.violation_distill_coef * violation_weights(
-                costs, mask, limit, args.cost_scope, args.credit_assignment
-            )
+        if args.violation_distill_coef > 0 or args.feasible_distill_coef > 0:
+            where = (limit, args.cost_scope, args.credit_assignment)
+            success = self._reward_range.success(rollouts.rewards)
+            weights = args.violation_distill_coef * violation_weights(costs, mask, *where)
+            inside = feasible_weights(success, costs, mask, rollouts.num_generations, *where)
+            weights = weights + args.feasible_distill_coef * inside
         return Signal(advantages, weights, columns)
 
     def _imitation_signal(self, rollouts: Rollouts, training: bool) -> Signal:
@@ -129,7 +134,8 @@ class ConstrainedDistillTrainer(DistillTrainer):
         return Signal(torch.zeros_like(rollouts.rewards), rollouts.mask.to(rollouts.costs.dtype), columns)
 
     def _method_state(self) -> dict[str, Any]:
-        return self._cost_limit.state()
+        return {**self._cost_limit.state(), "reward_range": asdict(self._reward_range)}
 
     def _load_method_state(self, state: dict[str, Any]) -> None:
         self._cost_limit.load_state(state)
+        self._reward_range = RewardRange(**state.get("reward_range", {}))
