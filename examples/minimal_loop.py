@@ -18,7 +18,7 @@ from trl_cmdp.tasks.arithmetic import demo_model_path, final_answer_reward, load
 
 COST_LIMIT = 0.25  # d, in nats per token
 PENALTY = 20.0  # n
-DISTILL_COEF = 0.1
+DISTILL_COEF = 0.1  # of the differentiated divergence
 GROUP = 8  # G, rollouts per prompt
 
 
@@ -39,7 +39,7 @@ def completion_logps(model, input_ids, attention_mask, length):
 
 
 def advantages_and_weights(rewards, costs, mask):
-    """The signal: feasibility first, then reward. (B,), (B, T), (B, T) to advantages (B,) and weights (B, T)."""
+    """Feasibility first, then reward, then the teacher. (B,), (B, T), (B, T) to advantages (B,) and weights (B, T)."""
     cost = (costs * mask).sum(1) / mask.sum(1)  # C(y), the mean over the rollout
     feasible = (cost <= COST_LIMIT).view(-1, GROUP)
     grouped_rewards, grouped_cost = rewards.view(-1, GROUP), cost.view(-1, GROUP)
@@ -53,7 +53,10 @@ def advantages_and_weights(rewards, costs, mask):
         worst = z.min().clamp(max=0)
         utility[group] = torch.where(inside, z, worst - 1 - grouped_cost[group].clamp(max=PENALTY) / PENALTY)
     advantages = (utility - utility.mean(1, keepdim=True)).flatten()
-    weights = DISTILL_COEF * (~feasible).flatten().float().unsqueeze(1) * mask  # imitate, where outside the budget
+    # Imitate outside the budget; and inside it where the reward, 0 or 1, is silent: what failed, as its group fails.
+    success = grouped_rewards.mean(1, keepdim=True)  # (B / G, 1)
+    silent = (1 - success) * (grouped_rewards <= success)
+    weights = DISTILL_COEF * torch.where(feasible, silent, 1.0).flatten().unsqueeze(1) * mask
     return advantages, weights
 
 
