@@ -1,6 +1,7 @@
 """
 What `mkdocs build` does besides: files outside docs/ that pages link to become part of the site, so that the same
-relative links hold on GitHub and here; and formulas become MathML, which browsers draw without a script.
+relative links hold on GitHub and here; formulas become MathML, which browsers draw without a script; and each cell of a
+table carries its column's name, which a phone shows (extra.css).
 """
 
 import re
@@ -15,6 +16,12 @@ from mkdocs.structure.pages import Page
 _BENCHMARKS = "benchmarks/README.md"  # the one of them with a place in the navigation
 _LINK = re.compile(r"(?<=\]\()([^)#\s:]+)")  # target of a Markdown link or image, without its anchor
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.+?)\\[)\]]</\1>', re.DOTALL)
+_TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
+_ROW = re.compile(r"<tr>.*?</tr>", re.DOTALL)
+_HEADING = re.compile(r"<th[^>]*>(.*?)</th>", re.DOTALL)
+_CELL = re.compile(r"<td([^>]*)>(.*?)</td>", re.DOTALL)
+_CODE = re.compile(r"<code>([^<]*)</code>")
+_TAG = re.compile(r"<[^>]+>")
 _ENTITIES = {"&lt;": "<", "&gt;": ">", "&amp;": "&"}
 
 
@@ -60,7 +67,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn formulas into MathML."""
+    """Turn formulas into MathML, and prepare tables for narrow screens."""
 
     def to_mathml(match: re.Match[str]) -> str:
         latex = match[2]
@@ -68,4 +75,24 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
             latex = latex.replace(entity, character)
         return convert(latex, display="block" if match[1] == "div" else "inline")
 
-    return _FORMULA.sub(to_mathml, html)
+    return _TABLE.sub(_label_cells, _FORMULA.sub(to_mathml, html))
+
+
+def _label_cells(table: re.Match[str]) -> str:
+    """Give each cell its column's name, and mark code that is too long for a phone's line."""
+    columns = [_TAG.sub("", heading).strip().replace('"', "&quot;") for heading in _HEADING.findall(table[0])]
+
+    def label_row(row: re.Match[str]) -> str:
+        names = iter(columns)
+        return _CELL.sub(lambda cell: _labelled(cell, next(names, "")), row[0])
+
+    return _ROW.sub(label_row, table[0])
+
+
+def _labelled(cell: re.Match[str], column: str) -> str:
+    attributes, content = cell.groups()
+    content = _CODE.sub(lambda code: code[0] if len(code[1]) <= 36 else f'<code class="long">{code[1]}</code>', content)
+    if content:
+        content = f'<div class="cell">{content}</div>'
+    name = f' data-column="{column}"' if column else ""
+    return f"<td{attributes}{name}>{content}</td>"
