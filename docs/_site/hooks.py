@@ -7,6 +7,7 @@ table carries its column's name, which a phone shows (extra.css).
 import re
 from pathlib import Path
 
+from dial import dial
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
@@ -15,6 +16,7 @@ from mkdocs.structure.pages import Page
 
 _BENCHMARKS = "benchmarks/README.md"  # the one of them with a place in the navigation
 _LINK = re.compile(r"(?<=\]\()([^)#\s:]+)")  # target of a Markdown link or image, without its anchor
+_DIAL = re.compile(r"<!-- dial: [^\n]*-->\n.*?<!-- /dial -->", re.DOTALL)  # and the picture that GitHub shows
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.+?)\\[)\]]</\1>', re.DOTALL)
 _TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
 _ROW = re.compile(r"<tr>.*?</tr>", re.DOTALL)
@@ -50,7 +52,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links at the place that a file has on the site, where docs/ is the root."""
+    """Point links at the place that a file has on the site, where docs/ is the root; and set in the dial."""
     root = Path(config.docs_dir).parent
     source = root / page.file.src_uri if page.file.generated_by else Path(page.file.abs_src_path)
     here = Path(page.file.src_uri).parent
@@ -63,7 +65,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         uri = path.relative_to(config.docs_dir if inside else root)
         return "../" * len(here.parts) + uri.as_posix()
 
-    return _LINK.sub(on_site, markdown)
+    markdown = _LINK.sub(on_site, markdown)
+    return _DIAL.sub(lambda _: dial(root / "benchmarks" / "results" / "limit_dial"), markdown)
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -91,7 +94,9 @@ def _label_cells(table: re.Match[str]) -> str:
 
 def _labelled(cell: re.Match[str], column: str) -> str:
     attributes, content = cell.groups()
-    content = _CODE.sub(lambda code: code[0] if len(code[1]) <= 36 else f'<code class="long">{code[1]}</code>', content)
+    content = _CODE.sub(
+        lambda code: code[0] if len(code[1]) <= 36 else f'<code class="long">{code[1]}</code>', content
+    )
     if content:
         content = f'<div class="cell">{content}</div>'
     name = f' data-column="{column}"' if column else ""

@@ -136,8 +136,7 @@ print(f"{2.0 * imitated.quantile(0.9).item():.3f} nats per token")
 outcomes = {}
 print(f"{'limit':>7}{'right':>22}{'all steps valid':>22}{'within its limit':>22}{'mean cost':>11}")
 for limit in LIMITS:
-    fields = {"cost_limit": limit, "violation_distill_coef": 0.1}
-    costs, right, valid = measure(train(ConstrainedDistillTrainer, ConstrainedDistillConfig, STEPS, **fields))
+    costs, right, valid = measure(train(ConstrainedDistillTrainer, ConstrainedDistillConfig, STEPS, cost_limit=limit))
     rates = [Rate.of(right), Rate.of(valid), Rate.of((costs <= limit).tolist())]
     outcomes[limit] = (rates, costs.mean().item())
     cells = [f"{rate.value:.3f} [{rate.interval[0]:.3f}, {rate.interval[1]:.3f}]" for rate in rates]

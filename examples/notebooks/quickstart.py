@@ -138,7 +138,6 @@ trainer = ConstrainedDistillTrainer(
     args=ConstrainedDistillConfig(
         output_dir=OUTPUT_DIR,
         cost_limit=COST_LIMIT,
-        violation_distill_coef=0.1,
         learning_rate=3e-4,
         max_steps=STEPS,
         per_device_train_batch_size=128,

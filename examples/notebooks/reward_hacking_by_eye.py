@@ -79,7 +79,7 @@ methods = {
     "GKD": (GKDDistillTrainer, GKDDistillConfig(**shared), teacher),
     "constrained": (
         ConstrainedDistillTrainer,
-        ConstrainedDistillConfig(**shared, violation_distill_coef=0.1),
+        ConstrainedDistillConfig(**shared),
         teacher,
     ),
 }
