@@ -37,6 +37,11 @@ def first_exceeding(costs: Sequence[float], cost_limit: float, scope: CostScope)
     return next((index for index, cost in enumerate(cost_through(costs, scope)) if cost > cost_limit), None)
 
 
+def prompt_text(prompt: str | list[dict[str, str]]) -> str:
+    """A prompt to be read: text, or what its messages say."""
+    return prompt if isinstance(prompt, str) else "\n\n".join(f"{one['role']}: {one['content']}" for one in prompt)
+
+
 def script_json(value: Any) -> str:
     """JSON for a `<script>` element: no completion can end it, or begin a comment in it."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
