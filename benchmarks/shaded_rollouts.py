@@ -15,6 +15,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_cmdp._files import write_whole
 from trl_cmdp.core.fingerprint import fingerprint_of_weights
 from trl_cmdp.evaluation import EvaluationSettings, evaluate, read_rollout_records
 from trl_cmdp.reports.rollout_picture import plot_rollouts
@@ -24,7 +25,7 @@ from trl_cmdp.tasks import arithmetic
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "shaded_rollouts"
 IMAGES = ROOT / "docs" / "images"
-METHODS = ("grpo", "constrained")
+METHODS = {"grpo": "GRPO, reward alone", "constrained": "constrained, limit 0.25"}
 SEED, COST_LIMIT = 0, 0.25
 NUM_PROBLEMS, NUM_SHOWN = 200, 5
 
@@ -47,7 +48,7 @@ def record(method, runs):
     student = AutoModelForCausalLM.from_pretrained(folder / "student")
     teacher = AutoModelForCausalLM.from_pretrained(arithmetic.demo_model_path("teacher"))
     settings = EvaluationSettings(
-        name=method,
+        name=METHODS[method],
         student=f"trl-cmdp demo --method {method} --seed {SEED}",
         student_fingerprint=fingerprint_of_weights(student.named_parameters()),
         teacher="teacher of trl_cmdp.tasks.arithmetic",
@@ -59,12 +60,12 @@ def record(method, runs):
         batch_size=NUM_PROBLEMS,
         cost_limit=COST_LIMIT,
     )
-    path = RECORDS / f"{method}.jsonl"
-    path.unlink(missing_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
     problems = arithmetic.load_problems(NUM_PROBLEMS, "test", SEED)
     reward = arithmetic.final_answer_reward
-    evaluate(student, tokenizer, problems, reward, settings=settings, records_path=path, teacher=teacher)
+    records = evaluate(student, tokenizer, problems, reward, settings=settings, teacher=teacher)
+    lines = [settings.to_json(), *(record.to_json() for record in records)]
+    write_whole(RECORDS / f"{method}.jsonl", "".join(f"{line}\n" for line in lines))
 
 
 def main():

@@ -155,7 +155,8 @@ class _Pen:
         self.write(x, y, short(summary.settings.name), size=11, weight="bold")
         rates = {"correct answers": rollouts.right, "within the limit": rollouts.costs.satisfaction}
         for line, (name, rate) in enumerate(rates.items()):
-            text = f"{name}: {rate.text('.1f', 100)} % of {rate.num_rollouts}"
+            interval = f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+            text = f"{name}: {100 * rate.value:.1f}% {interval} of {rate.num_rollouts} rollouts"
             self.write(x, y + 13 + 11 * line, text, size=7.5, colour=self._theme.muted)
 
     def rollout(self, x: float, y: float, record: RolloutRecord, width: int) -> float:
@@ -174,9 +175,11 @@ class _Pen:
     def verdict(self, x: float, y: float, record: RolloutRecord, settings: EvaluationSettings, named: bool) -> None:
         """Write whether the answer is correct, and what the rollout cost."""
         cost = cost_through(record.costs or (), settings.cost_scope)[-1]
-        inside = cost <= settings.cost_limit
+        inside, digits = cost <= settings.cost_limit, 3 if cost < 0.1 else 2
         limit = f"{settings.cost_limit:g} {COST_UNITS[settings.cost_scope]}"
-        text = f"{'correct' if record.right else 'wrong'} answer, cost {cost:.2g} {'≤' if inside else '>'} {limit}"
+        text = (
+            f"{'correct' if record.right else 'wrong'} answer, cost {cost:.{digits}f} {'≤' if inside else '>'} {limit}"
+        )
         text = f"{short(settings.name)}: {text}" if named else text
         self.write(x, y, text, size=7.5, colour=self._theme.muted if inside else self._theme.over)
 
