@@ -73,7 +73,9 @@ def chromium() -> Iterator[Any]:
     names = ("chromium-headless-shell", "chromium", "google-chrome")
     executable = os.environ.get("TRL_CMDP_BROWSER") or next(filter(None, map(shutil.which, names)), None)
     if executable is None:
-        raise RuntimeError("There is no Chromium: run `make .venv/.stamp-browser`, or set TRL_CMDP_BROWSER to its path.")
+        raise RuntimeError(
+            "There is no Chromium: run `make .venv/.stamp-browser`, or set TRL_CMDP_BROWSER to its path."
+        )
     with sync_playwright() as playwright:
         # Its sandbox needs a user other than root, which a container has not.
         yield playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])

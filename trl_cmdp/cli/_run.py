@@ -52,17 +52,18 @@ def distill_class(trainer: str, kind: Literal["Trainer", "Config"]) -> Any:
     return getattr(import_module("trl_cmdp"), TRAINERS[trainer] + kind)
 
 
-def set_up_process() -> None:
-    """Quiet libraries and one thread."""
+def set_up_process(verbose: bool = False) -> None:
+    """One thread, and quiet libraries unless they are to be heard."""
     import torch
     from transformers.utils import logging
 
-    # Renamings inside transformers, which no argument of a command can answer.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     # The models are so small that a second thread costs more in waiting than it gives.
     torch.set_num_threads(1)
+    if not verbose:
+        # Renamings inside transformers, which no argument of a command can answer.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 def load_models(task: str) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel, PreTrainedModel]":

@@ -34,7 +34,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "demo",
         help="distil the embedded teacher into the embedded student on a CPU, in minutes",
         description="Distil the embedded teacher into the embedded student (chained sums with worked steps), evaluate "
-        "before and after on held-out problems, and write metrics.json, curves.png and the student.",
+        "before and after on held-out problems, and write the student, metrics.json, curves.png, the rollouts and a report.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the problems, the rollouts and the evaluation")
@@ -52,17 +52,18 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         help=f"a smoke run: {QUICK_STEPS} steps and {QUICK_HELD_OUT} held-out problems, with no promise",
     )
+    parser.add_argument("--verbose", action="store_true", help="show the warnings and progress of the libraries too")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo."""
     # Imported here: `trl-cmdp --help` should not wait for torch and TRL.
-    from ..reports import plot_training_curves
+    from ..reports import plot_training_curves, read_runs, write_report
     from ..tasks.arithmetic import MAX_COMPLETION_LENGTH, load_problems
     from ._run import load_models, set_up_process, train_student, training_args
 
-    set_up_process()
+    set_up_process(arguments.verbose)
     start = time.monotonic()
     steps = QUICK_STEPS if arguments.quick else arguments.steps
     num_held_out = QUICK_HELD_OUT if arguments.quick else HELD_OUT
@@ -98,7 +99,13 @@ def run(arguments: argparse.Namespace) -> int:
     write_whole(arguments.output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     title = f"trl-cmdp demo: {arguments.method}, seed {arguments.seed}"
     plot_training_curves(trainer.state.log_history, arguments.output_dir / "curves.png", title)
+    names = ("trainer_state.json", "student-before.jsonl", f"{arguments.method}.jsonl", "teacher.jsonl")
+    runs = read_runs([arguments.output_dir / name for name in names])
+    page, *_ = write_report(runs, arguments.output_dir / "report", title=title)
     say(f"\nStudent, metrics.json and curves.png are in {arguments.output_dir}/ ({config['seconds']:.0f} s).")
+    say(
+        f"The report, with every rollout shaded by its divergence from the teacher:\n{page.resolve().as_uri()}#rollouts"
+    )
     return 0
 
 
@@ -203,7 +210,7 @@ def _table(rows: dict[str, dict[str, Any]]) -> str:
     from ..evaluation.rates import ValueWithInterval
     from ..reports.tables import markdown_table
 
-    columns = ("", "correct answer", "all steps valid", "satisfaction [95%]", "mean cost (nats/token)")
+    columns = ("", "correct", "steps valid", "satisfaction [95%]", "nats per token")
     lines = [
         (
             name,

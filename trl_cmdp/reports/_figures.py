@@ -105,7 +105,7 @@ def number_decades(axis: Any, wide: bool = False) -> None:
 
 def whole_numbers(axis: Any) -> None:
     """Ticks of an axis at whole numbers alone: there is no half step."""
-    axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
 
 
 def logarithmic_if_wide(axes: Axes, which: Literal["x", "y"], values: Sequence[float]) -> bool:

@@ -50,7 +50,7 @@ from .verdict import comparison_verdict, evaluation_verdict, training_verdict
 PAGE = "report.html"
 _PANEL = (4.2, 3.1)  # inches: three beside one another on a desktop, one on a phone
 _WIDE = (6.4, 4.4)
-_JOINTS = re.compile(r"(?<=[/\\.:-])(?=\w)")
+_JOINTS = re.compile(r"(?<=[/\\])(?=\w)|(?<=[.:-])(?=[^\W\d])")  # where a path or a name may be broken, and no number
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def distinct_excerpts(prompts: Mapping[int, str]) -> dict[int, str]:
     }
     words = {problem: tuple(" ".join(of_prompt).split()) for problem, of_prompt in own.items()}
     different = sorted(set(words.values()))
-    shared = {one: 0 for one in different}  # words with the prompt that is most like it
+    shared = dict.fromkeys(different, 0)  # words with the prompt that is most like it
     for one, other in pairwise(different):
         same = _num_shared(one, other)
         shared[one], shared[other] = max(shared[one], same), max(shared[other], same)

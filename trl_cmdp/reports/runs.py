@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .._files import LIVE_STATE
 from ..evaluation import CellRecord, EvaluationSettings, RolloutRecord, read_records, read_rollout_records
 from ..evaluation._lines import read_text
 from ..evaluation.rollout_records import PROBLEM_SETTINGS, difference_of_settings
@@ -96,8 +97,9 @@ def _read_folder(folder: Path) -> list[Run]:
 
 
 def _newest_state(folder: Path) -> Path | None:
-    if (folder / TRAINER_STATE).is_file():
-        return folder / TRAINER_STATE
+    for name in (TRAINER_STATE, LIVE_STATE):
+        if (folder / name).is_file():
+            return folder / name
     # A checkpoint that was cut off while it was written may lack its state.
     states = {
         (_session_of(path), int(match[1])): path / TRAINER_STATE
@@ -147,7 +149,7 @@ def _read_state(path: Path) -> TrainingRun:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a state that a trainer saved, or it is damaged.") from error
     folder = path.resolve().parent
-    if path.name != TRAINER_STATE:
+    if path.name not in (TRAINER_STATE, LIVE_STATE):
         name = path.stem
     else:
         name = folder.parent.name if _CHECKPOINT.fullmatch(folder.name) else folder.name
