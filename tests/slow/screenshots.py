@@ -81,20 +81,19 @@ def chromium() -> Iterator[Any]:
         yield playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
 
 
-def take(pages: dict[str, str], output_dir: Path) -> list[str]:
+def take(browser: Any, pages: dict[str, str], output_dir: Path) -> list[str]:
     """Write NAME-desktop-light.png and so on of each page, given its address. Returns the faults."""
     output_dir.mkdir(parents=True, exist_ok=True)
     found = []
-    with chromium() as browser:
-        for name, address in pages.items():
-            for device, viewport in VIEWPORTS.items():
-                for scheme in SCHEMES:
-                    page = browser.new_page(viewport=viewport, color_scheme=scheme)
-                    page.goto(address)
-                    page.wait_for_timeout(300)  # fonts, and what scripts do at the start
-                    page.screenshot(path=output_dir / f"{name}-{device}-{scheme}.png", full_page=True)
-                    found += [f"{name}, {device}, {scheme}: {fault}" for fault in page.evaluate(FAULTS)]
-                    page.close()
+    for name, address in pages.items():
+        for device, viewport in VIEWPORTS.items():
+            for scheme in SCHEMES:
+                page = browser.new_page(viewport=viewport, color_scheme=scheme)
+                page.goto(address)
+                page.wait_for_timeout(300)  # fonts, and what scripts do at the start
+                page.screenshot(path=output_dir / f"{name}-{device}-{scheme}.png", full_page=True)
+                found += [f"{name}, {device}, {scheme}: {fault}" for fault in page.evaluate(FAULTS)]
+                page.close()
     return found
 
 
@@ -117,7 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     pages = dict(page.split("=", 1) for page in arguments.pages)
     pages = {name: url if "://" in url else Path(url).resolve().as_uri() for name, url in pages.items()}
-    faults = take(pages or default_pages(arguments.output_dir), arguments.output_dir)
+    pages = pages or default_pages(arguments.output_dir)
+    with chromium() as browser:
+        faults = take(browser, pages, arguments.output_dir)
     print(*faults, f"{len(faults)} faults; pictures in {arguments.output_dir}/", sep="\n")
     return int(bool(faults))
 
