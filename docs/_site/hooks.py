@@ -108,4 +108,4 @@ def _breakable(code: re.Match[str]) -> str:
     """Let a path or a command break between its parts. A short name, or one without parts, stays on its line."""
     if len(code[1]) <= 26:
         return code[0]
-    return f'<code class="long">{re.sub("(?<=[/=.])", "<wbr>", code[1])}</code>'
+    return f'<code class="long">{re.sub("(?<=[/=.:])", "<wbr>", code[1])}</code>'
