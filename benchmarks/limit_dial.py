@@ -52,11 +52,14 @@ def record(runs):
         metrics = json.loads((folder / "metrics.json").read_text())
         settings, records = read_rollout_records(path)
         sampled = [each for each in records if not each.greedy]
-        shown = [replace(settings, name=stop).to_json(), *(each.to_json() for each in sampled[:NUM_SHOWN])]
+        source = " ".join(["trl-cmdp demo", *STOPS[stop]]) if stop in STOPS else settings.student
+        settings = replace(settings, name=stop, student=source)
+        shown = [settings.to_json(), *(each.to_json() for each in sampled[:NUM_SHOWN])]
         (RESULTS / f"{stop.replace(' ', '-')}.jsonl").write_text("\n".join(shown) + "\n")
         costs = [float(f"{sum(each.costs) / len(each.costs):.3g}") for each in sampled[:NUM_COSTS]]
         numbers.append({"stop": stop, **{k: v for k, v in metrics[when].items() if k != "greedy"}, "costs": costs})
-    (RESULTS / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    lines = ",\n".join(json.dumps(each) for each in numbers)
+    (RESULTS / "numbers.json").write_text(f"[\n{lines}\n]\n")
 
 
 def main():
