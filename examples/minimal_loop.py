@@ -18,7 +18,8 @@ from trl_cmdp.tasks.arithmetic import demo_model_path, final_answer_reward, load
 
 COST_LIMIT = 0.25  # d, in nats per token
 PENALTY = 20.0  # n
-DISTILL_COEF = 0.1  # of the differentiated divergence
+VIOLATION_COEF = 0.1  # of the differentiated divergence, on rollouts outside the limit
+UNREWARDED_COEF = 1.0  # and where the reward is silent
 GROUP = 8  # G, rollouts per prompt
 
 
@@ -53,10 +54,10 @@ def advantages_and_weights(rewards, costs, mask):
         worst = z.min().clamp(max=0)
         utility[group] = torch.where(inside, z, worst - 1 - grouped_cost[group].clamp(max=PENALTY) / PENALTY)
     advantages = (utility - utility.mean(1, keepdim=True)).flatten()
-    # Imitate outside the budget; and inside it where the reward, 0 or 1, is silent: what failed, as its group fails.
-    success = grouped_rewards.mean(1, keepdim=True)  # (B / G, 1)
-    silent = (1 - success) * (grouped_rewards <= success)
-    weights = DISTILL_COEF * torch.where(feasible, silent, 1.0).flatten().unsqueeze(1) * mask
+    # Imitate outside the budget, and as much as the group fails: all but what did better than it, inside the budget.
+    success = grouped_rewards.mean(1, keepdim=True)  # (B / G, 1), of rewards 0 and 1
+    silence = torch.where(feasible & (grouped_rewards > success), 0.0, 1 - success)
+    weights = (VIOLATION_COEF * ~feasible + UNREWARDED_COEF * silence).flatten().unsqueeze(1) * mask
     return advantages, weights
 
 

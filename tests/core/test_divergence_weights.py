@@ -1,4 +1,4 @@
-"""Where the divergence is differentiated inside the limit, against loops over groups and rollouts."""
+"""Where the divergence is differentiated because the reward is silent, against loops over groups and rollouts."""
 
 import math
 
@@ -8,53 +8,45 @@ from core_reference import SCOPES, batches, tensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_cmdp.core import RewardRange, feasible_weights, violation_weights
+from trl_cmdp.core import RewardRange, rollout_cost, unrewarded_weights
 
 
 NAN = math.nan
 GROUP = 4
 
 
-def weight_of(own: float, group: list[float]) -> float:
-    """One rollout's weight: nothing where it did better than its group, 1 less the group's success where not."""
+def weight_of(own: float, group: list[float], feasible: bool) -> float:
+    """One rollout's weight: 1 less the group's success, and nothing where it did better within the limit."""
     scored = [success for success in group if not math.isnan(success)]
     mean = sum(scored) / len(scored) if scored else 0.0
     better = not math.isnan(own) and own > min(scored) and own > mean
-    return 0.0 if better else 1 - mean
+    return 0.0 if better and feasible else 1 - mean
 
 
-@pytest.mark.parametrize("credit_assignment", ["trajectory", "token"])
 @pytest.mark.parametrize("scope", SCOPES)
 @given(batch=batches(), data=st.data())
-def test_equals_the_loops(scope, credit_assignment, batch, data):
-    """Every token that counts has the rollout's weight, but for those that are judged to violate."""
+def test_equals_the_loops(scope, batch, data):
+    """Every token that counts has its rollout's weight."""
     costs, mask = tensors(*batch[:2])
-    limit, groups = batch[2], len(costs) // GROUP
-    if groups == 0:
-        return
-    costs, mask = costs[: groups * GROUP], mask[: groups * GROUP]
+    limit, rows = batch[2], len(costs) // GROUP * GROUP
+    costs, mask = costs[:rows], mask[:rows]
     values = st.sampled_from([0.0, 0.1, 0.5, 1.0, NAN])
-    success = data.draw(st.lists(values, min_size=len(costs), max_size=len(costs)))
-    violating = violation_weights(costs, mask, limit, scope, credit_assignment)
-    expected = [
-        [
-            weight_of(own, success[row // GROUP * GROUP :][:GROUP]) * (1 - violates) if counts else 0.0
-            for counts, violates in zip(mask[row], violating[row].tolist(), strict=True)
-        ]
-        for row, own in enumerate(success)
-    ]
-    weights = feasible_weights(
-        torch.tensor(success, dtype=torch.float64), costs, mask, GROUP, limit, scope, credit_assignment
-    )
-    torch.testing.assert_close(weights, torch.tensor(expected, dtype=weights.dtype))
+    success = data.draw(st.lists(values, min_size=rows, max_size=rows))
+    expected = torch.zeros_like(costs)
+    for row, own in enumerate(success):
+        feasible = rollout_cost(costs[row : row + 1], mask[row : row + 1], scope).item() <= limit
+        expected[row] = weight_of(own, success[row // GROUP * GROUP :][:GROUP], feasible) * (mask[row] != 0)
+    weights = unrewarded_weights(torch.tensor(success, dtype=torch.float64), costs, mask, GROUP, limit, scope)
+    torch.testing.assert_close(weights, expected)
 
 
 def test_by_hand():
-    """All wrong; two of four right; all right; one not scored; all of one middling value, whose mean rounds."""
+    """All wrong; half correct, one of them outside; all correct; one not scored; one value, whose mean rounds."""
     success = torch.tensor([0, 0, 0, 0, 1, 0, 1, 0, 1, 1, 1, 1, 0, NAN, 1, 0, 0.1, 0.1, 0.1, 0.1])
     costs, mask = torch.zeros(20, 1), torch.ones(20, 1)
-    weights = feasible_weights(success, costs, mask, GROUP, 1.0).flatten()
-    expected = [1, 1, 1, 1, 0, 0.5, 0, 0.5, 0, 0, 0, 0, 2 / 3, 2 / 3, 0, 2 / 3, 0.9, 0.9, 0.9, 0.9]
+    costs[6] = 2.0
+    weights = unrewarded_weights(success, costs, mask, GROUP, 1.0).flatten()
+    expected = [1, 1, 1, 1, 0, 0.5, 0.5, 0.5, 0, 0, 0, 0, 2 / 3, 2 / 3, 0, 2 / 3, 0.9, 0.9, 0.9, 0.9]
     torch.testing.assert_close(weights, torch.tensor(expected))
 
 
@@ -75,9 +67,7 @@ class TestRewardRange:
         """Nobody knows whether it is high or low, until the run has seen another."""
         seen = RewardRange()
         seen.update(torch.tensor(rewards))
-        torch.testing.assert_close(
-            seen.success(torch.tensor([1.0, NAN])), torch.tensor([0.0, NAN]), equal_nan=True
-        )
+        torch.testing.assert_close(seen.success(torch.tensor([1.0, NAN])), torch.tensor([0.0, NAN]), equal_nan=True)
 
     def test_batch_that_is_right_as_a_whole(self):
         """What was learned of the scale before still holds."""

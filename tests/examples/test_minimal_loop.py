@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from trl_cmdp.core import constrained_advantages, feasible_weights, violation_weights
+from trl_cmdp.core import constrained_advantages, unrewarded_weights, violation_weights
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "minimal_loop.py"
@@ -23,8 +23,8 @@ def test_its_signal_is_the_librarys():
     expected = constrained_advantages(rewards, costs, mask, loop["GROUP"], loop["COST_LIMIT"], loop["PENALTY"])
     assert 0 < weights.sum() < mask.sum()
     torch.testing.assert_close(advantages, expected)
-    inside = feasible_weights(rewards, costs, mask, loop["GROUP"], loop["COST_LIMIT"])
-    expected = loop["DISTILL_COEF"] * (violation_weights(costs, mask, loop["COST_LIMIT"]) + inside)
+    expected = loop["VIOLATION_COEF"] * violation_weights(costs, mask, loop["COST_LIMIT"])
+    expected += loop["UNREWARDED_COEF"] * unrewarded_weights(rewards, costs, mask, loop["GROUP"], loop["COST_LIMIT"])
     torch.testing.assert_close(weights, expected)
 
 

@@ -21,7 +21,7 @@ from .divergence import (
     chunked_scores,
     token_divergence,
 )
-from .divergence_weights import RewardRange, feasible_weights, violation_weights
+from .divergence_weights import RewardRange, unrewarded_weights, violation_weights
 from .head import Head
 from .intervals import (
     bootstrap_interval,
@@ -57,7 +57,6 @@ __all__ = [
     "constrained_advantages",
     "cost_quantiles",
     "default_memory_mb",
-    "feasible_weights",
     "group_advantages",
     "infeasible_steps",
     "minillm_advantages",
@@ -71,6 +70,7 @@ __all__ = [
     "token_modified_rewards",
     "top_k_divergence_lower_bound",
     "two_level_bootstrap_interval",
+    "unrewarded_weights",
     "violation_weights",
     "wilson_interval",
 ]

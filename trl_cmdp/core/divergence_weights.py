@@ -79,18 +79,17 @@ class RewardRange:
         return ((rewards - self.low) / (self.high - self.low)).clamp(0, 1)
 
 
-def feasible_weights(
+def unrewarded_weights(
     success: torch.Tensor,
     costs: torch.Tensor,
     mask: torch.Tensor,
     num_generations: int,
     cost_limit: float | torch.Tensor,
     scope: CostScope = "mean",
-    credit_assignment: CreditAssignment = "trajectory",
 ) -> torch.Tensor:
     """
-    Weights w_t of the differentiated divergence inside the limit, where the reward is silent: of a rollout that did no
-    better than its group, 1 less the group's mean success. All others, those that violate included, have weight 0.
+    Weights w_t of the differentiated divergence where the reward is silent: 1 less the mean success of the rollout's
+    group, and 0 on a feasible rollout that did better than its group.
 
     Args:
         success (`torch.Tensor`):
@@ -106,8 +105,6 @@ def feasible_weights(
             Limit d, in the unit of the scope; one for all rollouts, or of shape `(B,)`.
         scope (`str`, *optional*, defaults to `"mean"`):
             As in [`rollout_cost`].
-        credit_assignment (`str`, *optional*, defaults to `"trajectory"`):
-            As in [`violation_weights`]: `"token"` judges steps, not rollouts.
 
     Returns:
         `torch.Tensor`: Weights of shape `(B, T)`, 0 on masked positions.
@@ -116,6 +113,6 @@ def feasible_weights(
     mean = group.nanmean(1, keepdim=True).nan_to_num(nan=0.0)
     lowest = group.nan_to_num(nan=torch.inf).amin(1, keepdim=True)
     better = (group > mean) & (group > lowest)  # a mean of equal values may be below them by a rounding error
-    weights = torch.where(better, 0.0, 1 - mean).flatten().unsqueeze(-1)  # (B, 1)
-    feasible = (mask != 0) & (violation_weights(costs, mask, cost_limit, scope, credit_assignment) == 0)
-    return weights * feasible
+    feasible = rollout_cost(costs, mask, scope) <= cost_limit  # (B,)
+    silence = (1 - mean).expand_as(group).flatten().masked_fill(better.flatten() & feasible, 0.0)  # (B,)
+    return silence.unsqueeze(-1) * (mask != 0)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..core import RewardRange, constrained_advantages, feasible_weights, violation_weights
+from ..core import RewardRange, constrained_advantages, unrewarded_weights, violation_weights
 from ..core.signal import Rollouts, Signal
 from .constrained_config import ConstrainedDistillConfig
 from .engine.checks import check_violation_penalty
@@ -21,8 +21,8 @@ class ConstrainedDistillTrainer(DistillTrainer):
 
     A drop-in replacement for [`~trl.GRPOTrainer`]. The only change is the signal: the reward of a rollout whose cost
     (its divergence from the teacher) exceeds `args.cost_limit` is replaced by a penalty, and on such rollouts the
-    divergence is also differentiated. Inside the limit the student is trained by its reward, and by its teacher where
-    the reward is silent. With `teacher_model=None` it is `GRPOTrainer`, bit for bit.
+    divergence is also differentiated, as it is where the reward is silent: the less a group of rollouts earns, the more
+    its teacher is asked. With `teacher_model=None` it is `GRPOTrainer`, bit for bit.
 
     Example:
 
@@ -69,7 +69,7 @@ class ConstrainedDistillTrainer(DistillTrainer):
     @property
     def _needs_divergence(self) -> bool:
         args = self.args
-        distills = args.violation_distill_coef > 0 or args.feasible_distill_coef > 0
+        distills = args.violation_distill_coef > 0 or args.unrewarded_distill_coef > 0
         return distills or args.cost == "divergence" or args.cost_limit == "auto"
 
     @property
@@ -118,12 +118,11 @@ class ConstrainedDistillTrainer(DistillTrainer):
             reward_weights,
         )
         weights = None
-        if args.violation_distill_coef > 0 or args.feasible_distill_coef > 0:
-            where = (limit, args.cost_scope, args.credit_assignment)
+        if args.violation_distill_coef > 0 or args.unrewarded_distill_coef > 0:
+            violating = violation_weights(costs, mask, limit, args.cost_scope, args.credit_assignment)
             success = self._reward_range.success(rollouts.rewards)
-            weights = args.violation_distill_coef * violation_weights(costs, mask, *where)
-            inside = feasible_weights(success, costs, mask, rollouts.num_generations, *where)
-            weights = weights + args.feasible_distill_coef * inside
+            unrewarded = unrewarded_weights(success, costs, mask, rollouts.num_generations, limit, args.cost_scope)
+            weights = args.violation_distill_coef * violating + args.unrewarded_distill_coef * unrewarded
         return Signal(advantages, weights, columns)
 
     def _imitation_signal(self, rollouts: Rollouts, training: bool) -> Signal:

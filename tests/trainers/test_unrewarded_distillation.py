@@ -1,4 +1,4 @@
-"""Inside the limit: the reward where it speaks, the teacher where it does not."""
+"""The reward where it speaks, the teacher where it does not."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from helpers import (
 )
 
 from trl_cmdp import ConstrainedDistillConfig
-from trl_cmdp.core import RewardRange, feasible_weights, violation_weights
+from trl_cmdp.core import RewardRange, unrewarded_weights, violation_weights
 
 
 LIMITS = {"every rollout inside": 1e6, "some inside": 3.45}
@@ -26,17 +26,17 @@ LIMITS = {"every rollout inside": 1e6, "some inside": 3.45}
 def test_signal_and_gradient(tmp_path, monkeypatch, limit):
     """Weights of both parts, each with its own coefficient, and the gradient of dense logits with them."""
     trainer = make_scripted_trainer(
-        tmp_path, cost_limit=limit, violation_distill_coef=1.0, feasible_distill_coef=0.5, temperature=0.8
+        tmp_path, cost_limit=limit, violation_distill_coef=1.0, unrewarded_distill_coef=0.5, temperature=0.8
     )
     captured = capture_rollouts(trainer, monkeypatch)
     batches = micro_batches(trainer, make_rows(8))
     (rollouts,) = captured
     seen = RewardRange()
     seen.update(rollouts.rewards)
-    inside = feasible_weights(seen.success(rollouts.rewards), rollouts.costs, rollouts.mask, 4, limit)
-    expected = violation_weights(rollouts.costs, rollouts.mask, limit) + 0.5 * inside
+    unrewarded = unrewarded_weights(seen.success(rollouts.rewards), rollouts.costs, rollouts.mask, 4, limit)
+    expected = violation_weights(rollouts.costs, rollouts.mask, limit) + 0.5 * unrewarded
     weights = torch.cat([batch["divergence_weights"] for batch in batches])
-    assert 0 < inside.count_nonzero() < rollouts.mask.sum()
+    assert 0 < unrewarded.count_nonzero() < rollouts.mask.sum()
     # The rollouts of a batch are shuffled before they are split.
     assert sorted(weights.sum(1).tolist()) == pytest.approx(sorted(expected.sum(1).tolist()))
     assert_gradient_is_dense(trainer, batches)
@@ -44,7 +44,7 @@ def test_signal_and_gradient(tmp_path, monkeypatch, limit):
 
 def test_advantages_are_grpos_inside_the_limit(tmp_path, monkeypatch):
     """The third place changes what is imitated, never what the reward says."""
-    trainer = make_scripted_trainer(tmp_path, cost_limit=1e6, feasible_distill_coef=0.5)
+    trainer = make_scripted_trainer(tmp_path, cost_limit=1e6, unrewarded_distill_coef=0.5)
     captured = capture_rollouts(trainer, monkeypatch)
     micro_batches(trainer, make_rows(8))
     signal = trainer._signal(captured[0])
@@ -52,12 +52,12 @@ def test_advantages_are_grpos_inside_the_limit(tmp_path, monkeypatch):
     assert signal.advantages.count_nonzero() > 0
 
 
-def test_default_follows_the_coefficient_of_violations(tmp_path):
-    """So that 0 there, which a teacher of log-probabilities alone needs, asks for no divergence at all."""
-    for coefficient in (0.1, 0.0):
+def test_nothing_is_differentiated_where_violations_are_not(tmp_path):
+    """Unless it is asked for: a teacher of log-probabilities alone has no divergence."""
+    for coefficient, default in ((0.1, 1.0), (2.0, 1.0), (0.0, 0.0)):
         args = ConstrainedDistillConfig(str(tmp_path), violation_distill_coef=coefficient, bf16=False)
-        assert args.feasible_distill_coef == coefficient
-    assert make_args(tmp_path, feasible_distill_coef=0.3).feasible_distill_coef == 0.3
+        assert args.unrewarded_distill_coef == default
+    assert make_args(tmp_path, violation_distill_coef=0.0, unrewarded_distill_coef=0.3).unrewarded_distill_coef == 0.3
 
 
 def test_resumed_run_knows_the_rewards_it_has_seen(tmp_path):
@@ -73,7 +73,7 @@ def test_resumed_run_knows_the_rewards_it_has_seen(tmp_path):
         "teacher_model": make_teacher(),
         "reward_funcs": reward,
         "cost_limit": 1e6,
-        "feasible_distill_coef": 1.0,
+        "unrewarded_distill_coef": 1.0,
         "max_steps": 4,
         "save_steps": 2,
         "save_strategy": "steps",
