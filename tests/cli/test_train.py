@@ -24,6 +24,7 @@ from helpers import (
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from trl_cmdp.cli import main
+from trl_cmdp.reports import read_runs
 
 
 COMMANDS = ["constrained", "lagrangian", "gkd", "minillm"]
@@ -75,6 +76,9 @@ def test_trains_and_saves(command, folder, tmp_path):
     student = AutoModelForCausalLM.from_pretrained(folder / "student").state_dict()
     assert any(not torch.equal(saved[name], student[name]) for name in student)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    (run,) = read_runs([tmp_path])  # what `trl-cmdp report --watch` draws
+    assert run.steps == 1
+    assert "train_runtime" in run.history[-1]
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     print("Evaluating the trained student on the same problems ...", flush=True)
     after = evaluate(student, arguments.method, str(arguments.output_dir / "student"), bed)
 
-    print(f"\n{arguments.method}, held-out problems, temperature 1, limit {arguments.cost_limit:g}\n")
+    print(f"\n{arguments.method}, held-out problems, temperature 1, limit {arguments.cost_limit:g} nats per token\n")
     print(_table({"student before": before, "student after": after, "teacher": teacher_metrics}))
     config = {
         "method": arguments.method,
@@ -210,7 +210,7 @@ def _table(rows: dict[str, dict[str, Any]]) -> str:
     from ..evaluation.rates import ValueWithInterval
     from ..reports.tables import markdown_table
 
-    columns = ("", "correct", "steps valid", "satisfaction [95%]", "nats per token")
+    columns = ("", "correct", "steps valid", "satisfaction [95%]", "mean cost")
     lines = [
         (
             name,
