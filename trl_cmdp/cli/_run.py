@@ -3,6 +3,7 @@
 import warnings
 from dataclasses import dataclass
 from importlib import import_module
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,15 +54,16 @@ def distill_class(trainer: str, kind: Literal["Trainer", "Config"]) -> Any:
 
 
 def set_up_process(verbose: bool = False) -> None:
-    """One thread, and quiet libraries unless they are to be heard."""
+    """One thread, and quiet libraries unless they are to be heard. Some speak when they are imported: this comes first."""
     import torch
     from transformers.utils import logging
 
     # The models are so small that a second thread costs more in waiting than it gives.
     torch.set_num_threads(1)
     if not verbose:
-        # Renamings inside transformers, which no argument of a command can answer.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        # What no argument of a command can answer: renamings inside libraries, a kernel of another package.
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        getLogger("bitsandbytes").setLevel(ERROR)
         logging.set_verbosity_error()
         logging.disable_progress_bar()
 

@@ -59,11 +59,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo."""
     # Imported here: `trl-cmdp --help` should not wait for torch and TRL.
-    from ..reports import plot_training_curves, read_runs, write_report
-    from ..tasks.arithmetic import MAX_COMPLETION_LENGTH, load_problems
     from ._run import load_models, set_up_process, train_student, training_args
 
     set_up_process(arguments.verbose)
+    from ..reports import plot_training_curves, read_runs, write_report
+    from ..tasks.arithmetic import MAX_COMPLETION_LENGTH, load_problems
+
     start = time.monotonic()
     steps = QUICK_STEPS if arguments.quick else arguments.steps
     num_held_out = QUICK_HELD_OUT if arguments.quick else HELD_OUT
