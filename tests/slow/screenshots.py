@@ -31,7 +31,7 @@ REPORTS = {
         RESULTS / "nested",
     ],
 }
-SITE = {"landing": "index.html", "comparison": "comparison/index.html", "trainer": "constrained/index.html"}
+SITE = {"landing": "index.html", "comparison": "comparison.html", "trainer": "constrained.html"}
 VIEWPORTS = {"desktop": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}
 SCHEMES = ("light", "dark")
 
@@ -46,7 +46,7 @@ FAULTS = r"""
     const scrolls = ["auto", "scroll"].includes(getComputedStyle(element).overflowX);
     if (!scrolls || element.closest("pre, code, .completion, svg") || element.querySelector(":scope > pre, :scope > code")) continue;
     if (element.scrollWidth > element.clientWidth + 1 && shown(element))
-      faults.push(`${element.tagName.toLowerCase()}.${element.className} is ${element.scrollWidth} px wide, ${element.clientWidth} px are shown: ${element.innerText.slice(0, 60)}`);
+      faults.push(`${element.tagName.toLowerCase()}.${element.className} is ${element.scrollWidth} px wide, ${element.clientWidth} px are shown: ${element.textContent.trim().slice(0, 60)}`);
   }
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let node = walker.nextNode(); node; node = walker.nextNode()) {
