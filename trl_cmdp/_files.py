@@ -59,9 +59,9 @@ def read_yaml(path: str | Path) -> Any:
     return _read_yaml(path, _Loader)
 
 
-def check_yaml(path: str | Path) -> None:
-    """Check a YAML file that another library reads, as [`read_yaml`] does."""
-    _read_yaml(path, _BoundedLoader)
+def check_yaml(path: str | Path) -> Any:
+    """Check a YAML file that another library reads, as [`read_yaml`] does, and return what that library finds in it."""
+    return _read_yaml(path, _BoundedLoader)
 
 
 def _read_yaml(path: str | Path, loader: type[_BoundedLoader]) -> Any:

@@ -1,20 +1,13 @@
 """The command line, one file per command."""
 
-import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from .._messages import message, say
-from . import calibrate, compare, demo, env, evaluate, report, training
+from .. import __version__
+from .._messages import say
+from . import calibrate, compare, completion, demo, env, evaluate, init, report, tasks, training
 from ._arguments import Mistake
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser, and those of the commands, whose errors quote no secret and nothing that a terminal obeys."""
-
-    def error(self, text: str) -> NoReturn:
-        super().error(message(text))
+from ._parser import Parser, underscored
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,15 +15,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     Run `trl-cmdp`. Returns the exit code: 0, 1 if a part failed, 2 for a mistake in what was asked for, or 130 if a
     command that can be resumed was stopped.
     """
-    parser = _Parser(prog="trl-cmdp", description="Reward-aware distillation under a teacher budget that holds.")
+    argv = underscored(sys.argv[1:] if argv is None else argv)
+    parser = Parser(prog="trl-cmdp", description="Reward-aware distillation under a teacher budget that holds.")
+    parser.add_argument("--version", action="version", version=f"trl-cmdp {__version__}")
     parser.set_defaults(trains=False, resumes=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     training.add_parsers(commands)
-    for command in (demo, calibrate, compare, evaluate, report, env):
+    for command in (demo, init, tasks, calibrate, compare, evaluate, report, env, completion):
         command.add_parser(commands)
+    if not argv:
+        parser.print_help()
+        return 0
+    command = next((word for word in argv if not word.startswith("-")), None)
+    if command in commands.choices and (own := commands.choices[command]).options:
+        # Before argparse says that something else is missing.
+        own.refuse_unknown(own.unknown(argv[argv.index(command) + 1 :]))
     arguments, rest = parser.parse_known_args(argv)
-    if rest and not arguments.trains:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if not arguments.trains:
+        commands.choices[arguments.command].refuse_unknown(rest)
     try:
         # A training command reads its hundreds of arguments itself, with TRL's parser.
         return arguments.run(rest if arguments.trains else arguments)

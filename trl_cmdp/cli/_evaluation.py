@@ -9,8 +9,19 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from .._defaults import COST_SCOPE, CostScope
 from .._messages import hide_secrets, without_secrets
-from ._arguments import json_object, mistakes, positive_float, positive_int, text_of_file
-from ._tasks import load_problems, load_reward, load_task, task_name
+from ._arguments import (
+    data_source,
+    existing_file,
+    json_object,
+    mistakes,
+    model_source,
+    models_named,
+    positive_float,
+    positive_int,
+    text_of_file,
+    writable_folder,
+)
+from ._tasks import known_reward, known_task, load_problems, load_reward, load_task, task_name
 
 
 if TYPE_CHECKING:
@@ -28,9 +39,11 @@ TEACHER_KEY_VARIABLE = "TRL_CMDP_TEACHER_API_KEY"  # an argument would be in the
 def add_evaluation_arguments(parser: argparse.ArgumentParser, records_help: str) -> "argparse._ArgumentGroup":
     """Add student or records, models, problems and rollouts to a command. Returns the group of the rollouts."""
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--student", metavar="PATH_OR_ID", help="model, or folder of a LoRA adapter")
-    what.add_argument("--records", nargs="+", type=Path, metavar="FILE", help=records_help)
-    parser.add_argument("--output_dir", type=Path, help="where files are written (default: outputs/COMMAND-TASK-NAME)")
+    what.add_argument("--student", type=model_source, metavar="PATH_OR_ID", help="model, or folder of a LoRA adapter")
+    what.add_argument("--records", nargs="+", type=existing_file, metavar="FILE", help=records_help)
+    parser.add_argument(
+        "--output_dir", type=writable_folder, help="where files are written (default: outputs/COMMAND-TASK-NAME)"
+    )
     parser.add_argument(
         "--cost_scope",
         choices=get_args(CostScope),
@@ -40,7 +53,10 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser, records_help: str)
     models = parser.add_argument_group("models")
     models.add_argument("--name", help="the student's name in tables (default: its folder's)")
     models.add_argument(
-        "--teacher", metavar="PATH_OR_ID", help="teacher; with --teacher_model_server_url its checkpoint"
+        "--teacher",
+        type=model_source,
+        metavar="PATH_OR_ID",
+        help="teacher; with --teacher_model_server_url its checkpoint",
     )
     models.add_argument("--teacher_adapter_name", metavar="NAME", help="'base': the student's base is its teacher")
     models.add_argument(
@@ -55,12 +71,18 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser, records_help: str)
     models.add_argument("--dtype", default="auto", help="dtype of the models, such as bfloat16 (default: their own)")
 
     problems = parser.add_argument_group("problems")
-    problems.add_argument("--task", metavar="NAME", help="task, a module of trl_cmdp.tasks (default: table)")
-    problems.add_argument("--dataset", metavar="FILE_OR_ID", help="where the task reads its problems from")
+    problems.add_argument(
+        "--task", type=known_task, metavar="NAME", help="task, a module of trl_cmdp.tasks (default: table)"
+    )
+    problems.add_argument(
+        "--dataset", type=data_source, metavar="FILE_OR_ID", help="where the task reads its problems from"
+    )
     problems.add_argument("--prompt_column", help="column of prompts (table)")
     problems.add_argument("--answer_column", help="column of correct final answers (table)")
     problems.add_argument("--difficulty_column", help="column by which results are split (table)")
-    problems.add_argument("--reward", metavar="DOTTED_PATH", help="reward: 1 where correct (default: the task's)")
+    problems.add_argument(
+        "--reward", type=known_reward, metavar="DOTTED_PATH", help="reward: 1 where correct (default: the task's)"
+    )
     problems.add_argument("--split", default="test", help="split (default: test)")
     problems.add_argument("--num_problems", type=positive_int, default=200, help="problems (default: 200)")
 
@@ -121,7 +143,8 @@ def roll_out(arguments: argparse.Namespace, records_path: Path) -> "tuple[Evalua
     from ..evaluation.progress import show_progress
     from ..teachers import TeacherServerError
 
-    with mistakes(DatasetsError, TeacherServerError):
+    models = models_named(student=arguments.student, teacher=arguments.teacher)
+    with mistakes(DatasetsError, TeacherServerError), models:
         task = task_of(arguments)
         reward = task.final_answer_reward if arguments.reward is None else load_reward(arguments.reward)
         tokenizer = load_tokenizer(arguments)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import pairwise
@@ -37,13 +38,13 @@ from ..trainers.engine.config import DistillConfig
 from ..trainers.engine.distill_trainer import DistillTrainer
 from ..trainers.telemetry.card import CURVES_FILE
 from ..trainers.telemetry.hub import describe_error
-from ._arguments import Mistake, mistakes, refusals
+from ._arguments import Mistake, mistakes, mistakes_of, models_named, refusals
+from ._dry_run import dry_run, nothing_kept
 from ._progress import TrainingProgress
 from ._tasks import load_problems, load_reward, load_task
+from ._training_arguments import LAUNCHED, without_dashes
 
 
-# First argument of the processes that accelerate starts, for which the launch arguments of the YAML file are past.
-_LAUNCHED = "--launched"
 # Environment variable with the arguments as they were typed, of which these processes see only a part.
 _TYPED = "TRL_CMDP_TYPED_ARGUMENTS"
 
@@ -73,6 +74,13 @@ class DistillScriptArguments(GRPOScriptArguments):
         metadata={
             "help": "Path or hub id of the teacher. With `teacher_model_server_url`, of the checkpoint that the server "
             "runs."
+        },
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Load data and models, train one step, say what it found, and throw it away: nothing is saved, logged "
+            "or pushed."
         },
     )
 
@@ -106,6 +114,9 @@ class TrainingParser(TrlParser):
             self._groups[title] = self.add_argument_group(title)
         return self._groups[title].add_argument(*names, **kwargs)
 
+    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+        return super().set_defaults_with_config(**without_dashes(kwargs))
+
     def error(self, message: str):
         raise ValueError(message)
 
@@ -118,26 +129,33 @@ def run_training(command: str, trainer_class: type[DistillTrainer], arguments: l
         Mistake: For what is found before training begins, and for a model that could not be saved. Errors of the training
             itself are raised as they are.
     """
-    launched = arguments[:1] == [_LAUNCHED]
+    launched = arguments[:1] == [LAUNCHED]
     if launched:
         arguments = arguments[1:]
     typed = json.loads(os.environ[_TYPED]) if launched and _TYPED in os.environ else arguments
-    with mistakes(NotImplementedError, DatasetsError, TeacherServerError, yaml.YAMLError):
+    with _mistakes():
         *parsed, of_config, of_command_line = _parse(command, trainer_class._config_class, arguments)
         # Several GPUs take one process each, as in `trl grpo`: in one, transformers would use `nn.DataParallel`.
         if of_command_line or (not launched and (of_config or parsed[-1].n_gpu > 1)):
             _launch(command, of_config, of_command_line, arguments)
             return 0
-        trainer, script_args = _make_trainer(trainer_class, *parsed), parsed[0]
+    script_args, model_args, _, training_args = parsed
+    models = {"model_name_or_path": model_args.model_name_or_path, "teacher_model": script_args.teacher_model}
+    with nothing_kept(training_args) if script_args.dry_run else nullcontext():
+        with _mistakes(), models_named(**models, reward_model_name_or_path=script_args.reward_model_name_or_path):
+            trainer = _make_trainer(trainer_class, *parsed)
+        if script_args.dry_run:
+            return dry_run(trainer)
     trainer.command = ["trl-cmdp", command, *typed]
     return _train(trainer, script_args.dataset_name)
 
 
+def _mistakes() -> AbstractContextManager[None]:
+    return mistakes(NotImplementedError, DatasetsError, TeacherServerError, yaml.YAMLError)
+
+
 def _parse(command: str, config_class: type[DistillConfig], arguments: list[str]) -> tuple[Any, ...]:
     """Script, model, dataset and training arguments, and what is none of them, of the file and of the command line."""
-    if arguments[-1:] == ["--config"]:
-        raise ValueError("--config expects a YAML file.")
-    _check_yaml_files(arguments)
     try:
         return TrainingParser(command, config_class).parse_args_and_config(
             arguments, return_remaining_strings=True, separate_remaining_strings=True
@@ -146,20 +164,18 @@ def _parse(command: str, config_class: type[DistillConfig], arguments: list[str]
         raise ValueError(str(error)) from error
 
 
-def _check_yaml_files(arguments: list[str]) -> None:
-    """Check the YAML files that arguments name, this command's and accelerate's, before they are read by others."""
+def _check_accelerate_files(arguments: list[str]) -> None:
+    """Check the YAML files of accelerate that arguments name, before it reads them."""
     words = [word for argument in arguments for word in argument.split("=", 1)]
     for option, path in pairwise(words):
-        if option in ("--config", "--accelerate_config", "--config_file") and Path(path).is_file():
-            try:
+        if option in ("--accelerate_config", "--config_file") and Path(path).is_file():
+            with mistakes_of(path):
                 check_yaml(path)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
 
 
 def _launch(command: str, of_config: list[str], of_command_line: list[str], arguments: list[str]) -> None:
     """Run the command in the processes that accelerate starts."""
-    _check_yaml_files(of_config)
+    _check_accelerate_files(of_config + of_command_line)
     launch_args = resolve_accelerate_config_argument(of_config + of_command_line)
     left_over = iter([*of_command_line, None])  # in the order of `arguments`
     current = next(left_over)
@@ -171,7 +187,7 @@ def _launch(command: str, of_config: list[str], of_command_line: list[str], argu
             own.append(argument)
     # Quiet: the process has said what was wrong.
     options = ["--quiet", "--module", *launch_args]
-    args, unknown = launch_command_parser().parse_known_args([*options, "trl_cmdp", command, _LAUNCHED, *own])
+    args, unknown = launch_command_parser().parse_known_args([*options, "trl_cmdp", command, LAUNCHED, *own])
     if args.training_script != "trl_cmdp":  # something before it was taken for the script
         unknown.append(args.training_script)
     if unknown:

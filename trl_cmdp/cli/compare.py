@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .._files import write_whole
 from .._messages import message, printable, say
-from ._arguments import Mistake, mistakes, positive_int
+from ._arguments import Mistake, mistakes, positive_int, writable_folder
 from ._experiment import preset_names
 
 
@@ -31,7 +31,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     presets = ", ".join(preset_names())
     parser.add_argument("experiment", help=f"a preset ({presets}), or the path of a YAML file of the same form")
-    parser.add_argument("--output-dir", type=Path, help="where everything is written (default: outputs/compare-NAME)")
+    parser.add_argument(
+        "--output_dir", type=writable_folder, help="where everything is written (default: outputs/compare-NAME)"
+    )
     parser.add_argument("--workers", type=positive_int, default=2, help="cells at a time (default: 2)")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="other seeds than the experiment's")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._files import write_whole
 from .._messages import say
-from ._arguments import positive_float, positive_int
+from ._arguments import positive_float, positive_int, writable_folder
 from ._run import LEARNING_RATE, NUM_GENERATIONS, PROMPTS_PER_STEP
 
 
@@ -36,8 +36,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the problems, the rollouts and the evaluation")
     parser.add_argument("--steps", type=positive_int, default=STEPS, help="optimizer steps")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo"), help="where everything is written")
-    parser.add_argument("--cost-limit", type=positive_float, default=COST_LIMIT, help="limit, in nats per token")
+    parser.add_argument(
+        "--output_dir", type=writable_folder, default=Path("outputs/demo"), help="where everything is written"
+    )
+    parser.add_argument("--cost_limit", type=positive_float, default=COST_LIMIT, help="limit, in nats per token")
     parser.add_argument(
         "--method",
         choices=["constrained", "grpo"],

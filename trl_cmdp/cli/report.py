@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .._messages import say
-from ._arguments import mistakes, positive_int
+from ._arguments import existing_path, mistakes, positive_int, writable_folder
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -18,16 +18,15 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "runs",
         nargs="+",
-        type=Path,
+        type=existing_path,
         metavar="RUN",
         help="a file (records, trainer_state.json), or a folder with some: of checkpoints the newest counts",
     )
     parser.add_argument(
-        "--output-dir", "--output_dir", type=Path, default=Path("outputs/report"), help="default: outputs/report"
+        "--output_dir", type=writable_folder, default=Path("outputs/report"), help="default: outputs/report"
     )
     parser.add_argument("--title", help="title of the page (default: the task, or the names of the runs)")
     parser.add_argument(
-        "--max-rollouts",
         "--max_rollouts",
         type=positive_int,
         default=1000,

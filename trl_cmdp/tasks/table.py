@@ -13,6 +13,8 @@ from ._verify import answer_text, final_answer_reward
 
 __all__ = ["MAX_COMPLETION_LENGTH", "final_answer_reward", "load_problems", "load_splits"]
 
+# A problem and its answer, for `trl-cmdp tasks`.
+SAMPLE_PROBLEM = ('a row of your own: {"prompt": "What is 1 + 2?", "answer": "3"}', "3")
 MAX_COMPLETION_LENGTH = 1024
 _FLOAT_DIGITS = {"float16": 3, "float32": 7}  # significant digits that survive
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
@@ -10,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from trl import GRPOConfig
 
 from ..._defaults import COST_LIMIT, COST_SCOPE, CostScope
+from ..._docstrings import help_of_fields
 from ..._messages import without_secrets
 from ...core import Comparison
 
@@ -30,11 +30,10 @@ def _floats(value: Any) -> Iterator[float]:
 
 def help_from_docstring(config: type) -> type:
     """Gives each field of a config class, as its help on the command line, what the class's docstring says of it."""
-    described = re.findall(r"^ {8}(\w+) \(.*\):\n((?: {12}.*\n)+)", config.__doc__ or "", re.MULTILINE)
-    for name, text in described:
+    for name, text in help_of_fields(config.__doc__).items():
         if name in config.__annotations__:
             own = config.__dataclass_fields__[name]
-            own.metadata = {**own.metadata, "help": " ".join(text.split()).replace("%", "%%")}
+            own.metadata = {**own.metadata, "help": text.replace("%", "%%")}
     return config
 
 

@@ -110,6 +110,13 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
             self._check_weights(Path(self.args.output_dir))
             return output
 
+    def latest_rollouts(self) -> dict[str, list[Any]]:
+        """The rollouts of the last generation: prompts, completions, rewards and what else a method says of each."""
+        columns = {name: self._logs[name] for name in ("prompt", "completion")}
+        return {
+            name: list(values) for name, values in {**columns, **self._logs["rewards"], **self._logs["extra"]}.items()
+        }
+
     def _starting_point(self, asked: str | bool | None) -> str | None:
         """Checkpoint that training begins from. One process looks, for all."""
         self._run = self._identity()
