@@ -162,7 +162,7 @@ def test_limits_are_numbers_or_words(limit, parsed, folder, tmp_path):
         (["--teacher_model", "STRANGER"], "different tokenizers"),
         (["--cost_limit", "-1"], "--cost_limit must be positive"),
         (["--cost_limit", "tight"], "must be a number, 'auto'"),
-        (["--max_steps", "many"], "argument --max_steps: must be an integer, got 'many'"),
+        (["--max_steps", "many"], "--max_steps: must be an integer, got 'many'"),
         (["--cost-limt", "0.2"], "unrecognized arguments: --cost_limt. Did you mean --cost_limit?"),
         (["--accelerate_config", "fsdp9"], "Accelerate config fsdp9 is neither"),
         (
@@ -227,7 +227,7 @@ def test_a_missing_tracker_is_one_line_with_its_extra(folder, tmp_path, capsys, 
     [
         ({"teacher_model": None, "reward_funcs": None}, "neither a reward nor a teacher"),
         ({"model_name_or_path": None}, "--model_name_or_path is needed"),
-        ({"dataset_name": None}, "--dataset_name or --task (or `datasets` in the YAML file) is needed"),
+        ({"dataset_name": None}, "--dataset_name or --task (or datasets in the YAML file) is needed"),
         ({"datasets": [{"pth": "json"}]}, "unexpected keyword argument 'pth'"),
         ({"cost_limt": 0.2}, "config.yaml: there is no option 'cost_limt'. Did you mean cost_limit?"),
     ],
@@ -341,7 +341,18 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
-    for command in (*COMMANDS, "demo", "calibrate", "compare", "evaluate", "report", "env", "tasks", "init", "completion"):
+    for command in (
+        *COMMANDS,
+        "demo",
+        "calibrate",
+        "compare",
+        "evaluate",
+        "report",
+        "env",
+        "tasks",
+        "init",
+        "completion",
+    ):
         assert re.search(rf"\n    {command}\s", out)
 
 

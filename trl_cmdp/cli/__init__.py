@@ -26,18 +26,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv:
         parser.print_help()
         return 0
-    command = next((word for word in argv if not word.startswith("-")), None)
-    if command in commands.choices and (own := commands.choices[command]).options:
-        # Before argparse says that something else is missing.
-        own.refuse_unknown(own.unknown(argv[argv.index(command) + 1 :]))
-    arguments, rest = parser.parse_known_args(argv)
-    if not arguments.trains:
-        commands.choices[arguments.command].refuse_unknown(rest)
+    name = next((word for word in argv if not word.startswith("-")), "")
     try:
+        if name in commands.choices and (own := commands.choices[name]).options:
+            # Before argparse says that something else is missing.
+            own.refuse_unknown(own.unknown(argv[argv.index(name) + 1 :]))
+        arguments, rest = parser.parse_known_args(argv)
         # A training command reads its hundreds of arguments itself, with TRL's parser.
-        return arguments.run(rest if arguments.trains else arguments)
+        if arguments.trains:
+            return arguments.run(rest)
+        commands.choices[name].refuse_unknown(rest)
+        return arguments.run(arguments)
     except Mistake as error:
-        say(f"trl-cmdp {arguments.command}: error: {' '.join(str(error).split())}", error=True)
+        say(f"trl-cmdp {name}: error: {' '.join(str(error).split())}", error=True)
         return 2
     except KeyboardInterrupt:
         if not arguments.resumes:

@@ -10,17 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ._parser import did_you_mean
+from ._parser import Mistake, did_you_mean
 
 
 # Files that a dataset is read from by their suffix, as `tasks.table` has them.
 _DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
 _CHECKPOINT_FILES = ("config.json", "adapter_config.json")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-
-
-class Mistake(Exception):
-    """A mistake in what was asked for, which is shown as one line. Every other error keeps its traceback."""
 
 
 @contextmanager
@@ -113,14 +109,14 @@ def model_source(text: str) -> str:
     path = Path(text)
     if path.is_dir():
         if not _is_checkpoint(path):
-            raise argparse.ArgumentTypeError(
+            raise Mistake(
                 f"{text!r} is a folder without a model: it has no config.json.{_question(path, '', _is_checkpoint)}"
             )
     elif path.is_file():
-        raise argparse.ArgumentTypeError(f"{text!r} is a file: give the folder of the model.")
+        raise Mistake(f"{text!r} is a file: give the folder of the model.")
     elif not _HUB_ID.fullmatch(text):
         question = _question(path.parent, path.name, Path.is_dir)
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a folder nor a Hub id.{question}")
+        raise Mistake(f"{text!r} is neither a folder nor a Hub id.{question}")
     return text
 
 
@@ -132,7 +128,7 @@ def data_source(text: str) -> str:
     is_file = path.suffix in _DATA_SUFFIXES
     if is_file or not _HUB_ID.fullmatch(text):
         what = "no file" if is_file else "neither a file, a folder nor a Hub id"
-        raise argparse.ArgumentTypeError(f"{text!r} is {what}.{_question(path.parent, path.name, Path.exists)}")
+        raise Mistake(f"{text!r} is {what}.{_question(path.parent, path.name, Path.exists)}")
     return text
 
 
@@ -140,10 +136,10 @@ def existing_file(text: str) -> Path:
     """A file that there is, for `argparse`."""
     path = Path(text)
     if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a folder: give a file.{_question(path, '', Path.is_file)}")
+        raise Mistake(f"{text!r} is a folder: give a file.{_question(path, '', Path.is_file)}")
     if not path.exists():
         question = _question(path.parent, path.name, Path.is_file)
-        raise argparse.ArgumentTypeError(f"there is no file {text!r}.{question}")
+        raise Mistake(f"there is no file {text!r}.{question}")
     return path
 
 
@@ -152,7 +148,7 @@ def existing_path(text: str) -> Path:
     path = Path(text)
     if not path.exists():
         question = _question(path.parent, path.name, Path.exists)
-        raise argparse.ArgumentTypeError(f"there is no file or folder {text!r}.{question}")
+        raise Mistake(f"there is no file or folder {text!r}.{question}")
     return path
 
 
@@ -161,9 +157,9 @@ def writable_folder(text: str) -> Path:
     path = Path(text)
     there = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
     if not there.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be a folder: {there} is a file.")
+        raise Mistake(f"{text!r} cannot be a folder: {there} is a file.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written to: no permission in {there}.")
+        raise Mistake(f"{text!r} cannot be written to: no permission in {there}.")
     return path
 
 

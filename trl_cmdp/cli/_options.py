@@ -3,7 +3,6 @@ The options of the training commands, read from the sources of the dataclasses t
 seconds, and what was mistyped should be said at once.
 """
 
-import argparse
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .._docstrings import help_of_fields
-from ._parser import did_you_mean
+from ._parser import Mistake, did_you_mean
 
 
 # Module and class, the configs by command; `_train.TrainingParser` is made of the same.
@@ -28,6 +27,7 @@ _CONFIGS = {
     "gkd": "GKDDistillConfig",
     "minillm": "MiniLLMDistillConfig",
 }
+_ONE_VALUE = ("str", "int", "float", "bool", "dict")
 _NUMBERS = {"int": (int, "an integer"), "float": (float, "a number")}
 
 
@@ -46,7 +46,7 @@ class Option:
         kind (`str`):
             Of a value: `"int"`, `"float"`, `"bool"`, `"choice"` or `"text"`, which is everything else.
         several (`bool`):
-            Whether it takes several values.
+            Whether it may take several values.
         choices (`tuple[str, ...]`):
             The values of a `"choice"`.
         nullable (`bool`):
@@ -74,7 +74,7 @@ class Option:
         return "+" if self.several else "?" if self.kind == "bool" else None
 
     def check(self, text: str) -> str:
-        """A value as it is written, for `argparse`."""
+        """A value as it is written, or a `Mistake`, for `argparse`."""
         if self.nullable and text.lower() in ("none", "null"):
             return text
         if self.kind in _NUMBERS:
@@ -82,12 +82,10 @@ class Option:
             try:
                 number(text)
             except ValueError:
-                raise argparse.ArgumentTypeError(f"must be {called}, got {text!r}.") from None
+                raise Mistake(f"must be {called}, got {text!r}.") from None
         if self.kind == "choice" and text not in self.choices:
             listed = ", ".join(self.choices)
-            raise argparse.ArgumentTypeError(
-                f"must be one of {listed}, got {text!r}.{did_you_mean(text, self.choices)}"
-            )
+            raise Mistake(f"must be one of {listed}, got {text!r}.{did_you_mean(text, self.choices)}")
         return text
 
 
@@ -154,9 +152,10 @@ def _option(
     kinds = list(_kinds(module, line.annotation))
     given = [kind for kind in kinds if kind != "None"]
     kind, choices = "text", ()
-    several = len(given) == 1 and given[0].startswith("list")
-    if several:
-        given = [given[0].removeprefix("list[").removesuffix("]")]
+    # What is not known to be one value may be several.
+    several = not all(kind in _ONE_VALUE or kind.startswith(("Literal[", "dict[")) for kind in given)
+    if len(given) == 1:
+        given = [given[0].removeprefix("list[").removesuffix("]") if given[0].startswith("list[") else given[0]]
     if len(given) == 1 and given[0] in ("int", "float", "bool"):
         kind = given[0]
     elif len(given) == 1 and given[0].startswith("Literal["):
@@ -185,7 +184,7 @@ def _kinds(module: str, annotation: ast.expr) -> Iterator[str]:
             yield from _kinds(module, part)
         if ast.unparse(annotation.value) == "Optional":
             yield "None"
-    elif isinstance(annotation, ast.Name) and annotation.id not in ("int", "float", "bool", "str", "dict", "list"):
+    elif isinstance(annotation, ast.Name) and annotation.id not in _ONE_VALUE:
         try:
             where, node = _definition(module, annotation.id)
         except SourceNotFoundError:

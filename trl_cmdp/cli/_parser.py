@@ -19,6 +19,10 @@ _ALSO_CALLED = {
 }
 
 
+class Mistake(Exception):
+    """A mistake in what was asked for, which is shown as one line. Every other error keeps its traceback."""
+
+
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """A question that names what is like a name that is not known, or nothing. Each is shown after `prefix`."""
     known = list(known)
@@ -67,6 +71,12 @@ class Parser(argparse.ArgumentParser):
             listed = ", ".join(f"--{name}" for name in unknown) or " ".join(words)  # no values, where a key may stand
             questions = "".join(did_you_mean(name, self.options, prefix="--") for name in unknown)
             self.error(f"unrecognized arguments: {listed}.{questions}")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except Mistake as mistake:  # of a type
+            raise Mistake(f"{' or '.join(action.option_strings) or action.metavar}: {mistake}") from None
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         try:

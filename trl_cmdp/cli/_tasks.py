@@ -1,6 +1,5 @@
 """Tasks and rewards, by the names that the command line knows them by."""
 
-import argparse
 import ast
 import inspect
 import os
@@ -15,7 +14,7 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 from .. import tasks
-from ._parser import did_you_mean
+from ._parser import Mistake, did_you_mean
 
 
 if TYPE_CHECKING:
@@ -38,9 +37,7 @@ def known_task(name: str) -> str:
     """The name of a task, for `argparse`."""
     names = task_names()
     if name not in names:
-        raise argparse.ArgumentTypeError(
-            f"There is no task {name!r}; there are {', '.join(names)}.{did_you_mean(name, names)}"
-        )
+        raise Mistake(f"There is no task {name!r}; there are {', '.join(names)}.{did_you_mean(name, names)}")
     return name
 
 
@@ -48,8 +45,8 @@ def load_task(name: str) -> Any:
     """Module of a task, or a `ValueError` that lists those there are."""
     try:
         return import_module(f"trl_cmdp.tasks.{known_task(name)}")
-    except argparse.ArgumentTypeError as error:
-        raise ValueError(str(error)) from None
+    except Mistake as mistake:
+        raise ValueError(str(mistake)) from None
 
 
 def task_name(task: Any) -> str:
@@ -72,7 +69,7 @@ def known_reward(name: str) -> str:
     if name in _TRL_REWARDS:
         return name
     if not path or not all(part.isidentifier() for part in name.split(".")):
-        raise argparse.ArgumentTypeError(
+        raise Mistake(
             f"Unknown reward {name!r}: give one of {', '.join(_TRL_REWARDS)}, or a dotted path "
             f"(my_lib.rewards.mine).{did_you_mean(name, _TRL_REWARDS)}"
         )
@@ -82,12 +79,12 @@ def known_reward(name: str) -> str:
         source = Path(spec.origin).read_text(encoding="utf-8")
         tree = ast.parse(source)
     except SyntaxError as error:
-        raise argparse.ArgumentTypeError(f"{spec.origin}, line {error.lineno}: {error.msg}.") from None
+        raise Mistake(f"{spec.origin}, line {error.lineno}: {error.msg}.") from None
     except (OSError, ValueError):
         return name
     if not re.search(rf"\b{function}\b|{_MADE_ELSEWHERE}", source):
         functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-        raise argparse.ArgumentTypeError(
+        raise Mistake(
             f"The module {path} has no reward {function!r}.{did_you_mean(function, functions, prefix=f'{path}.')}"
         )
     return name
@@ -103,7 +100,7 @@ def _find_module(path: str) -> ModuleSpec | None:
         return None
     if spec is None:
         here = [module.name for module in iter_modules([os.getcwd()])]
-        raise argparse.ArgumentTypeError(f"No module named {top!r}.{did_you_mean(top, here)}")
+        raise Mistake(f"No module named {top!r}.{did_you_mean(top, here)}")
     name = top
     for part in rest:
         if spec is None or spec.submodule_search_locations is None:
@@ -128,8 +125,8 @@ def load_reward(name: str) -> Callable[..., list[float | None]]:
         return getattr(rewards, name)
     try:
         path, _, function = known_reward(name).rpartition(".")
-    except argparse.ArgumentTypeError as error:
-        raise ValueError(str(error)) from None
+    except Mistake as mistake:
+        raise ValueError(str(mistake)) from None
     try:
         module = import_module(path)
     except ImportError:

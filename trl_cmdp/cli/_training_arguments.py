@@ -1,6 +1,5 @@
 """What a training command says of its arguments before anything heavy is imported: what they cannot be, and the help."""
 
-import argparse
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -121,8 +120,8 @@ def _read_config(arguments: list[str]) -> tuple[dict[str, Any], str]:
     file = arguments[arguments.index("--config") + 1]
     try:
         existing_file(file)
-    except argparse.ArgumentTypeError as error:
-        raise Mistake(f"--config: {error}") from None
+    except Mistake as mistake:
+        raise Mistake(f"--config: {mistake}") from None
     with mistakes_of(file):
         settings = check_yaml(file)
         if not isinstance(settings, dict):
@@ -151,8 +150,8 @@ def _check_setting(name: str, value: Any, options: Mapping[str, Option], others:
         if isinstance(text, str):
             try:
                 _TYPES.get(name, options[name].check)(text)
-            except argparse.ArgumentTypeError as error:
-                raise ValueError(f"{name}: {error}") from None
+            except Mistake as mistake:
+                raise ValueError(f"{name}: {mistake}") from None
 
 
 def _check_together(given: Mapping[str, Any], options: Mapping[str, Option]) -> None:
@@ -160,7 +159,7 @@ def _check_together(given: Mapping[str, Any], options: Mapping[str, Option]) -> 
     if "model_name_or_path" not in given:
         raise ValueError("--model_name_or_path is needed: the student.")
     if not {"dataset_name", "datasets", "task"} & given.keys():
-        raise ValueError("--dataset_name or --task (or `datasets` in the YAML file) is needed: the problems.")
+        raise ValueError("--dataset_name or --task (or datasets in the YAML file) is needed: the problems.")
     value = {name: given.get(name, options[name].default) for name in ("cost_limit", "max_steps")}
     limit = parse_cost_limit(value["cost_limit"])
     if limit == AUTO:
