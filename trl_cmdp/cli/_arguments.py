@@ -148,7 +148,7 @@ def existing_path(text: str) -> Path:
     path = Path(text)
     if not path.exists():
         question = _question(path.parent, path.name, Path.exists)
-        raise Mistake(f"there is no file or folder {text!r}.{question}")
+        raise Mistake(f"{text} does not exist.{question}")
     return path
 
 

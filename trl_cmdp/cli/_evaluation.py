@@ -40,7 +40,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser, records_help: str)
     """Add student or records, models, problems and rollouts to a command. Returns the group of the rollouts."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--student", type=model_source, metavar="PATH_OR_ID", help="model, or folder of a LoRA adapter")
-    what.add_argument("--records", nargs="+", type=existing_file, metavar="FILE", help=records_help)
+    what.add_argument("--records", nargs="+", type=Path, metavar="FILE", help=records_help)
     parser.add_argument(
         "--output_dir", type=writable_folder, help="where files are written (default: outputs/COMMAND-TASK-NAME)"
     )
@@ -124,6 +124,7 @@ def replace_arguments(arguments: argparse.Namespace, **changes: Any) -> argparse
 
 def read_evaluation(path: Path) -> "tuple[EvaluationSettings, list[RolloutRecord]]":
     """Records of an evaluation, or an error that names their file."""
+    existing_file(str(path))
     from ..evaluation import read_rollout_records
 
     with mistakes():

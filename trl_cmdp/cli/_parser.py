@@ -76,7 +76,7 @@ class Parser(argparse.ArgumentParser):
         try:
             return super()._get_value(action, arg_string)
         except Mistake as mistake:  # of a type
-            raise Mistake(f"{' or '.join(action.option_strings) or action.metavar}: {mistake}") from None
+            raise Mistake(": ".join([*action.option_strings, str(mistake)])) from None
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         try:

@@ -82,11 +82,10 @@ def known_reward(name: str) -> str:
         raise Mistake(f"{spec.origin}, line {error.lineno}: {error.msg}.") from None
     except (OSError, ValueError):
         return name
-    if not re.search(rf"\b{function}\b|{_MADE_ELSEWHERE}", source):
-        functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-        raise Mistake(
-            f"The module {path} has no reward {function!r}.{did_you_mean(function, functions, prefix=f'{path}.')}"
-        )
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    if functions and not re.search(rf"\b{function}\b|{_MADE_ELSEWHERE}", source):
+        question = did_you_mean(function, functions, prefix=f"{path}.")
+        raise Mistake(f"The module {path} has no reward {function!r}.{question}")
     return name
 
 
