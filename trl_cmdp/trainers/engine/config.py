@@ -1,12 +1,15 @@
 """Configuration fields that every trainer with a teacher shares."""
 
 import copy
+import logging
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
+import torch
+from transformers.utils import is_torch_xla_available
 from trl import GRPOConfig
 
 from ..._defaults import COST_LIMIT, COST_SCOPE, CostScope
@@ -17,6 +20,8 @@ from ...core import Comparison
 _MAY_BE_INFINITE = {"max_grad_norm", "delta", "epsilon_high", "off_policy_mask_threshold"} | {
     f"vllm_importance_sampling_{bound}" for bound in ("cap", "clip_max")
 }
+
+_logger = logging.getLogger(__name__)
 
 
 def _floats(value: Any) -> Iterator[float]:
@@ -125,7 +130,14 @@ class DistillConfig(GRPOConfig):
     resume_with_changes: list[str] | None = None
 
     def __post_init__(self):
+        without_gpu = not (self.use_cpu or torch.accelerator.is_available() or is_torch_xla_available())
+        if without_gpu:
+            self.use_cpu = True
+            self.bf16 = bool(self.bf16)  # TRL's default is for GPUs
         super().__post_init__()
+        if without_gpu and self.process_index == 0:
+            dtype = "float16" if self.fp16 else "bfloat16" if self.bf16 else "float32"
+            _logger.warning(f"No GPU was found: this run uses the CPU, in {dtype}.")
         self._check_choices()
         self._check_cost_limit()
         self._check_finite()
