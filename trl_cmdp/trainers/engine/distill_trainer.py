@@ -17,7 +17,6 @@ from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 from ...core.signal import Rollouts, Signal
 from ...teachers import base_model
 from ..telemetry.card import DistillationFacts, describe_cost, describe_limit, describe_teacher, write_model_card
-from ..telemetry.hub import warn_if_failed
 from ..telemetry.metrics import DistillMetrics
 from ..telemetry.selection import asks_for_feasible_reward
 from ..telemetry.shading import ShadedCompletions
@@ -64,6 +63,7 @@ class DistillTrainer(OffPolicyGRPOTrainer):
     _needs_divergence = True  # over the full vocabulary; what a teacher of log-probabilities alone lacks
     _needs_log_probs = False  # of the sampled tokens, in its `Rollouts`
     _token_cost = "divergence"  # what costs a token, as `ConstrainedDistillConfig.cost` names it
+    _imitates = False  # learns from the teacher alone: rewards are logged, and a limit is only measured against
     _distill_cross_entropy = False  # differentiate E_π[−log μ] in place of the divergence
 
     def __init__(
@@ -89,13 +89,12 @@ class DistillTrainer(OffPolicyGRPOTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self._config_class(f"{model_name.split('/')[-1]}-{self._name.replace(' ', '-')}")
         with_teacher = has_teacher(teacher_model, args)
-        check_arguments(
-            self._config_class, args, with_teacher, reward_funcs is not None or environment_factory is not None
-        )
+        has_reward = reward_funcs is not None or environment_factory is not None
+        check_arguments(self._config_class, args, with_teacher, has_reward, self._imitates)
         check_trackers(args.report_to)
         if with_teacher:
             check_no_images(train_dataset, eval_dataset)
-            if reward_funcs is None and environment_factory is None:
+            if not has_reward:
                 reward_funcs = no_reward
             if rollout_func is not None:
                 rollout_func = checked_rollout_func(rollout_func)
@@ -382,15 +381,6 @@ class DistillTrainer(OffPolicyGRPOTrainer):
             satisfaction=self._distill_metrics.satisfaction.all_measured(),
             secrets=[args.teacher_model_server_api_key],
         )
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        if not self.is_world_process_zero():
-            return
-        earlier = [] if self.push_in_progress is None else [*self.push_in_progress.jobs]
-        super()._push_from_checkpoint(checkpoint_folder)
-        for push in [] if self.push_in_progress is None else self.push_in_progress.jobs:
-            if push not in earlier:
-                push.add_done_callback(warn_if_failed)
 
     # ---------------------------------------------------------------------------------------------------------- helpers
 
