@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 
@@ -224,7 +225,7 @@ def test_a_missing_tracker_is_one_line_with_its_extra(folder, tmp_path, capsys, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher_model": None, "reward_funcs": None}, "neither a reward nor a teacher"),
+        ({"teacher_model": None, "reward_funcs": None}, "A teacher is needed: --teacher_model"),
         ({"model_name_or_path": None}, "--model_name_or_path is needed"),
         ({"dataset_name": None}, "Either --dataset_name"),
         ({"datasets": [{"pth": "json"}]}, "unexpected keyword argument 'pth'"),
@@ -236,6 +237,45 @@ def test_a_mistake_in_the_file_is_one_line(changes, message, folder, tmp_path, c
     write_config(config, folder, **changes)
     assert train("constrained", config, tmp_path / "out") == 2
     assert message in error_line(capsys)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_forgotten_teacher_is_one_line(command, tmp_path, capsys):
+    """With the three ways to name one, before anything is loaded: neither the student nor the data are there."""
+    missing = ["--model_name_or_path", "./nothing", "--dataset_name", "./nothing.jsonl"]
+    assert main([command, *missing, "--output_dir", str(tmp_path), "--reward_funcs", "helpers.length_reward"]) == 2
+    line = error_line(capsys)
+    for option in ("--teacher_model with", "--teacher_model_server_url", "--teacher_adapter_name base"):
+        assert option in line
+
+
+INTERRUPTED = """
+import os, signal
+from pathlib import Path
+
+
+def reward(completions, **kwargs):
+    if not Path("interrupted").exists():
+        Path("interrupted").touch()
+        os.kill(os.getpid(), signal.SIGINT)
+    return [float(len(completion)) for completion in completions]
+"""
+
+
+def test_ctrl_c_and_the_command_that_goes_on(folder, tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reward_of_ctrl_c.py").write_text(INTERRUPTED)
+    arguments = ["--reward_funcs", "reward_of_ctrl_c.reward", "--resume-from-checkpoint=false"]
+    assert train("gkd", folder / "config.yaml", tmp_path / "my out", *arguments) == 130
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "my out" / "model.safetensors").exists()
+    (command,) = re.findall(r"Continue with: trl-cmdp (.*)", caplog.text)
+    resumed = shlex.split(command)
+    assert resumed[-2:] == ["--resume_from_checkpoint", "true"]
+    assert "--resume-from-checkpoint=false" not in resumed
+    assert main(resumed) == 0
+    assert f"continues from step 1 ({tmp_path / 'my out' / 'checkpoint-1'})" in caplog.text
+    assert (tmp_path / "my out" / "model.safetensors").exists()
 
 
 def test_what_refuses_a_run_is_one_line(folder, tmp_path, capsys):

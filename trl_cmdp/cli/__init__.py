@@ -19,8 +19,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Run `trl-cmdp`. Returns the exit code: 0, 1 if a part failed, 2 for a mistake in what was asked for, or 130 if a
-    command that can be resumed was stopped.
+    Run `trl-cmdp`. Returns the exit code: 0, 1 if a part failed, 2 for a mistake in what was asked for, or 130 if the
+    command was stopped by Ctrl-C.
     """
     parser = _Parser(prog="trl-cmdp", description="Reward-aware distillation under a teacher budget that holds.")
     parser.set_defaults(trains=False, resumes=False)
@@ -38,7 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"trl-cmdp {arguments.command}: error: {' '.join(str(error).split())}", error=True)
         return 2
     except KeyboardInterrupt:
-        if not arguments.resumes:
-            raise
-        print("\nStopped. What is recorded stays: run the same command again to resume.", file=sys.stderr)
+        again = " What is recorded stays: run the same command again to resume." if arguments.resumes else ""
+        print(f"\nStopped.{again}", file=sys.stderr)
         return 130

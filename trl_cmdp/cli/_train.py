@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import pairwise
@@ -29,7 +30,7 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts.grpo import GRPOScriptArguments
 
 from .._files import check_yaml
-from .._messages import message, say
+from .._messages import message, say, shell_command
 from ..reports import plot_training_curves
 from ..tasks.table import load_splits
 from ..teachers import TeacherServerError
@@ -124,12 +125,14 @@ def run_training(command: str, trainer_class: type[DistillTrainer], arguments: l
     typed = json.loads(os.environ[_TYPED]) if launched and _TYPED in os.environ else arguments
     with mistakes(NotImplementedError, DatasetsError, TeacherServerError, yaml.YAMLError):
         *parsed, of_config, of_command_line = _parse(command, trainer_class._config_class, arguments)
+        _check_teacher(parsed[0], parsed[-1])
         # Several GPUs take one process each, as in `trl grpo`: in one, transformers would use `nn.DataParallel`.
         if of_command_line or (not launched and (of_config or parsed[-1].n_gpu > 1)):
             _launch(command, of_config, of_command_line, arguments)
             return 0
         trainer, script_args = _make_trainer(trainer_class, *parsed), parsed[0]
     trainer.command = ["trl-cmdp", command, *typed]
+    trainer.how_to_resume = _resuming(trainer.command)
     return _train(trainer, script_args.dataset_name)
 
 
@@ -144,6 +147,30 @@ def _parse(command: str, config_class: type[DistillConfig], arguments: list[str]
         )
     except TypeError as error:  # YAML of another type than the field
         raise ValueError(str(error)) from error
+
+
+def _check_teacher(script_args: DistillScriptArguments, training_args: DistillConfig) -> None:
+    """Without a teacher a trainer is GRPO, which nobody means who runs one of these commands."""
+    named = (script_args.teacher_model, training_args.teacher_model_server_url, training_args.teacher_adapter_name)
+    if not any(named):
+        raise ValueError(
+            "A teacher is needed: --teacher_model with a folder or a Hub id, --teacher_model_server_url of a vLLM server "
+            "that runs it, or --teacher_adapter_name base, for a student that trains an adapter (--use_peft), whose base "
+            "is then its teacher. `trl grpo` trains without one."
+        )
+
+
+def _resuming(command: list[str]) -> str:
+    """The command that continues the run of a training command."""
+    words, kept = iter(command), []
+    for word in words:
+        option, equals, _ = word.replace("-", "_").partition("=")
+        if option == "__resume_from_checkpoint":
+            if not equals:
+                next(words, None)
+        else:
+            kept.append(word)
+    return shell_command([*kept, "--resume_from_checkpoint", "true"])
 
 
 def _check_yaml_files(arguments: list[str]) -> None:
@@ -177,7 +204,19 @@ def _launch(command: str, of_config: list[str], of_command_line: list[str], argu
     if unknown:
         raise ValueError(f"unrecognized arguments: {' '.join(unknown)}")
     os.environ[_TYPED] = json.dumps(arguments)  # for the model card
-    launch_command(args)
+    # Ctrl-C reaches the processes themselves, which save a checkpoint. torch's launcher would pass it on once more, and
+    # leave them half a minute.
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGHUP,SIGQUIT")
+    stopped: list[bool] = []
+    previous = signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
+    try:
+        launch_command(args)
+    except (Exception, SystemExit) as error:
+        if stopped:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _make_trainer(
@@ -190,8 +229,8 @@ def _make_trainer(
     if model_args.model_name_or_path is None:
         raise ValueError("--model_name_or_path is needed: the student.")
     checkpoint = training_args.resume_from_checkpoint
-    if str(checkpoint).lower() == "true":  # on the command line, where it is text
-        checkpoint = training_args.resume_from_checkpoint = True
+    checkpoint = {"true": True, "false": None}.get(str(checkpoint).lower(), checkpoint)  # on the command line it is text
+    training_args.resume_from_checkpoint = checkpoint
     if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
         raise ValueError(f"--resume_from_checkpoint: there is no folder {checkpoint!r}.")
     reward_funcs: list[Any] = [load_reward(name) for name in script_args.reward_funcs or []]
