@@ -8,6 +8,7 @@ from typing import NoReturn
 from .._messages import message, say
 from . import calibrate, compare, demo, env, evaluate, report, training
 from ._arguments import Mistake
+from ._results import results
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command was stopped by Ctrl-C.
     """
     parser = _Parser(prog="trl-cmdp", description="Reward-aware distillation under a teacher budget that holds.")
-    parser.set_defaults(trains=False, resumes=False)
+    parser.set_defaults(trains=False, resumes=False, json=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     training.add_parsers(commands)
     for command in (demo, calibrate, compare, evaluate, report, env):
@@ -32,8 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not arguments.trains:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        # A training command reads its hundreds of arguments itself, with TRL's parser.
-        return arguments.run(rest if arguments.trains else arguments)
+        with results(arguments.json) as arguments.show:
+            # A training command reads its hundreds of arguments itself, with TRL's parser.
+            return arguments.run(rest if arguments.trains else arguments)
     except Mistake as error:
         say(f"trl-cmdp {arguments.command}: error: {' '.join(str(error).split())}", error=True)
         return 2

@@ -229,7 +229,9 @@ def _make_trainer(
     if model_args.model_name_or_path is None:
         raise ValueError("--model_name_or_path is needed: the student.")
     checkpoint = training_args.resume_from_checkpoint
-    checkpoint = {"true": True, "false": None}.get(str(checkpoint).lower(), checkpoint)  # on the command line it is text
+    checkpoint = {"true": True, "false": None}.get(
+        str(checkpoint).lower(), checkpoint
+    )  # on the command line it is text
     training_args.resume_from_checkpoint = checkpoint
     if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
         raise ValueError(f"--resume_from_checkpoint: there is no folder {checkpoint!r}.")
