@@ -14,6 +14,7 @@ from ._arguments import Mistake, mistakes, positive_float
 from ._evaluation import add_evaluation_arguments, output_folder, read_evaluation, replace_arguments, roll_out
 from ._imitation import add_imitation_arguments, check_imitation_arguments, imitate
 from ._results import add_json_option
+from ._student_run import with_run_settings
 
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _measure_and_report(arguments: argparse.Namespace) -> None:
+    arguments = with_run_settings(arguments, "cost_limit")  # it is what is sought
     if not (arguments.teacher or arguments.teacher_adapter_name or arguments.teacher_model_server_url):
         raise Mistake("--teacher (or --teacher_adapter_name, --teacher_model_server_url) is needed: costs are of it.")
     if arguments.num_samples < 1:

@@ -13,6 +13,7 @@ from ._arguments import mistakes, positive_float
 from ._evaluation import add_evaluation_arguments, output_folder, read_evaluation, roll_out
 from ._judge import add_judge_arguments, check_judge_arguments, judge_evaluations
 from ._results import add_json_option
+from ._student_run import with_run_settings
 
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.records:
         output_dir, evaluations = arguments.output_dir, [read_evaluation(path) for path in arguments.records]
     else:
+        arguments = with_run_settings(arguments)
         output_dir = output_folder("evaluate", arguments)
         evaluations = [roll_out(arguments, output_dir / RECORDS_FILE)]
     with mistakes():

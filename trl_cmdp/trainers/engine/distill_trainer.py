@@ -18,6 +18,7 @@ from ...core.signal import Rollouts, Signal
 from ...teachers import base_model
 from ..telemetry.card import DistillationFacts, describe_cost, describe_limit, describe_teacher, write_model_card
 from ..telemetry.metrics import DistillMetrics
+from ..telemetry.run_settings import of_limit, of_teachers
 from ..telemetry.selection import asks_for_feasible_reward
 from ..telemetry.shading import ShadedCompletions
 from .checks import (
@@ -124,6 +125,7 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         if with_teacher:
             check_trl_hooks(self)
         self.command = sys.argv  # what the model card says that made the run; secrets are hidden there
+        self._given_teacher = teacher_model
         self._ends = common_end(self) if with_teacher else None  # an error of these before a teacher is loaded
         self.teachers: dict[str, Teacher] = make_teachers(self, teacher_model) if with_teacher else {}
         if not self.teachers:
@@ -322,6 +324,13 @@ class DistillTrainer(OffPolicyGRPOTrainer):
             identity["method"] = self._name
             identity["teacher"] = {name: teacher.fingerprint() for name, teacher in self.teachers.items()}
         return identity
+
+    def _run_settings(self) -> dict[str, Any]:
+        settings = super()._run_settings()
+        if self.teachers:
+            settings |= of_limit(self.args, self._token_cost, self.state.log_history)
+            settings |= of_teachers(self.teachers, self._given_teacher, self.args, self.accelerator)
+        return settings
 
     def _saved_state(self) -> dict[str, Any]:
         return self._method_state() if self.teachers else {}

@@ -12,8 +12,10 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..._files import RUN_FILE
 from ...teachers import keep_differentiable
 from ..telemetry.hub import warn_if_failed
+from ..telemetry.run_settings import of_rollouts
 from .checkpoints import (
     METHOD_STATE_FILE,
     PROGRESS_FILE,
@@ -85,6 +87,10 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
             REWARDS: list(self.reward_func_names),
             **settings_of(self.args),
         }
+
+    def _run_settings(self) -> dict[str, Any]:
+        """What the folder of the student says of its run, see [`~telemetry.run_settings`]."""
+        return of_rollouts(self.args, self.train_dataset)
 
     def _logging_window(self) -> dict[str, Any]:
         """What has been counted in training since the last log."""
@@ -186,16 +192,22 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
         folder = Path(output_dir or self.args.output_dir)
         if step_of(folder) is not None:  # a checkpoint is whole by its list of files
             super().save_model(output_dir, _internal_call)
+            self._save_run_settings(folder)
             return
         if names := nonfinite_weights(self.model):
             raise RuntimeError(f"The student's weights are not finite ({', '.join(names[:3])}): nothing is saved.")
         left = "What was there before is whole. Once the cause is gone (if the disk is full, make room), save again."
         with named_failure("The model", folder, left), written_beside(folder, self.args.should_save) as beside:
             super().save_model(str(beside), _internal_call=True)
+            self._save_run_settings(beside)
             if self.is_deepspeed_enabled:  # each process may write a part
                 self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_run_settings(self, folder: Path) -> None:
+        if self.args.should_save:
+            (folder / RUN_FILE).write_text(json.dumps(self._run_settings(), indent=2) + "\n")
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
