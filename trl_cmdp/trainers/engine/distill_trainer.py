@@ -16,11 +16,12 @@ from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
 from ...core.signal import Rollouts, Signal
 from ...teachers import base_model
-from ..telemetry.card import DistillationFacts, describe_cost, describe_limit, describe_teacher, write_model_card
+from ..telemetry.card import distillation_facts, write_model_card
 from ..telemetry.metrics import DistillMetrics
 from ..telemetry.run_settings import of_limit, of_teachers
 from ..telemetry.selection import asks_for_feasible_reward
 from ..telemetry.shading import ShadedCompletions
+from ..telemetry.symptoms import Symptoms
 from .checks import (
     IMAGES_REFUSED,
     check_arguments,
@@ -65,6 +66,7 @@ class DistillTrainer(OffPolicyGRPOTrainer):
     _needs_log_probs = False  # of the sampled tokens, in its `Rollouts`
     _token_cost = "divergence"  # what costs a token, as `ConstrainedDistillConfig.cost` names it
     _imitates = False  # learns from the teacher alone: rewards are logged, and a limit is only measured against
+    _keeps_limit = False  # the limit steers training
     _distill_cross_entropy = False  # differentiate E_π[−log μ] in place of the divergence
 
     def __init__(
@@ -145,6 +147,7 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         shades = args.log_completions and "wandb" in args.report_to
         self._shaded = ShadedCompletions(self._tokenizer) if shades else None
         self._set_up_method()
+        self.add_callback(Symptoms(has_reward and not self._imitates, self._keeps_limit))
         # Loading a teacher may draw random numbers; rollouts must not depend on that.
         set_seed(args.seed, device_specific=True)
 
@@ -373,23 +376,8 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         model_name = model_name or Path(self.args.output_dir).name
         super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero():
-            write_model_card(self, self.command, self._facts(), dataset_name, evaluation)
-
-    def _facts(self) -> DistillationFacts | None:
-        """What the card says of distillation."""
-        if not self.teachers:
-            return None
-        args = self.args
-        return DistillationFacts(
-            teachers=[
-                describe_teacher(name, teacher, self.accelerator, args.teacher_model_revision)
-                for name, teacher in self.teachers.items()
-            ],
-            cost=describe_cost(self._token_cost, args.teacher_beta, args.temperature, args.cost_scope),
-            limit=describe_limit(args.cost_limit, args.cost_scope, self.state.log_history),
-            satisfaction=self._distill_metrics.satisfaction.all_measured(),
-            secrets=[args.teacher_model_server_api_key],
-        )
+            licence = self.args.hub_license if isinstance(self.args, DistillConfig) else None
+            write_model_card(self, self.command, distillation_facts(self), dataset_name, evaluation, licence)
 
     # ---------------------------------------------------------------------------------------------------------- helpers
 
