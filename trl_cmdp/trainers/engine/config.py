@@ -97,6 +97,9 @@ class DistillConfig(GRPOConfig):
         tolerated_violation_rate (`float`, *optional*, defaults to `0.05`):
             Share of rollouts above the limit with which a student counts as feasible, where checkpoints are chosen by
             `metric_for_best_model="constraint/feasible_reward"`.
+        hub_license (`str`, *optional*):
+            Licence of the student, for its model card (`"apache-2.0"`). By default the one that the card of the model names
+            which the student began as, and none where there is no such card.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Delete the checkpoints that another run has left in `output_dir` when this one begins anew. Otherwise such a
             folder is refused.
@@ -126,6 +129,7 @@ class DistillConfig(GRPOConfig):
     cost_scope: CostScope = COST_SCOPE
     tolerated_violation_rate: float = 0.05
 
+    hub_license: str | None = None
     overwrite_output_dir: bool = False
     resume_with_changes: list[str] | None = None
 
