@@ -25,6 +25,7 @@ from helpers import (
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from trl_cmdp.cli import main
+from trl_cmdp.reports import read_runs
 
 
 COMMANDS = ["constrained", "lagrangian", "gkd", "minillm"]
@@ -66,9 +67,27 @@ def trained_args(output_dir):
     return torch.load(output_dir / "training_args.bin", weights_only=False)
 
 
+def check_what_is_said(command, folder, output_dir, out):
+    """First what is trained on what, last how the limit held and what comes next."""
+    rows = dict(re.findall(r"(?m)^\| ([\w ]+?) +\| (.*?) +\|$", out))
+    assert command in rows["training"].lower()
+    assert (rows["student"], rows["teacher"]) == (str(folder / "student"), str(folder / "teacher"))
+    assert rows["data"] == f"32 rows, {folder / 'data.jsonl'}"
+    assert rows["rollouts a step"] == "4 (4 of each prompt), of at most 6 tokens"
+    assert rows["limit"] == "0.2 nats per token" + ", only measured against" * (command != "constrained")
+    assert rows["device"] == "CPU, float32"
+    assert re.search(
+        r"Trained to step 1 in \d+ s\.\nWithin the limit .*: [\d.]+% \[[\d.]+, [\d.]+\] of 4 rollouts", out
+    )
+    assert f"Next: trl-cmdp evaluate --student {output_dir} --dataset HELD_OUT.jsonl\n" in out
+    assert f"trl-cmdp report {output_dir}\n" in out
+    assert read_runs([output_dir])[0].steps == 1  # what it reads is there
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_trains_and_saves(command, folder, tmp_path):
+def test_trains_and_saves(command, folder, tmp_path, capsys):
     assert train(command, folder / "config.yaml", tmp_path, "--max_steps", "1", "--cost-limit", "0.2") == 0
+    check_what_is_said(command, folder, tmp_path, capsys.readouterr().out)
     args = trained_args(tmp_path)
     assert type(args).__name__.lower().startswith(command)
     assert (args.max_steps, args.cost_limit, args.learning_rate) == (1, 0.2, 1e-2)

@@ -3,10 +3,15 @@
 import argparse
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import requires
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
 
 
 class Mistake(Exception):
@@ -19,7 +24,23 @@ def mistakes(*others: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError, *others) as error:
-        raise Mistake(str(error)) from error
+        raise Mistake(_with_extra(str(error))) from error
+
+
+def _with_extra(text: str) -> str:
+    """What an error says, with the extra that installs the package which it is about, if that is missing."""
+    if "trl-cmdp[" in text:
+        return text
+    for requirement in map(Requirement, requires("trl-cmdp") or ()):
+        extra = re.search(r"extra == \W([\w-]+)", str(requirement.marker))
+        if extra is None or extra[1] in ("dev", "docs"):
+            continue
+        for package in (requirement.name, *requirement.extras):  # `trl[vllm]` brings vllm
+            module = package.replace("-", "_")
+            named = re.search(rf"\b({re.escape(package)}|{re.escape(module)})\b", text, re.IGNORECASE)
+            if named and find_spec(module) is None:
+                return f'{text.rstrip(".")}. The package comes with: pip install "trl-cmdp[{extra[1]}]"'
+    return text
 
 
 @contextmanager

@@ -29,12 +29,18 @@ def results(as_json: bool) -> Iterator[Show]:
     def show(markdown: str, content: Any) -> None:
         if as_json:
             print(json.dumps(content, indent=2, allow_nan=False), file=stdout, flush=True)
-        elif sys.stdout.isatty():
-            from ._tables import draw_markdown  # `trl-cmdp --help` should not wait for rich
-
-            draw_markdown(markdown)
         else:
-            say(markdown)
+            show_markdown(markdown)
 
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         yield show
+
+
+def show_markdown(text: str) -> None:
+    """Print Markdown, its tables drawn where stdout is a terminal."""
+    if not sys.stdout.isatty():
+        say(text)
+        return
+    from ._tables import draw_markdown  # `trl-cmdp --help` should not wait for rich
+
+    draw_markdown(text)

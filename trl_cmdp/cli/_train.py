@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import pairwise
@@ -40,6 +41,8 @@ from ..trainers.telemetry.card import CURVES_FILE
 from ..trainers.telemetry.hub import describe_error
 from ._arguments import Mistake, mistakes, refusals
 from ._progress import TrainingProgress
+from ._results import show_markdown
+from ._run_summary import closing, opening
 from ._tasks import load_problems, load_reward, load_task
 
 
@@ -130,10 +133,12 @@ def run_training(command: str, trainer_class: type[DistillTrainer], arguments: l
         if of_command_line or (not launched and (of_config or parsed[-1].n_gpu > 1)):
             _launch(command, of_config, of_command_line, arguments)
             return 0
-        trainer, script_args = _make_trainer(trainer_class, *parsed), parsed[0]
+        trainer, script_args, model_args = _make_trainer(trainer_class, *parsed), parsed[0], parsed[1]
     trainer.command = ["trl-cmdp", command, *typed]
     trainer.how_to_resume = _resuming(trainer.command)
-    return _train(trainer, script_args.dataset_name)
+    if trainer.accelerator.is_main_process:
+        show_markdown(opening(trainer, script_args, model_args))
+    return _train(trainer, script_args)
 
 
 def _parse(command: str, config_class: type[DistillConfig], arguments: list[str]) -> tuple[Any, ...]:
@@ -294,8 +299,8 @@ class CurvesOnPush(TrainerCallback):
             plot_training_curves(state.log_history, Path(args.output_dir, CURVES_FILE), Path(args.output_dir).name)
 
 
-def _train(trainer: DistillTrainer, dataset_name: str | None) -> int:
-    args, progress = trainer.args, TrainingProgress()
+def _train(trainer: DistillTrainer, script_args: DistillScriptArguments) -> int:
+    args, progress, start = trainer.args, TrainingProgress(), time.monotonic()
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
@@ -310,8 +315,10 @@ def _train(trainer: DistillTrainer, dataset_name: str | None) -> int:
         progress.stop()
     with mistakes(RuntimeError):
         trainer.save_model(args.output_dir, _internal_call=True)  # not pushed yet
-    trainer.accelerator.print(message(f"Model saved to {args.output_dir}."))
-    pushed = _push(trainer, dataset_name) if args.push_to_hub else True
+    trainer.save_state()  # for `trl-cmdp report`
+    trainer.accelerator.print(message(f"\nModel saved to {args.output_dir}."))
+    trainer.accelerator.print(message(closing(trainer, script_args, time.monotonic() - start)))
+    pushed = _push(trainer, script_args.dataset_name) if args.push_to_hub else True
     # Finish the trackers and destroy the process group, as TRL's scripts do.
     if Version(transformers.__version__) >= Version("5.18.0"):
         trainer.end()
