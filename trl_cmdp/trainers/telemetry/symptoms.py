@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 _PAGE = "docs/troubleshooting.md"
 _FEWEST_STEPS = 10  # optimizer steps over which something holds before it is said
 _SHARE = 0.2  # of the run, where that is more: for what a run may take long to leave
+_NEARLY_ALL = 0.95  # completions that are cut
 _RARELY, _ALWAYS = 0.02, 0.999  # satisfaction rates
 _STILL = 0.97  # a mean cost has stopped falling if that of the later half is above so much of the earlier half's
 
@@ -47,11 +48,12 @@ class Symptoms(TrainerCallback):
             return
         self._note(logs)
         step, patience = state.global_step, max(_FEWEST_STEPS, math.ceil(_SHARE * state.max_steps))
-        if self._holds("cut", logs.get("completions/clipped_ratio") == 1, step, _FEWEST_STEPS):
+        cut = logs.get("completions/clipped_ratio") or 0
+        if self._holds("cut", cut >= _NEARLY_ALL, step, _FEWEST_STEPS):
             self._say(
                 "cut",
-                f"Every completion of the last {step - self._since['cut']} steps was cut at max_completion_length="
-                f"{args.max_completion_length}: none has come to its end. Raise it, or let the student learn to stop",
+                f"Nearly every completion of the last {step - self._since['cut']} steps was cut at max_completion_length="
+                f"{args.max_completion_length} ({cut:.0%} now). Raise it, or take a student that has learnt to stop",
                 "completions-that-are-all-cut",
             )
         if self._learns_from_reward and self._holds("reward", "reward differs" not in self._ever, step, patience):
