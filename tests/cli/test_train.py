@@ -297,6 +297,23 @@ def test_ctrl_c_and_the_command_that_goes_on(folder, tmp_path, monkeypatch, caps
     assert (tmp_path / "my out" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_ctrl_c_in_processes_of_accelerate(folder, tmp_path):
+    """As in a terminal, all processes get it: the one that trains saves a checkpoint, the one that launched it waits."""
+    to_all = INTERRUPTED.replace("os.kill(os.getpid()", "os.killpg(os.getpgrp()")
+    (tmp_path / "reward_of_ctrl_c.py").write_text(to_all)
+    command = [sys.executable, "-m", "trl_cmdp", "gkd", "--config", str(folder / "config.yaml"), "--output_dir", "out"]
+    command += ["--reward_funcs", "reward_of_ctrl_c.reward", "--num_processes", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, start_new_session=True, check=False
+    )
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Continue with: trl-cmdp gkd " in done.stderr
+    assert (tmp_path / "out" / "checkpoint-1" / "trainer_state.json").exists()
+
+
 def test_what_refuses_a_run_is_one_line(folder, tmp_path, capsys):
     """Another process that holds the folder, another run in it, a checkpoint of another run, and none at all."""
     command = ("constrained", folder / "config.yaml", tmp_path, "--max_steps", "1", "--save_strategy", "steps")

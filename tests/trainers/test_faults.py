@@ -204,11 +204,17 @@ def test_ctrl_c_twice_stops_at_once(tmp_path, caplog):
     train(tmp_path, max_steps=1)  # the folder is free, and nothing of the signal is left
 
 
-@pytest.mark.parametrize("ignored", [False, True])
-def test_ctrl_c_is_left_alone_in_a_notebook_and_where_it_is_ignored(tmp_path, monkeypatch, ignored):
-    """A cell stops at once, without a checkpoint; a run in the background of a shell does not stop."""
-    if not ignored:
+@pytest.mark.parametrize("case", ["notebook", "never resumed", "ignored"])
+def test_where_ctrl_c_is_left_alone(tmp_path, monkeypatch, caplog, case):
+    """
+    A cell of a notebook, and what is never resumed, such as the demo, stop at once and without a checkpoint; a run in the
+    background of a shell does not stop.
+    """
+    ignored = case == "ignored"
+    if case == "notebook":
         monkeypatch.setattr("trl_cmdp.trainers.engine.guards.is_in_notebook", lambda: True)
+    if case == "never resumed":
+        monkeypatch.setattr(ConstrainedDistillTrainer, "how_to_resume", None)
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
     try:
         with nullcontext() if ignored else pytest.raises(KeyboardInterrupt):
@@ -216,6 +222,7 @@ def test_ctrl_c_is_left_alone_in_a_notebook_and_where_it_is_ignored(tmp_path, mo
     finally:
         signal.signal(signal.SIGINT, previous)
     assert get_last_checkpoint(tmp_path).endswith("checkpoint-4" if ignored else "checkpoint-2")
+    assert "Stopped" not in caplog.text
 
 
 def test_a_program_that_handles_sigterm_itself_trains_again(tmp_path):

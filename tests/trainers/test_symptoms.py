@@ -14,7 +14,12 @@ from trl_cmdp.trainers.telemetry.symptoms import Symptoms
 
 PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 STEPS = 12
-CUT, REWARD, LOOSE, TIGHT = "was cut at max_completion_length=6", "had the same reward", "no rollout has exceeded", "has stopped falling"
+CUT, REWARD, LOOSE, TIGHT = (
+    "was cut at max_completion_length=6",
+    "had the same reward",
+    "no rollout has exceeded",
+    "has stopped falling",
+)
 WITHOUT_END = [[3 + (row + place) % 9 for place in range(6)] for row in range(8)]
 
 

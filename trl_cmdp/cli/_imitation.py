@@ -175,6 +175,7 @@ def _make_trainer(
         teacher_model=arguments.teacher,
     )
     trainer.remove_callback(PrinterCallback)  # it would print every log
+    trainer.how_to_resume = None
     return trainer
 
 

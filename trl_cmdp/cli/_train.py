@@ -333,7 +333,7 @@ def _push(trainer: DistillTrainer, dataset_name: str | None) -> bool:
         say(
             f"The push to the Hub failed: {describe_error(error)}.\nTraining is done and the model is in "
             f"{trainer.args.output_dir}. Push it later with: hf upload {trainer.hub_model_id} {trainer.args.output_dir} "
-            "--exclude 'checkpoint-*'",
+            "--exclude 'checkpoint-*' --exclude '_*'",
             error=True,
         )
         return False

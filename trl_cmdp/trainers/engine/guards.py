@@ -85,13 +85,13 @@ class CheckpointOnSignal(TrainerCallback):
         self.told: int | None = None  # signal that ends the run
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self, to_ctrl_c: bool) -> Iterator[None]:
         """While training. Only the main thread may handle signals: in another this does nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         self.told = None
-        signals = [signal.SIGTERM] if is_in_notebook() else [signal.SIGTERM, signal.SIGINT]
+        signals = [signal.SIGTERM, *([signal.SIGINT] if to_ctrl_c and not is_in_notebook() else [])]
         self._previous = {
             number: signal.signal(number, self._note)
             for number in signals

@@ -57,8 +57,9 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
     _train_sampler: Sampler | None = None  # of the dataset, unless it is iterable
     _session = 1  # number of this training among those that have left checkpoints in the folder
     _run: dict[str, Any]  # what this run is known by
-    # How a stopped run is resumed, for messages: on the command line by a command.
-    how_to_resume = "`trainer.train(resume_from_checkpoint=True)`"
+    # How a stopped run is resumed, for messages: on the command line by a command. A run that nobody resumes, `None`, is
+    # stopped by Ctrl-C at once.
+    how_to_resume: str | None = "`trainer.train(resume_from_checkpoint=True)`"
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -116,12 +117,13 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
                 if `args.output_dir` holds another run.
             RuntimeError: If another run is training into `args.output_dir`, or if the weights are not finite at the end.
         """
-        with sole_run(self.args.output_dir, self.accelerator), self._stop.listening():
+        resumed = self.how_to_resume is not None
+        with sole_run(self.args.output_dir, self.accelerator), self._stop.listening(to_ctrl_c=resumed):
             checkpoint = self._starting_point(resume_from_checkpoint)
             try:
                 output = super().train(checkpoint, *args, **kwargs)
             finally:
-                if self._stop.told is not None and self.accelerator.is_main_process:
+                if resumed and self._stop.told is not None and self.accelerator.is_main_process:
                     self._say_how_to_resume()
             self._check_weights(Path(self.args.output_dir))
             return output
