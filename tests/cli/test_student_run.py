@@ -98,3 +98,15 @@ def test_what_cannot_be_taken_is_said(content, said, folder, tmp_path, capsys):
     settings, _ = read_rollout_records(tmp_path / "evaluation" / "records.jsonl")
     assert settings.teacher is None
     assert settings.cost_limit == 0.35
+
+
+@pytest.mark.parametrize(("options", "kind"), [([], str), (["--conversational", "true"], list)])
+def test_prompts_are_what_they_were_in_training(options, kind, folder, tmp_path):
+    """Text, although there is a chat template, unless messages are asked for."""
+    shutil.copytree(folder / "out", tmp_path / "out")
+    (tmp_path / "out" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    shutil.copy(folder / "rows.jsonl", tmp_path)
+    sizes = ["--num_problems", "1", "--max_new_tokens", "4"]
+    assert evaluate(tmp_path, tmp_path / "evaluation", *sizes, *options) == 0
+    _, (record,) = read_rollout_records(tmp_path / "evaluation" / "records.jsonl")
+    assert type(record.prompt) is kind

@@ -70,6 +70,14 @@ def positive_float(text: str) -> float:
     return value
 
 
+def true_or_false(text: str) -> bool:
+    """A truth value, for `argparse`."""
+    try:
+        return {"true": True, "false": False}[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text}") from None
+
+
 def json_object(text: str) -> dict[str, Any]:
     """A JSON object, for `argparse`."""
     try:

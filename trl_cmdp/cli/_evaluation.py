@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from .._defaults import COST_SCOPE, CostScope
 from .._messages import hide_secrets, without_secrets
-from ._arguments import json_object, mistakes, positive_float, positive_int, text_of_file
+from ._arguments import json_object, mistakes, positive_float, positive_int, text_of_file, true_or_false
 from ._tasks import load_problems, load_problems_up_to, load_reward, load_task, task_name
 
 
@@ -69,7 +69,8 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser, records_help: str)
     )
     problems.add_argument(
         "--conversational",
-        action=argparse.BooleanOptionalAction,
+        type=true_or_false,
+        metavar="true|false",
         help="prompts as messages (default: as the student was trained, else where it has a chat template)",
     )
 
