@@ -22,6 +22,15 @@ VIOLATION_PENALTY = 20.0
 FEASIBLE_SATISFACTION = 0.95
 
 
+def check_not_zero(*limits: float) -> None:
+    """Say what a limit of 0 asks for, and who gives it."""
+    if 0 in limits:
+        raise ValueError(
+            "`cost_limit` must be positive, got 0: only the teacher itself costs nothing. To imitate it, whatever the "
+            "reward, use `GKDDistillTrainer` (`trl-cmdp gkd`)."
+        )
+
+
 def parse_cost_limit(value: Any) -> float | str | dict[str, float]:
     """A positive number, `"auto"`, or a number for each teacher, from what Python, YAML or the command line gives."""
     if value == AUTO:
@@ -35,6 +44,7 @@ def parse_cost_limit(value: Any) -> float | str | dict[str, float]:
         raise ValueError(
             f"`cost_limit` must be a number, 'auto', or a number for each teacher, got {value!r}."
         ) from None
+    check_not_zero(*numbers.values())
     if not numbers or not all(number > 0 for number in numbers.values()):
         raise ValueError(f"`cost_limit` must be positive, got {value!r}.")
     return numbers if isinstance(value, dict) else numbers[""]

@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 
+# In the folder of a trained student: what its run was. The Hub's uploads leave out what begins with an underscore.
+RUN_FILE = "_run.json"
 MAX_YAML_CHARACTERS, MAX_YAML_NODES = 2**18, 20_000  # parsing takes seconds for a megabyte
 
 

@@ -77,6 +77,8 @@ MISTAKES = [
     ("constrained --config mine.yaml --cost-limit tight", "--cost_limit must be a number, 'auto'"),
     ("constrained --config mine.yaml --cost_limit auto --max_steps 50", "the whole run of 50 steps. Train longer or lower --auto"),
     ("gkd --config mine.yaml --output_dir a_file/out", "'a_file/out' cannot be a folder"),
+    ("gkd --model_name_or_path models/student --task gsm8k", "A teacher is needed: --teacher_model with a folder or a Hub"),
+    ("constrained --config mine.yaml --cost-limit 0", "use trl-cmdp gkd."),
     ("gkd --teacher_model models/teacher", "--model_name_or_path is needed: the student"),
     ("gkd --model_name_or_path models/student", "--dataset_name or --task"),
     ("evaluate --studnt models/student", "unrecognized arguments: --studnt. Did you mean --student?"),

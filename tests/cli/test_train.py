@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 
@@ -24,6 +25,7 @@ from helpers import (
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from trl_cmdp.cli import main
+from trl_cmdp.reports import read_runs
 
 
 COMMANDS = ["constrained", "lagrangian", "gkd", "minillm"]
@@ -65,9 +67,27 @@ def trained_args(output_dir):
     return torch.load(output_dir / "training_args.bin", weights_only=False)
 
 
+def check_what_is_said(command, folder, output_dir, out):
+    """First what is trained on what, last how the limit held and what comes next."""
+    rows = dict(re.findall(r"(?m)^\| ([\w ]+?) +\| (.*?) +\|$", out))
+    assert command in rows["training"].lower()
+    assert (rows["student"], rows["teacher"]) == (str(folder / "student"), str(folder / "teacher"))
+    assert rows["data"] == f"32 rows, {folder / 'data.jsonl'}"
+    assert rows["rollouts a step"] == "4 (4 of each prompt), of at most 6 tokens"
+    assert rows["limit"] == "0.2 nats per token" + ", only measured against" * (command != "constrained")
+    assert rows["device"] == "CPU, float32"
+    assert re.search(
+        r"Trained to step 1 in \d+ s\.\nWithin the limit .*: [\d.]+% \[[\d.]+, [\d.]+\] of 4 rollouts", out
+    )
+    assert f"Next: trl-cmdp evaluate --student {output_dir} --dataset HELD_OUT.jsonl\n" in out
+    assert f"trl-cmdp report {output_dir}\n" in out
+    assert read_runs([output_dir])[0].steps == 1  # what it reads is there
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_trains_and_saves(command, folder, tmp_path):
+def test_trains_and_saves(command, folder, tmp_path, capsys):
     assert train(command, folder / "config.yaml", tmp_path, "--max_steps", "1", "--cost-limit", "0.2") == 0
+    check_what_is_said(command, folder, tmp_path, capsys.readouterr().out)
     args = trained_args(tmp_path)
     assert type(args).__name__.lower().startswith(command)
     assert (args.max_steps, args.cost_limit, args.learning_rate) == (1, 0.2, 1e-2)
@@ -225,7 +245,7 @@ def test_a_missing_tracker_is_one_line_with_its_extra(folder, tmp_path, capsys, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher_model": None, "reward_funcs": None}, "neither a reward nor a teacher"),
+        ({"teacher_model": None, "reward_funcs": None}, "A teacher is needed: --teacher_model"),
         ({"model_name_or_path": None}, "--model_name_or_path is needed"),
         ({"dataset_name": None}, "--dataset_name or --task (or datasets in the YAML file) is needed"),
         ({"datasets": [{"pth": "json"}]}, "unexpected keyword argument 'pth'"),
@@ -237,6 +257,62 @@ def test_a_mistake_in_the_file_is_one_line(changes, message, folder, tmp_path, c
     write_config(config, folder, **changes)
     assert train("constrained", config, tmp_path / "out") == 2
     assert message in error_line(capsys)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_forgotten_teacher_is_one_line(command, tmp_path, capsys):
+    """With the three ways to name one, before anything is loaded: neither the student nor the data are there."""
+    missing = ["--model_name_or_path", "./nothing", "--dataset_name", "./nothing.jsonl"]
+    assert main([command, *missing, "--output_dir", str(tmp_path), "--reward_funcs", "helpers.length_reward"]) == 2
+    line = error_line(capsys)
+    for option in ("--teacher_model with", "--teacher_model_server_url", "--teacher_adapter_name base"):
+        assert option in line
+
+
+INTERRUPTED = """
+import os, signal
+from pathlib import Path
+
+
+def reward(completions, **kwargs):
+    if not Path("interrupted").exists():
+        Path("interrupted").touch()
+        os.kill(os.getpid(), signal.SIGINT)
+    return [float(len(completion)) for completion in completions]
+"""
+
+
+def test_ctrl_c_and_the_command_that_goes_on(folder, tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reward_of_ctrl_c.py").write_text(INTERRUPTED)
+    arguments = ["--reward_funcs", "reward_of_ctrl_c.reward", "--resume-from-checkpoint=false"]
+    assert train("gkd", folder / "config.yaml", tmp_path / "my out", *arguments) == 130
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "my out" / "model.safetensors").exists()
+    (command,) = re.findall(r"Continue with: trl-cmdp (.*)", caplog.text)
+    resumed = shlex.split(command)
+    assert resumed[-2:] == ["--resume_from_checkpoint", "true"]
+    assert "--resume-from-checkpoint=false" not in resumed
+    assert main(resumed) == 0
+    assert f"continues from step 1 ({tmp_path / 'my out' / 'checkpoint-1'})" in caplog.text
+    assert (tmp_path / "my out" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_processes_of_accelerate(folder, tmp_path):
+    """As in a terminal, all processes get it: the one that trains saves a checkpoint, the one that launched it waits."""
+    to_all = INTERRUPTED.replace("os.kill(os.getpid()", "os.killpg(os.getpgrp()")
+    (tmp_path / "reward_of_ctrl_c.py").write_text(to_all)
+    command = [sys.executable, "-m", "trl_cmdp", "gkd", "--config", str(folder / "config.yaml"), "--output_dir", "out"]
+    command += ["--reward_funcs", "reward_of_ctrl_c.reward", "--num_processes", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, start_new_session=True, check=False
+    )
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Continue with: trl-cmdp gkd " in done.stderr
+    assert (tmp_path / "out" / "checkpoint-1" / "trainer_state.json").exists()
 
 
 def test_what_refuses_a_run_is_one_line(folder, tmp_path, capsys):

@@ -7,8 +7,12 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import requires
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
 
 from ._parser import Mistake, did_you_mean
 
@@ -25,7 +29,23 @@ def mistakes(*others: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError, *others) as error:
-        raise Mistake(str(error)) from error
+        raise Mistake(_with_extra(str(error)) if isinstance(error, ImportError) else str(error)) from error
+
+
+def _with_extra(text: str) -> str:
+    """What an error says, with the extra that installs the package which it is about, if that is missing."""
+    if "trl-cmdp[" in text:
+        return text
+    for requirement in map(Requirement, requires("trl-cmdp") or ()):
+        extra = re.search(r"extra == \W([\w-]+)", str(requirement.marker))
+        if extra is None or extra[1] in ("dev", "docs"):
+            continue
+        for package in (requirement.name, *requirement.extras):  # `trl[vllm]` brings vllm
+            module = package.replace("-", "_")
+            named = re.search(rf"\b({re.escape(package)}|{re.escape(module)})\b", text, re.IGNORECASE)
+            if named and find_spec(module) is None:
+                return f'{text.rstrip(".")}. The package comes with: pip install "trl-cmdp[{extra[1]}]"'
+    return text
 
 
 @contextmanager
@@ -83,6 +103,14 @@ def positive_float(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
     return value
+
+
+def true_or_false(text: str) -> bool:
+    """A truth value, for `argparse`."""
+    try:
+        return {"true": True, "false": False}[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text}") from None
 
 
 def json_object(text: str) -> dict[str, Any]:

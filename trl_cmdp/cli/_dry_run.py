@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .._messages import message
@@ -81,14 +80,11 @@ def _found(trainer: DistillTrainer, first: _FirstStep) -> str:
     """What a user would want to know before a long run."""
     if first.seconds is None:
         return "Dry run: the run that is resumed is complete, no step is left."
-    args, rollout = trainer.args, {name: values[0] for name, values in trainer.latest_rollouts().items()}
+    rollout = {name: values[0] for name, values in trainer.latest_rollouts().items()}
     logged: dict[str, float] = next(entry for entry in trainer.state.log_history if "reward" in entry)
-    size = args.generation_batch_size
     lines = [
         "Dry run: one step was trained and thrown away. Nothing is saved.",
         "",
-        f"problems:       {_rows(trainer.train_dataset)}",
-        f"generation:     {size} rollouts, {args.num_generations} of a prompt",
         f"first prompt:   {_shown(rollout['prompt'])}",
         f"its completion: {_shown(rollout['completion'])}",
         f"its scores:     {_scores(rollout)}",
@@ -97,10 +93,6 @@ def _found(trainer: DistillTrainer, first: _FirstStep) -> str:
         f"time:           {first.seconds:.1f} s for the first step, which is often the slowest, of {first.num_steps}",
     ]
     return "\n".join(lines)
-
-
-def _rows(dataset: Any) -> str:
-    return f"{len(dataset)} rows" if isinstance(dataset, Dataset) else "a stream"
 
 
 def _shown(text: Any) -> str:

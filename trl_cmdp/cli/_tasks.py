@@ -114,6 +114,16 @@ def _search_working_directory() -> None:
         sys.path.insert(0, os.getcwd())
 
 
+def load_problems_up_to(task: Any, n: int, split: str, seed: int, **options: Any) -> "Dataset":
+    """Problems of a task: `n`, or as many as there are."""
+    from ..tasks.table import FewerProblems
+
+    try:
+        return load_problems(task, n, split, seed, **options)
+    except FewerProblems as fewer:
+        return load_problems(task, fewer.available, split, seed, **options)
+
+
 def load_reward(name: str) -> Callable[..., list[float | None]]:
     """A reward function by the name that `trl grpo` knows it by, or by its dotted path from the working directory."""
     if name in _TRL_REWARDS:

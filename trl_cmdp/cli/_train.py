@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -30,7 +32,7 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts.grpo import GRPOScriptArguments
 
 from .._files import check_yaml
-from .._messages import message, say
+from .._messages import message, say, shell_command
 from ..reports import plot_training_curves
 from ..tasks.table import load_splits
 from ..teachers import TeacherServerError
@@ -41,8 +43,10 @@ from ..trainers.telemetry.hub import describe_error
 from ._arguments import Mistake, mistakes, mistakes_of, models_named, refusals
 from ._dry_run import dry_run, nothing_kept
 from ._progress import TrainingProgress
+from ._results import show_markdown
+from ._run_summary import closing, opening
 from ._tasks import load_problems, load_reward, load_task
-from ._training_arguments import LAUNCHED, without_dashes
+from ._training_arguments import LAUNCHED, check_has_teacher, without_dashes
 
 
 # Environment variable with the arguments as they were typed, of which these processes see only a part.
@@ -135,6 +139,7 @@ def run_training(command: str, trainer_class: type[DistillTrainer], arguments: l
     typed = json.loads(os.environ[_TYPED]) if launched and _TYPED in os.environ else arguments
     with _mistakes():
         *parsed, of_config, of_command_line = _parse(command, trainer_class._config_class, arguments)
+        check_has_teacher(vars(parsed[0]) | vars(parsed[-1]))
         # Several GPUs take one process each, as in `trl grpo`: in one, transformers would use `nn.DataParallel`.
         if of_command_line or (not launched and (of_config or parsed[-1].n_gpu > 1)):
             _launch(command, of_config, of_command_line, arguments)
@@ -144,10 +149,13 @@ def run_training(command: str, trainer_class: type[DistillTrainer], arguments: l
     with nothing_kept(training_args) if script_args.dry_run else nullcontext():
         with _mistakes(), models_named(**models, reward_model_name_or_path=script_args.reward_model_name_or_path):
             trainer = _make_trainer(trainer_class, *parsed)
+        if trainer.accelerator.is_main_process:
+            show_markdown(opening(trainer, script_args, model_args))
         if script_args.dry_run:
             return dry_run(trainer)
     trainer.command = ["trl-cmdp", command, *typed]
-    return _train(trainer, script_args.dataset_name)
+    trainer.how_to_resume = _resuming(trainer.command)
+    return _train(trainer, script_args)
 
 
 def _mistakes() -> AbstractContextManager[None]:
@@ -162,6 +170,19 @@ def _parse(command: str, config_class: type[DistillConfig], arguments: list[str]
         )
     except TypeError as error:  # YAML of another type than the field
         raise ValueError(str(error)) from error
+
+
+def _resuming(command: list[str]) -> str:
+    """The command that continues the run of a training command."""
+    words, kept = iter(command), []
+    for word in words:
+        option, equals, _ = word.partition("=")
+        if option == "--resume_from_checkpoint":
+            if not equals:
+                next(words, None)
+        else:
+            kept.append(word)
+    return shell_command([*kept, "--resume_from_checkpoint", "true"])
 
 
 def _check_accelerate_files(arguments: list[str]) -> None:
@@ -193,7 +214,19 @@ def _launch(command: str, of_config: list[str], of_command_line: list[str], argu
     if unknown:
         raise ValueError(f"unrecognized arguments: {' '.join(unknown)}")
     os.environ[_TYPED] = json.dumps(arguments)  # for the model card
-    launch_command(args)
+    # Ctrl-C reaches the processes themselves, which save a checkpoint. torch's launcher would pass it on once more, and
+    # leave them half a minute.
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGHUP,SIGQUIT")
+    stopped: list[bool] = []
+    previous = signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
+    try:
+        launch_command(args)
+    except (Exception, SystemExit) as error:
+        if stopped:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _make_trainer(
@@ -206,8 +239,10 @@ def _make_trainer(
     if model_args.model_name_or_path is None:
         raise ValueError("--model_name_or_path is needed: the student.")
     checkpoint = training_args.resume_from_checkpoint
-    if str(checkpoint).lower() == "true":  # on the command line, where it is text
-        checkpoint = training_args.resume_from_checkpoint = True
+    checkpoint = {"true": True, "false": None}.get(
+        str(checkpoint).lower(), checkpoint
+    )  # on the command line it is text
+    training_args.resume_from_checkpoint = checkpoint
     if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
         raise ValueError(f"--resume_from_checkpoint: there is no folder {checkpoint!r}.")
     reward_funcs: list[Any] = [load_reward(name) for name in script_args.reward_funcs or []]
@@ -269,8 +304,8 @@ class CurvesOnPush(TrainerCallback):
             plot_training_curves(state.log_history, Path(args.output_dir, CURVES_FILE), Path(args.output_dir).name)
 
 
-def _train(trainer: DistillTrainer, dataset_name: str | None) -> int:
-    args, progress = trainer.args, TrainingProgress()
+def _train(trainer: DistillTrainer, script_args: DistillScriptArguments) -> int:
+    args, progress, start = trainer.args, TrainingProgress(), time.monotonic()
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
@@ -285,8 +320,10 @@ def _train(trainer: DistillTrainer, dataset_name: str | None) -> int:
         progress.stop()
     with mistakes(RuntimeError):
         trainer.save_model(args.output_dir, _internal_call=True)  # not pushed yet
-    trainer.accelerator.print(message(f"Model saved to {args.output_dir}."))
-    pushed = _push(trainer, dataset_name) if args.push_to_hub else True
+    trainer.save_state()  # for `trl-cmdp report`
+    trainer.accelerator.print(message(f"\nModel saved to {args.output_dir}."))
+    trainer.accelerator.print(message(closing(trainer, script_args, time.monotonic() - start)))
+    pushed = _push(trainer, script_args.dataset_name) if args.push_to_hub else True
     # Finish the trackers and destroy the process group, as TRL's scripts do.
     if Version(transformers.__version__) >= Version("5.18.0"):
         trainer.end()
@@ -301,7 +338,7 @@ def _push(trainer: DistillTrainer, dataset_name: str | None) -> bool:
         say(
             f"The push to the Hub failed: {describe_error(error)}.\nTraining is done and the model is in "
             f"{trainer.args.output_dir}. Push it later with: hf upload {trainer.hub_model_id} {trainer.args.output_dir} "
-            "--exclude 'checkpoint-*'",
+            "--exclude 'checkpoint-*' --exclude '_*'",
             error=True,
         )
         return False

@@ -29,6 +29,7 @@ _TYPES: dict[str, Callable[[str], Any]] = {
 _IN_PYTHON = {
     "`trainer.train(resume_from_checkpoint=True)`": "--resume_from_checkpoint true",
     "`peft_config`": "--use_peft",
+    "`GKDDistillTrainer` (`trl-cmdp gkd`)": "trl-cmdp gkd",
     "`model_init_kwargs={'attn_implementation': 'eager'}`": "--attn_implementation eager",
 }
 _OF_FILES = {"datasets"}  # what only the YAML file can name
@@ -62,7 +63,7 @@ def check_training_arguments(command: str, arguments: list[str]) -> None:
             _check_setting(name, value, options, others)
     typed = {name: value for name, value in vars(found).items() if value is not None}
     with mistakes():
-        _check_together({**settings, **typed}, options)
+        _check_together(command, {**settings, **typed}, options)
 
 
 def as_options(text: str, command: str) -> str:
@@ -154,14 +155,27 @@ def _check_setting(name: str, value: Any, options: Mapping[str, Option], others:
                 raise ValueError(f"{name}: {mistake}") from None
 
 
-def _check_together(given: Mapping[str, Any], options: Mapping[str, Option]) -> None:
+def check_has_teacher(given: Mapping[str, Any]) -> None:
+    """Without a teacher a trainer is GRPO, which nobody means who runs one of these commands."""
+    if not any(given.get(name) for name in ("teacher_model", "teacher_model_server_url", "teacher_adapter_name")):
+        raise ValueError(
+            "A teacher is needed: --teacher_model with a folder or a Hub id, --teacher_model_server_url of a vLLM server "
+            "that runs it, or --teacher_adapter_name base, for a student that trains an adapter (--use_peft), whose base "
+            "is then its teacher. trl grpo trains without one."
+        )
+
+
+def _check_together(command: str, given: Mapping[str, Any], options: Mapping[str, Option]) -> None:
     """What needs more than one setting to be seen, and the limit."""
     if "model_name_or_path" not in given:
         raise ValueError("--model_name_or_path is needed: the student.")
     if not {"dataset_name", "datasets", "task"} & given.keys():
         raise ValueError("--dataset_name or --task (or datasets in the YAML file) is needed: the problems.")
-    value = {name: given.get(name, options[name].default) for name in ("cost_limit", "max_steps")}
-    limit = parse_cost_limit(value["cost_limit"])
-    if limit == AUTO:
-        steps = given.get("auto_limit_steps", options["auto_limit_steps"].default)
-        check_auto_limit(int(value["max_steps"]), int(steps))
+    check_has_teacher(given)
+    limit = given.get("cost_limit", options["cost_limit"].default)
+    if command in ("gkd", "minillm"):  # only measured against
+        if not float(limit) > 0:
+            raise ValueError(f"`cost_limit` must be positive, got {limit}.")
+    elif parse_cost_limit(limit) == AUTO:
+        steps = (given.get(name, options[name].default) for name in ("max_steps", "auto_limit_steps"))
+        check_auto_limit(*map(int, steps))

@@ -11,6 +11,7 @@ from .._files import write_whole
 from .._messages import message, printable, say
 from ._arguments import Mistake, mistakes, positive_int, writable_folder
 from ._experiment import preset_names
+from ._results import Show, add_json_option
 
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         help=f"a smoke run: {QUICK_STEPS} steps, {QUICK_HELD_OUT} held-out problems, the first seed, with no promise",
     )
+    add_json_option(parser)
     parser.set_defaults(run=run, resumes=True)
 
 
@@ -64,12 +66,12 @@ def run(arguments: argparse.Namespace) -> int:
         output_dir.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(output_dir / ".lock", timeout=0):  # released however this process ends
-            return _compare(experiment, output_dir, arguments.workers)
+            return _compare(experiment, output_dir, arguments)
     except Timeout as error:
         raise Mistake(f"another run is writing to {output_dir}: wait for it, or take another --output-dir.") from error
 
 
-def _compare(experiment: "Experiment", output_dir: Path, workers: int) -> int:
+def _compare(experiment: "Experiment", output_dir: Path, arguments: argparse.Namespace) -> int:
     from ._cells import load_records, missing_cells
 
     cells = experiment.cells()
@@ -80,10 +82,10 @@ def _compare(experiment: "Experiment", output_dir: Path, workers: int) -> int:
         say("The last record was cut while it was written: its cell is run again.")
     if len(missing) < len(cells):
         say(f"{len(cells) - len(missing)} of {len(cells)} cells are recorded already.")
-    new, num_failed = _run_with_progress(missing, len(cells), output_dir, workers)
+    new, num_failed = _run_with_progress(missing, len(cells), output_dir, arguments.workers)
     records += new
     if records:
-        _report(experiment, records, output_dir)
+        _report(experiment, records, output_dir, arguments.show)
     if num_failed:
         say(f"{num_failed} of {len(cells)} cells failed, see {output_dir}/logs/.", error=True)
     return 1 if num_failed else 0
@@ -121,7 +123,7 @@ def in_order(records: "list[CellRecord]", experiment: "Experiment") -> "list[Cel
     return sorted(records, key=lambda record: (order.get(record.method, len(order)), record.method, record.seed))
 
 
-def _report(experiment: "Experiment", records: "list[CellRecord]", output_dir: Path) -> None:
+def _report(experiment: "Experiment", records: "list[CellRecord]", output_dir: Path, show: Show) -> None:
     from ..evaluation import compare_methods
     from ..reports import comparison_table, plot_comparison_curves, plot_pareto
 
@@ -136,4 +138,5 @@ def _report(experiment: "Experiment", records: "list[CellRecord]", output_dir: P
     write_whole(output_dir / "table.md", table)
     plot_pareto(comparison, output_dir / "pareto.png", f"{experiment.name}: correct answers against cost")
     plot_comparison_curves(records, output_dir / "curves.png", f"{experiment.name}: training, mean over seeds")
-    say(f"\n{table}\nrecords.jsonl, summary.json, table.md, pareto.png and curves.png are in {output_dir}/.")
+    show(f"\n{table}", summary)
+    say(f"records.jsonl, summary.json, table.md, pareto.png and curves.png are in {output_dir}/.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .._files import write_whole
 from .._messages import say
 from ._arguments import positive_float, positive_int, writable_folder
+from ._results import add_json_option
 from ._run import LEARNING_RATE, NUM_GENERATIONS, PROMPTS_PER_STEP
 
 
@@ -51,6 +52,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         help=f"a smoke run: {QUICK_STEPS} steps and {QUICK_HELD_OUT} held-out problems, with no promise",
     )
+    add_json_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -81,8 +83,6 @@ def run(arguments: argparse.Namespace) -> int:
     print("Evaluating the trained student on the same problems ...", flush=True)
     after = evaluate(student, *measured)
 
-    print(f"\n{arguments.method}, held-out problems, temperature 1, limit {arguments.cost_limit:g}\n")
-    print(_table({"student before": before, "student after": after, "teacher": teacher_metrics}))
     config = {
         "method": arguments.method,
         **shared,
@@ -94,6 +94,9 @@ def run(arguments: argparse.Namespace) -> int:
         "seconds": round(time.monotonic() - start, 1),
     }
     metrics = {"before": before, "after": after, "teacher": teacher_metrics, "config": config}
+    heading = f"\n{arguments.method}, held-out problems, temperature 1, limit {arguments.cost_limit:g}\n\n"
+    rows = {"student before": before, "student after": after, "teacher": teacher_metrics}
+    arguments.show(heading + _table(rows), metrics)
     write_whole(arguments.output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     title = f"trl-cmdp demo: {arguments.method}, seed {arguments.seed}"
     plot_training_curves(trainer.state.log_history, arguments.output_dir / "curves.png", title)
