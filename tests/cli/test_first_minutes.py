@@ -89,7 +89,7 @@ MISTAKES = [
     ("demo --cost-limt 0.2", "Did you mean --cost_limit?"),
     ("demo --output-dir a_file/out", "'a_file/out' cannot be a folder"),
     ("compare nested --metods constrained", "Did you mean --methods?"),
-    ("report nowhere", "'nowhere'"),
+    ("report nowhere", "nowhere does not exist"),
     ("init constraint", "Did you mean constrained?"),
 ]  # fmt: skip
 
@@ -223,7 +223,7 @@ def test_a_dry_run_says_what_it_found_and_keeps_nothing(folder, monkeypatch, cap
     for said in (
         "one step was trained and thrown away",
         "32 rows",
-        "4 rollouts, 4 of a prompt",
+        "4 (4 of each prompt)",
         "final_answer 1, cost ",
     ):
         assert said in out
