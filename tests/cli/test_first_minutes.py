@@ -79,6 +79,7 @@ MISTAKES = [
     ("gkd --config mine.yaml --output_dir a_file/out", "'a_file/out' cannot be a folder"),
     ("gkd --model_name_or_path models/student --task gsm8k", "A teacher is needed: --teacher_model with a folder or a Hub"),
     ("constrained --config mine.yaml --cost-limit 0", "use trl-cmdp gkd."),
+    ("gkd --config mine.yaml --reward_weights 1 0.5", "one number for each of the 1 rewards, got 2"),
     ("gkd --teacher_model models/teacher", "--model_name_or_path is needed: the student"),
     ("gkd --model_name_or_path models/student", "--dataset_name or --task"),
     ("evaluate --studnt models/student", "unrecognized arguments: --studnt. Did you mean --student?"),

@@ -74,14 +74,8 @@ def test_no_value_is_refused_that_the_real_parser_takes(command):
 
 def test_no_argument_is_refused_that_the_real_parser_takes(tmp_path):
     """Either spelling, `--name=value`, bare and negated switches, several values, and what accelerate takes."""
-    given = [
-        "--model_name_or_path",
-        "org/student",
-        "--dataset_name",
-        "org/data",
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
+    given = ["--model_name_or_path", "org/student", "--teacher_model", "org/teacher", "--dataset_name", "org/data"]
+    given += ["--output_dir", str(tmp_path / "out")]
     for more in (
         ["--use_peft", "--load-in-4bit", "--no_gradient-checkpointing", "--max_steps=-1", "--learning-rate", "1e-5"],
         ["--reward_funcs", "accuracy_reward", "think_format_reward", "--reward_weights", "1", "0.5"],

@@ -172,6 +172,11 @@ def _check_together(command: str, given: Mapping[str, Any], options: Mapping[str
     if not {"dataset_name", "datasets", "task"} & given.keys():
         raise ValueError("--dataset_name or --task (or datasets in the YAML file) is needed: the problems.")
     check_has_teacher(given)
+    rewards, weights = given.get("reward_funcs"), given.get("reward_weights")
+    if isinstance(rewards, list) and isinstance(weights, list):
+        count = len(rewards) + ("reward_model_name_or_path" in given)
+        if len(weights) != count:
+            raise ValueError(f"--reward_weights needs one number for each of the {count} rewards, got {len(weights)}.")
     limit = given.get("cost_limit", options["cost_limit"].default)
     if command in ("gkd", "minillm"):  # only measured against
         if not float(limit) > 0:
