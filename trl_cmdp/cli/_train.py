@@ -40,6 +40,7 @@ from ..trainers.engine.config import DistillConfig
 from ..trainers.engine.distill_trainer import DistillTrainer
 from ..trainers.telemetry.card import CURVES_FILE
 from ..trainers.telemetry.hub import describe_error
+from ..trainers.telemetry.live_state import LiveState
 from ._arguments import Mistake, mistakes, mistakes_of, models_named, refusals
 from ._dry_run import dry_run, nothing_kept
 from ._progress import TrainingProgress
@@ -309,6 +310,7 @@ def _train(trainer: DistillTrainer, script_args: DistillScriptArguments) -> int:
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
+    trainer.add_callback(LiveState())
     if args.push_to_hub:
         trainer.add_callback(CurvesOnPush())
     try:
