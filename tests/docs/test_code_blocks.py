@@ -217,7 +217,6 @@ def no_run(monkeypatch):
     monkeypatch.setattr(_training_arguments, "_TYPES", {})
     monkeypatch.setattr(_training_arguments, "_check_together", lambda *args: None)
     monkeypatch.setattr(_train, "check_has_teacher", lambda given: None)
-    monkeypatch.setattr(cli.report, "existing_path", Path)
     for name in ("data_source", "known_reward", "model_source"):
         monkeypatch.setattr(_evaluation, name, str)
 

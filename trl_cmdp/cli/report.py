@@ -23,7 +23,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "runs",
         nargs="+",
-        type=existing_path,
+        type=Path,
         metavar="RUN",
         help="a file (records, the state of a trainer), or a folder with some: of checkpoints the newest counts",
     )
@@ -52,7 +52,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(arguments: argparse.Namespace) -> int:
     """Write the report, once or for as long as it is watched."""
     if arguments.watch is not None:
-        _watch(arguments)
+        _watch(arguments)  # it waits for what is not there yet
+    for path in arguments.runs:
+        existing_path(str(path))
     with mistakes():
         _write(arguments, None)
     return 0
