@@ -12,6 +12,7 @@ from helpers import error_line, make_dataset, make_model, make_teacher, make_tok
 
 from trl_cmdp import __version__
 from trl_cmdp.cli import main
+from trl_cmdp.cli._parser import Mistake
 from trl_cmdp.cli._tasks import EMBEDDED_TASKS, task_names
 
 
@@ -124,6 +125,16 @@ def test_a_mistake_is_one_line_with_what_was_meant_and_loads_nothing(folder, tmp
         assert result["error"].count("\n") == 1, f"{line}: {result['error']}"
         assert "`" not in result["error"], f"Python advice for {line}: {result['error']}"
     assert not HEAVY & set(results[-1]["loaded"])
+
+
+def test_what_the_command_line_replaces_in_the_file_is_not_looked_at(folder, monkeypatch):
+    from trl_cmdp.cli._training_arguments import check_training_arguments
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    with pytest.raises(Mistake, match=r"value\.yaml: dataset_name: 'dta\.jsonl' is no file"):
+        check_training_arguments("gkd", ["--config", "value.yaml"])
+    check_training_arguments("gkd", ["--config", "value.yaml", "--dataset_name", "data.jsonl"])
 
 
 def test_the_installed_command_says_a_mistake_in_one_line(folder):

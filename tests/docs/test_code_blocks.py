@@ -215,7 +215,7 @@ def no_run(monkeypatch):
     monkeypatch.setattr(_train, "launch_command", lambda args: None)
     # The files that they name are the reader's.
     monkeypatch.setattr(_training_arguments, "_TYPES", {})
-    monkeypatch.setattr(_training_arguments, "_check_together", lambda *args: None)
+    monkeypatch.setattr(_training_arguments, "_check_needed", lambda *args: None)
     monkeypatch.setattr(_train, "check_has_teacher", lambda given: None)
     for name in ("data_source", "known_reward", "model_source"):
         monkeypatch.setattr(_evaluation, name, str)

@@ -58,10 +58,14 @@ def check_training_arguments(command: str, arguments: list[str]) -> None:
     parser = _parser(options, others)
     found, rest = parser.parse_known_args(arguments)
     parser.refuse_unknown([word for word in rest if word.startswith("--")])
-    for name, value in settings.items():
-        with mistakes_of(file):
-            _check_setting(name, value, options, others)
     typed = {name: value for name, value in vars(found).items() if value is not None}
+    with mistakes_of(file):
+        _check_names(settings, [*options, *others, "accelerate_config", "env"])
+    with mistakes():
+        _check_needed({**settings, **typed})
+        _check_values(typed, options, prefix="--")
+    with mistakes_of(file):
+        _check_values({name: value for name, value in settings.items() if name not in typed}, options)
     with mistakes():
         _check_together(command, {**settings, **typed}, options)
 
@@ -99,10 +103,7 @@ def _parser(options: Mapping[str, Option], others: frozenset[str]) -> Parser:
     for name in FILE_OPTIONS:
         parser.add_argument(f"--{name}")
     for option in options.values():
-        kind = _TYPES.get(option.name, option.check)
-        parser.add_argument(
-            f"--{option.name}", nargs=option.nargs, const="true" if option.kind == "bool" else None, type=kind
-        )
+        parser.add_argument(f"--{option.name}", nargs=option.nargs, const="true" if option.kind == "bool" else None)
         if option.kind == "bool":
             parser.add_argument(f"--no_{option.name}", dest=option.name, action="store_const", const="false")
     for name in sorted(others - {*options, *FILE_OPTIONS}):
@@ -141,18 +142,30 @@ def without_dashes(settings: Mapping[Any, Any]) -> dict[str, Any]:
     return named
 
 
-def _check_setting(name: str, value: Any, options: Mapping[str, Option], others: frozenset[str]) -> None:
-    if name not in options:
-        known = [*options, *others, "accelerate_config", "env"]
+def _check_names(settings: Mapping[str, Any], known: list[str]) -> None:
+    for name in settings:
         if name not in known:
             raise ValueError(f"there is no option {name!r}.{did_you_mean(name, known)}")
-        return
-    for text in value if isinstance(value, list) else [value]:
-        if isinstance(text, str):
+
+
+def _check_values(given: Mapping[str, Any], options: Mapping[str, Option], prefix: str = "") -> None:
+    """Check values that are text. What YAML has parsed is of a type already."""
+    for name in (name for name in options if name in given):
+        check = _TYPES.get(name, options[name].check)
+        for value in given[name] if isinstance(given[name], list) else [given[name]]:
             try:
-                _TYPES.get(name, options[name].check)(text)
+                if isinstance(value, str):
+                    check(value)
             except Mistake as mistake:
-                raise ValueError(f"{name}: {mistake}") from None
+                raise Mistake(f"{prefix}{name}: {mistake}") from None
+
+
+def _check_needed(given: Mapping[str, Any]) -> None:
+    if "model_name_or_path" not in given:
+        raise ValueError("--model_name_or_path is needed: the student.")
+    if not {"dataset_name", "datasets", "task"} & given.keys():
+        raise ValueError("--dataset_name or --task (or datasets in the YAML file) is needed: the problems.")
+    check_has_teacher(given)
 
 
 def check_has_teacher(given: Mapping[str, Any]) -> None:
@@ -166,12 +179,7 @@ def check_has_teacher(given: Mapping[str, Any]) -> None:
 
 
 def _check_together(command: str, given: Mapping[str, Any], options: Mapping[str, Option]) -> None:
-    """What needs more than one setting to be seen, and the limit."""
-    if "model_name_or_path" not in given:
-        raise ValueError("--model_name_or_path is needed: the student.")
-    if not {"dataset_name", "datasets", "task"} & given.keys():
-        raise ValueError("--dataset_name or --task (or datasets in the YAML file) is needed: the problems.")
-    check_has_teacher(given)
+    """The limit, and what needs more than one setting to be seen."""
     rewards, weights = given.get("reward_funcs"), given.get("reward_weights")
     if isinstance(rewards, list) and isinstance(weights, list):
         count = len(rewards) + ("reward_model_name_or_path" in given)
