@@ -189,7 +189,7 @@ def commands_in(block: Block) -> list[list[str]]:
     commands = []
     for line in lines:
         for part in re.split(r" (?:&&|\|) ", line):
-            words = shlex.split(part.removeprefix("$ "), comments=True)
+            words = shlex.split(part.removeprefix("$ ").removesuffix(" &"), comments=True)
             while words and re.fullmatch(r"\w+=.*", words[0]):
                 words = words[1:]
             if words:

@@ -160,6 +160,7 @@ def test_a_missing_package_is_one_line_that_names_its_extra(text, extra, tmp_pat
         raise ImportError(text)
 
     monkeypatch.setattr("trl_cmdp.cli._evaluation.load_task", unavailable)
+    (tmp_path / "config.json").write_text("{}")
     command = ["evaluate", "--student", str(tmp_path), "--task", "table", "--output_dir", str(tmp_path)]
     assert main(command) == 2
     assert error_line(capsys).endswith(f'pip install "trl-cmdp[{extra}]"')
