@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 
+# In the folder of a trained student: what its run was. The Hub's uploads leave out what begins with an underscore.
+RUN_FILE = "_run.json"
 # A trainer's state while it trains, in the output folder. The Hub's uploads leave out what begins with an underscore.
 LIVE_STATE = "_trainer_state.json"
 MAX_YAML_CHARACTERS, MAX_YAML_NODES = 2**18, 20_000  # parsing takes seconds for a megabyte
@@ -61,9 +63,9 @@ def read_yaml(path: str | Path) -> Any:
     return _read_yaml(path, _Loader)
 
 
-def check_yaml(path: str | Path) -> None:
-    """Check a YAML file that another library reads, as [`read_yaml`] does."""
-    _read_yaml(path, _BoundedLoader)
+def check_yaml(path: str | Path) -> Any:
+    """Check a YAML file that another library reads, as [`read_yaml`] does, and return what that library finds in it."""
+    return _read_yaml(path, _BoundedLoader)
 
 
 def _read_yaml(path: str | Path, loader: type[_BoundedLoader]) -> Any:

@@ -125,6 +125,13 @@ def test_history_keeps_what_is_logged_and_finite():
     ]
 
 
+def test_a_machine_gets_json_alone(copied, capsys):
+    assert compare(copied, *METHODS, "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == json.loads((copied / "out" / "summary.json").read_text())
+    assert "pareto.png" in err
+
+
 def test_a_second_run_runs_nothing(copied, capsys, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a cell was run again"))
     before = (copied / "out" / "records.jsonl").read_bytes()

@@ -135,6 +135,7 @@ def train_student(
         teacher_model=None if trainer == "grpo" else teacher,
     )
     run.remove_callback(PrinterCallback)  # it would print every log
+    run.how_to_resume = None
     with refusals():
         run.train()
     return run

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from .._files import write_whole
 from .._messages import message, printable, say
-from ._arguments import Mistake, mistakes, positive_int
+from ._arguments import Mistake, mistakes, positive_int, writable_folder
 from ._experiment import preset_names
+from ._results import Show, add_json_option
 
 
 if TYPE_CHECKING:
@@ -31,7 +32,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     presets = ", ".join(preset_names())
     parser.add_argument("experiment", help=f"a preset ({presets}), or the path of a YAML file of the same form")
-    parser.add_argument("--output-dir", type=Path, help="where everything is written (default: outputs/compare-NAME)")
+    parser.add_argument(
+        "--output_dir", type=writable_folder, help="where everything is written (default: outputs/compare-NAME)"
+    )
     parser.add_argument("--workers", type=positive_int, default=2, help="cells at a time (default: 2)")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="other seeds than the experiment's")
@@ -40,6 +43,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         help=f"a smoke run: {QUICK_STEPS} steps, {QUICK_HELD_OUT} held-out problems, the first seed, with no promise",
     )
+    add_json_option(parser)
     parser.set_defaults(run=run, resumes=True)
 
 
@@ -62,12 +66,12 @@ def run(arguments: argparse.Namespace) -> int:
         output_dir.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(output_dir / ".lock", timeout=0):  # released however this process ends
-            return _compare(experiment, output_dir, arguments.workers)
+            return _compare(experiment, output_dir, arguments)
     except Timeout as error:
         raise Mistake(f"another run is writing to {output_dir}: wait for it, or take another --output-dir.") from error
 
 
-def _compare(experiment: "Experiment", output_dir: Path, workers: int) -> int:
+def _compare(experiment: "Experiment", output_dir: Path, arguments: argparse.Namespace) -> int:
     from ._cells import load_records, missing_cells
 
     cells = experiment.cells()
@@ -78,10 +82,10 @@ def _compare(experiment: "Experiment", output_dir: Path, workers: int) -> int:
         say("The last record was cut while it was written: its cell is run again.")
     if len(missing) < len(cells):
         say(f"{len(cells) - len(missing)} of {len(cells)} cells are recorded already.")
-    new, num_failed = _run_with_progress(missing, len(cells), output_dir, workers)
+    new, num_failed = _run_with_progress(missing, len(cells), output_dir, arguments.workers)
     records += new
     if records:
-        _report(experiment, records, output_dir)
+        _report(experiment, records, output_dir, arguments.show)
     if num_failed:
         say(f"{num_failed} of {len(cells)} cells failed, see {output_dir}/logs/.", error=True)
     return 1 if num_failed else 0
@@ -119,7 +123,7 @@ def in_order(records: "list[CellRecord]", experiment: "Experiment") -> "list[Cel
     return sorted(records, key=lambda record: (order.get(record.method, len(order)), record.method, record.seed))
 
 
-def _report(experiment: "Experiment", records: "list[CellRecord]", output_dir: Path) -> None:
+def _report(experiment: "Experiment", records: "list[CellRecord]", output_dir: Path, show: Show) -> None:
     from ..evaluation import compare_methods
     from ..reports import comparison_table, plot_comparison_curves, plot_pareto
 
@@ -134,4 +138,5 @@ def _report(experiment: "Experiment", records: "list[CellRecord]", output_dir: P
     write_whole(output_dir / "table.md", table)
     plot_pareto(comparison, output_dir / "pareto.png", f"{experiment.name}: correct answers against cost")
     plot_comparison_curves(records, output_dir / "curves.png", f"{experiment.name}: training, mean over seeds")
-    say(f"\n{table}\nrecords.jsonl, summary.json, table.md, pareto.png and curves.png are in {output_dir}/.")
+    show(f"\n{table}", summary)
+    say(f"records.jsonl, summary.json, table.md, pareto.png and curves.png are in {output_dir}/.")

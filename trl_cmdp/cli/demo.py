@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from .._files import write_whole
 from .._messages import say
-from ._arguments import positive_float, positive_int
+from ._arguments import positive_float, positive_int, writable_folder
+from ._results import add_json_option
 from ._run import LEARNING_RATE, NUM_GENERATIONS, PROMPTS_PER_STEP
 
 
@@ -39,8 +40,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the problems, the rollouts and the evaluation")
     parser.add_argument("--steps", type=positive_int, default=STEPS, help="optimizer steps")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo"), help="where everything is written")
-    parser.add_argument("--cost-limit", type=positive_float, default=COST_LIMIT, help="limit, in nats per token")
+    parser.add_argument(
+        "--output_dir", type=writable_folder, default=Path("outputs/demo"), help="where everything is written"
+    )
+    parser.add_argument("--cost_limit", type=positive_float, default=COST_LIMIT, help="limit, in nats per token")
     parser.add_argument(
         "--method",
         choices=["constrained", "grpo"],
@@ -52,6 +55,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         help=f"a smoke run: {QUICK_STEPS} steps and {QUICK_HELD_OUT} held-out problems, with no promise",
     )
+    add_json_option(parser)
     parser.add_argument("--verbose", action="store_true", help="show the warnings and progress of the libraries too")
     parser.set_defaults(run=run)
 
@@ -84,8 +88,6 @@ def run(arguments: argparse.Namespace) -> int:
     print("Evaluating the trained student on the same problems ...", flush=True)
     after = evaluate(student, arguments.method, str(arguments.output_dir / "student"), bed)
 
-    print(f"\n{arguments.method}, held-out problems, temperature 1, limit {arguments.cost_limit:g} nats per token\n")
-    print(_table({"student before": before, "student after": after, "teacher": teacher_metrics}))
     config = {
         "method": arguments.method,
         **shared,
@@ -97,6 +99,11 @@ def run(arguments: argparse.Namespace) -> int:
         "seconds": round(time.monotonic() - start, 1),
     }
     metrics = {"before": before, "after": after, "teacher": teacher_metrics, "config": config}
+    heading = (
+        f"\n{arguments.method}, held-out problems, temperature 1, limit {arguments.cost_limit:g} nats per token\n\n"
+    )
+    rows = {"student before": before, "student after": after, "teacher": teacher_metrics}
+    arguments.show(heading + _table(rows), metrics)
     write_whole(arguments.output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     title = f"trl-cmdp demo: {arguments.method}, seed {arguments.seed}"
     plot_training_curves(trainer.state.log_history, arguments.output_dir / "curves.png", title)
