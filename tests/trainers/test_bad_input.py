@@ -41,6 +41,20 @@ from trl_cmdp import (
 from trl_cmdp.trainers.engine import checks
 
 
+@pytest.mark.parametrize("trainer_class", [GKDDistillTrainer, MiniLLMDistillTrainer])
+def test_a_method_that_imitates_needs_a_teacher(tmp_path, trainer_class):
+    with pytest.raises(
+        ValueError, match=rf"{trainer_class.__name__} learns from a teacher alone: pass `teacher_model`"
+    ):
+        make_trainer(tmp_path, trainer_class, model="./nothing")  # before it is loaded
+
+
+@pytest.mark.parametrize("trainer_class", [ConstrainedDistillTrainer, LagrangianDistillTrainer])
+def test_the_others_say_once_that_they_are_grpo(tmp_path, trainer_class, caplog):
+    run(tmp_path, trainer_class)
+    assert caplog.text.count(f"{trainer_class.__name__} has no teacher, so it trains as `GRPOTrainer` does") == 1
+
+
 class TestVocabulary:
     @pytest.mark.parametrize(
         ("characters", "message"),
