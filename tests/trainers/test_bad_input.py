@@ -225,8 +225,14 @@ class TestPrompts:
     SHAREGPT = Dataset.from_list([{"prompt": [{"from": "human", "value": "1+2="}]}])
     MESSAGES = Dataset.from_list([{"prompt": [{"role": "user", "content": "1+2="}]}] * 4)
 
-    @pytest.mark.parametrize("trainer_class", [ConstrainedDistillTrainer, GKDDistillTrainer])
-    @pytest.mark.parametrize("teacher", ["no/such/teacher", None])
+    @pytest.mark.parametrize(
+        ("trainer_class", "teacher"),
+        [
+            (ConstrainedDistillTrainer, "no/such/teacher"),
+            (ConstrainedDistillTrainer, None),
+            (GKDDistillTrainer, "no/such/teacher"),
+        ],
+    )
     def test_before_models_are_loaded(self, tmp_path, trainer_class, teacher):
         def trainer(**kwargs):
             models = {"model": "no/such/student", "teacher_model": teacher}

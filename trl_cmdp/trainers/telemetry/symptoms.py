@@ -32,6 +32,7 @@ class Symptoms(TrainerCallback):
     def __init__(self, learns_from_reward: bool, keeps_limit: bool):
         self._learns_from_reward, self._keeps_limit = learns_from_reward, keeps_limit
         self._said: set[str] = set()
+        self._start = 0  # step that training began at
         self._since: dict[str, int] = {}  # step since which a condition has held
         self._ever: set[str] = set()  # what has been seen in the run, an earlier part of a resumed one included
         self._costs: deque[tuple[int, float]] = deque()  # step and mean cost, while the limit is hardly ever kept
