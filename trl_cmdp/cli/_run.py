@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..evaluation import Rollout
     from ..trainers.engine.config import DistillConfig
     from ..trainers.engine.distill_trainer import DistillTrainer
 
@@ -28,13 +29,14 @@ TRAINERS = {
 }
 PROMPTS_PER_STEP, NUM_GENERATIONS = 16, 8
 LEARNING_RATE = 3e-4
-_EVALUATION_BATCH_SIZE = 250
+EVALUATION_BATCH_SIZE = 250
 
 
 @dataclass(frozen=True)
 class Answer:
     """A model's answer to one problem: is the final answer correct, every step valid, and what did each token cost?"""
 
+    rollout: "Rollout"
     correct: bool
     valid: bool
     costs: "torch.Tensor"  # (L,), nats
@@ -50,17 +52,18 @@ def distill_class(trainer: str, kind: Literal["Trainer", "Config"]) -> Any:
     return getattr(import_module("trl_cmdp"), TRAINERS[trainer] + kind)
 
 
-def set_up_process() -> None:
-    """Quiet libraries and one thread."""
+def set_up_process(verbose: bool = False) -> None:
+    """One thread, and quiet libraries unless they are to be heard."""
     import torch
     from transformers.utils import logging
 
-    # Renamings inside transformers, which no argument of a command can answer.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     # The models are so small that a second thread costs more in waiting than it gives.
     torch.set_num_threads(1)
+    if not verbose:
+        # Renamings inside transformers, which no argument of a command can answer.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 def load_models(task: str) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel, PreTrainedModel]":
@@ -156,11 +159,11 @@ def evaluate_student(
         problems["prompt"],
         max_new_tokens=module.MAX_COMPLETION_LENGTH,
         greedy=greedy,
-        batch_size=_EVALUATION_BATCH_SIZE,
+        batch_size=EVALUATION_BATCH_SIZE,
         seed=seed,
     )
-    costs = score_rollouts(rollouts, model, teacher, batch_size=_EVALUATION_BATCH_SIZE)
+    costs = score_rollouts(rollouts, model, teacher, batch_size=EVALUATION_BATCH_SIZE)
     completions = [rollout.completion for rollout in rollouts]
     correct = [reward == 1.0 for reward in module.final_answer_reward(completions, problems["answer"])]
     valid = map(module.valid_steps, problems["prompt"], completions)
-    return [Answer(*values) for values in zip(correct, valid, costs, strict=True)]
+    return [Answer(*values) for values in zip(rollouts, correct, valid, costs, strict=True)]

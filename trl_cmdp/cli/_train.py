@@ -39,6 +39,7 @@ from ..trainers.engine.config import DistillConfig
 from ..trainers.engine.distill_trainer import DistillTrainer
 from ..trainers.telemetry.card import CURVES_FILE
 from ..trainers.telemetry.hub import describe_error
+from ..trainers.telemetry.live_state import LiveState
 from ._arguments import Mistake, mistakes, refusals
 from ._progress import TrainingProgress
 from ._results import show_markdown
@@ -304,6 +305,7 @@ def _train(trainer: DistillTrainer, script_args: DistillScriptArguments) -> int:
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
+    trainer.add_callback(LiveState())
     if args.push_to_hub:
         trainer.add_callback(CurvesOnPush())
     try:
@@ -315,7 +317,6 @@ def _train(trainer: DistillTrainer, script_args: DistillScriptArguments) -> int:
         progress.stop()
     with mistakes(RuntimeError):
         trainer.save_model(args.output_dir, _internal_call=True)  # not pushed yet
-    trainer.save_state()  # for `trl-cmdp report`
     trainer.accelerator.print(message(f"\nModel saved to {args.output_dir}."))
     trainer.accelerator.print(message(closing(trainer, script_args, time.monotonic() - start)))
     pushed = _push(trainer, script_args.dataset_name) if args.push_to_hub else True

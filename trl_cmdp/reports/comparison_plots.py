@@ -20,6 +20,7 @@ from ._figures import (
     plain,
     save,
     style_axes,
+    whole_numbers,
 )
 from .pareto import ParetoPoint, draw_pareto
 from .tables import method_label
@@ -102,6 +103,7 @@ def draw_comparison_curve(axes: Axes, records: Sequence[CellRecord], key: str) -
     if key == "satisfaction":
         axes.set_ylim(0, 1.02)
     axes.set(xlabel="optimizer step", ylabel=CURVES[key][1])
+    whole_numbers(axes.xaxis)
     style_axes(axes)
 
 
