@@ -137,9 +137,7 @@ def run_training(command: str, trainer_class: type[DistillTrainer], arguments: l
         trainer, script_args, model_args = _make_trainer(trainer_class, *parsed), parsed[0], parsed[1]
     trainer.command = ["trl-cmdp", command, *typed]
     trainer.how_to_resume = _resuming(trainer.command)
-    if trainer.accelerator.is_main_process:
-        show_markdown(opening(trainer, script_args, model_args))
-    return _train(trainer, script_args)
+    return _train(trainer, script_args, model_args)
 
 
 def _parse(command: str, config_class: type[DistillConfig], arguments: list[str]) -> tuple[Any, ...]:
@@ -300,8 +298,10 @@ class CurvesOnPush(TrainerCallback):
             plot_training_curves(state.log_history, Path(args.output_dir, CURVES_FILE), Path(args.output_dir).name)
 
 
-def _train(trainer: DistillTrainer, script_args: DistillScriptArguments) -> int:
+def _train(trainer: DistillTrainer, script_args: DistillScriptArguments, model_args: ModelConfig) -> int:
     args, progress, start = trainer.args, TrainingProgress(), time.monotonic()
+    if trainer.accelerator.is_main_process:
+        show_markdown(opening(trainer, script_args, model_args))
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
