@@ -9,10 +9,9 @@ from typing import Any
 import yaml
 
 
-# In the folder of a trained student: what its run was. The Hub's uploads leave out what begins with an underscore.
-RUN_FILE = "_run.json"
-# A trainer's state while it trains, in the output folder. The Hub's uploads leave out what begins with an underscore.
-LIVE_STATE = "_trainer_state.json"
+# In the output folder of a training. The Hub's uploads leave out what begins with an underscore.
+RUN_FILE = "_run.json"  # beside a saved student: what its run was
+LIVE_STATE = "_trainer_state.json"  # the trainer's state while it trains
 MAX_YAML_CHARACTERS, MAX_YAML_NODES = 2**18, 20_000  # parsing takes seconds for a megabyte
 
 

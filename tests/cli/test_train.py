@@ -73,6 +73,7 @@ def check_what_is_said(command, folder, output_dir, out):
     assert command in rows["training"].lower()
     assert (rows["student"], rows["teacher"]) == (str(folder / "student"), str(folder / "teacher"))
     assert rows["data"] == f"32 rows, {folder / 'data.jsonl'}"
+    assert rows["reward"] == "length_reward" + ", only logged" * (command in ("gkd", "minillm"))
     assert rows["rollouts a step"] == "4 (4 of each prompt), of at most 6 tokens"
     assert rows["limit"] == "0.2 nats per token" + ", only measured against" * (command != "constrained")
     assert rows["device"] == "CPU, float32"
@@ -285,6 +286,7 @@ def reward(completions, **kwargs):
 """
 
 
+@pytest.mark.usefixtures("in_foreground")
 def test_ctrl_c_and_the_command_that_goes_on(folder, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reward_of_ctrl_c.py").write_text(INTERRUPTED)
@@ -306,7 +308,9 @@ def test_ctrl_c_in_processes_of_accelerate(folder, tmp_path):
     """As in a terminal, all processes get it: the one that trains saves a checkpoint, the one that launched it waits."""
     to_all = INTERRUPTED.replace("os.kill(os.getpid()", "os.killpg(os.getpgrp()")
     (tmp_path / "reward_of_ctrl_c.py").write_text(to_all)
-    command = [sys.executable, "-m", "trl_cmdp", "gkd", "--config", str(folder / "config.yaml"), "--output_dir", "out"]
+    foreground = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    foreground += "from trl_cmdp.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", foreground, "gkd", "--config", str(folder / "config.yaml"), "--output_dir", "out"]
     command += ["--reward_funcs", "reward_of_ctrl_c.reward", "--num_processes", "1"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(

@@ -171,6 +171,7 @@ def test_sigterm(tmp_path, undisturbed):
     assert same_weights(resume(tmp_path / "told", save_steps=100), undisturbed)
 
 
+@pytest.mark.usefixtures("in_foreground")
 def test_ctrl_c(tmp_path, undisturbed, caplog):
     """A checkpoint of the step under way, then `KeyboardInterrupt`; the log says how to go on, and from where it did."""
     with pytest.raises(KeyboardInterrupt):
@@ -182,6 +183,7 @@ def test_ctrl_c(tmp_path, undisturbed, caplog):
     assert f"continues from step 3 ({tmp_path / 'checkpoint-3'})" in caplog.text
 
 
+@pytest.mark.usefixtures("in_foreground")
 def test_ctrl_c_twice_stops_at_once(tmp_path, caplog):
     """The second one, more than the moment later in which a launcher repeats the first, saves nothing."""
     calls = []

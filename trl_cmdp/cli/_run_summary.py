@@ -8,6 +8,7 @@ from trl import GRPOConfig, ModelConfig
 
 from .._messages import shell_command
 from ..reports.tables import markdown_table
+from ..trainers.engine.checks import no_reward
 from ..trainers.engine.distill_trainer import DistillTrainer
 from ..trainers.telemetry.card import describe_limit, describe_satisfaction, distillation_facts
 
@@ -19,7 +20,7 @@ def opening(trainer: DistillTrainer, script_args: Any, model_args: ModelConfig) 
         ("student", f"{model_args.model_name_or_path}{', an adapter on it' if model_args.use_peft else ''}"),
         ("teacher", _teacher(args, script_args.teacher_model)),
         ("data", _data(trainer, script_args)),
-        ("reward", ", ".join(trainer.reward_func_names)),
+        ("reward", _reward(trainer)),
         ("rollouts a step", _rollouts(trainer)),
         ("steps", f"{args.max_steps:,}" if args.max_steps > 0 else f"{args.num_train_epochs:g} passes over the data"),
         ("limit", _limit(trainer)),
@@ -59,6 +60,12 @@ def _data(trainer: DistillTrainer, script_args: Any) -> str:
     source = " of ".join(part for part in (script_args.task, script_args.dataset_name) if part) or "a mixture"
     dataset = trainer.train_dataset
     return f"{len(dataset):,} rows, {source}" if isinstance(dataset, Dataset) else f"a stream, {source}"
+
+
+def _reward(trainer: DistillTrainer) -> str:
+    if trainer.reward_funcs == [no_reward]:
+        return "none"
+    return ", ".join(trainer.reward_func_names) + ", only logged" * trainer._imitates
 
 
 def _rollouts(trainer: DistillTrainer) -> str:

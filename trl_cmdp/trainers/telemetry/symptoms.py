@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 _PAGE = "docs/troubleshooting.md"
 _FEWEST_STEPS = 10  # optimizer steps over which something holds before it is said
-_SHARE = 0.2  # of the run, where that is more: for what a run may take long to leave
+_SHARE, _MOST_STEPS = 0.2, 100  # of the run and in steps, where that is more: for what a run may take long to leave
 _NEARLY_ALL = 0.95  # completions that are cut
 _RARELY, _ALWAYS = 0.02, 0.999  # satisfaction rates
 _STILL = 0.97  # a mean cost has stopped falling if that of the later half is above so much of the earlier half's
@@ -32,6 +32,7 @@ class Symptoms(TrainerCallback):
     def __init__(self, learns_from_reward: bool, keeps_limit: bool):
         self._learns_from_reward, self._keeps_limit = learns_from_reward, keeps_limit
         self._said: set[str] = set()
+        self._start = 0  # step that training began at
         self._since: dict[str, int] = {}  # step since which a condition has held
         self._ever: set[str] = set()  # what has been seen in the run, an earlier part of a resumed one included
         self._costs: deque[tuple[int, float]] = deque()  # step and mean cost, while the limit is hardly ever kept
@@ -47,7 +48,7 @@ class Symptoms(TrainerCallback):
         if not state.is_world_process_zero or logs.get("reward") is None:  # an evaluation, or the end
             return
         self._note(logs)
-        step, patience = state.global_step, max(_FEWEST_STEPS, math.ceil(_SHARE * state.max_steps))
+        step, patience = state.global_step, max(_FEWEST_STEPS, min(_MOST_STEPS, math.ceil(_SHARE * state.max_steps)))
         cut = logs.get("completions/clipped_ratio") or 0
         if self._holds("cut", cut >= _NEARLY_ALL, step, _FEWEST_STEPS):
             self._say(
@@ -66,7 +67,8 @@ class Symptoms(TrainerCallback):
         self._look_at_the_limit(logs, step, patience)
 
     def _note(self, logs: dict[str, Any]) -> None:
-        if logs.get("reward") is not None and (logs["reward_std"] is None or logs["reward_std"] > 1e-6):
+        spread = logs.get("reward_std")
+        if logs.get("reward") is not None and (spread is None or spread > 1e-6):
             self._ever.add("reward differs")  # or there was a single one
         satisfied = logs.get("constraint/satisfaction_rate")
         if satisfied is not None and satisfied < _ALWAYS:
