@@ -1,10 +1,10 @@
 """Tasks and rewards, by the names that the command line knows them by."""
 
 import inspect
-import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,15 @@ _TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_re
 
 def load_task(name: str) -> Any:
     """Module of a task, or a `ValueError` that lists those there are."""
-    modules = iter_modules(import_module("trl_cmdp.tasks").__path__)
-    names = sorted(module.name for module in modules if not module.name.startswith("_"))
-    if name not in names:
-        raise ValueError(f"There is no task {name!r}; there are {', '.join(names)}.")
+    if name not in task_names():
+        raise ValueError(f"There is no task {name!r}; there are {', '.join(task_names())}.")
     return import_module(f"trl_cmdp.tasks.{name}")
+
+
+def task_names() -> list[str]:
+    """Names of the tasks that there are."""
+    modules = iter_modules(import_module("trl_cmdp.tasks").__path__)
+    return sorted(module.name for module in modules if not module.name.startswith("_"))
 
 
 def task_name(task: Any) -> str:
@@ -40,8 +44,11 @@ def load_problems(task: Any, n: int | None, split: str, seed: int, **options: An
     return task.load_problems(n, split, seed, **options)
 
 
-def load_reward(name: str) -> Callable[..., list[float | None]]:
-    """A reward function by the name that `trl grpo` knows it by, or by its dotted path from the working directory."""
+def load_reward(name: str, folder: Path | None = None) -> Callable[..., list[float | None]]:
+    """
+    A reward function by the name that `trl grpo` knows it by, or by its dotted path from a folder, the working directory
+    if `None`.
+    """
     if name in _TRL_REWARDS:
         from trl import rewards
 
@@ -53,8 +60,9 @@ def load_reward(name: str) -> Callable[..., list[float | None]]:
         raise ValueError(
             f"Unknown reward {name!r}: give one of {', '.join(_TRL_REWARDS)}, or a dotted path (my_lib.rewards.mine)."
         )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    root = str((folder or Path()).resolve())
+    if root not in sys.path:
+        sys.path.insert(0, root)
     try:
         module = import_module(path)
     except ImportError:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .._files import write_whole
 from .._messages import say
 from ._arguments import positive_float, positive_int
-from ._run import LEARNING_RATE, NUM_GENERATIONS, PROMPTS_PER_STEP
+from ._setup import LEARNING_RATE, NUM_GENERATIONS, PROMPTS_PER_STEP
 
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the demo."""
     # Imported here: `trl-cmdp --help` should not wait for torch and TRL.
     from ..reports import plot_training_curves
-    from ..tasks.arithmetic import MAX_COMPLETION_LENGTH, load_problems
     from ._run import load_models, set_up_process, train_student, training_args
+    from ._setup import embedded_setup
 
     set_up_process()
     start = time.monotonic()
@@ -65,15 +65,18 @@ def run(arguments: argparse.Namespace) -> int:
     num_held_out = QUICK_HELD_OUT if arguments.quick else HELD_OUT
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
 
-    tokenizer, student, teacher = load_models(TASK)
-    held_out = load_problems(num_held_out, "test", arguments.seed)
+    setup = embedded_setup(TASK)
+    tokenizer, student, teacher = load_models(setup)
+    held_out = setup.test.draw(num_held_out, arguments.seed)
 
     print(f"Evaluating teacher and student on {num_held_out} held-out problems ...", flush=True)
     measured = (tokenizer, teacher, held_out, arguments)
     teacher_metrics, before = evaluate(teacher, *measured), evaluate(student, *measured)
     shared = {"steps": steps, "seed": arguments.seed, "cost_limit": arguments.cost_limit}
-    args = training_args(arguments.method, TASK, {}, output_dir=arguments.output_dir / "trainer", **shared)
-    trainer = train_student(student, tokenizer, teacher, args, arguments.method, TASK)
+    args = training_args(
+        arguments.method, setup.config_fields, {}, output_dir=arguments.output_dir / "trainer", **shared
+    )
+    trainer = train_student(student, tokenizer, teacher, args, arguments.method, setup)
     trainer.save_model(str(arguments.output_dir / "student"))
     trainer.state.save_to_json(str(arguments.output_dir / "trainer_state.json"))  # what `trl-cmdp report` reads
     print("Evaluating the trained student on the same problems ...", flush=True)
@@ -87,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         "prompts_per_step": PROMPTS_PER_STEP,
         "num_generations": NUM_GENERATIONS,
         "learning_rate": LEARNING_RATE,
-        "max_completion_length": MAX_COMPLETION_LENGTH,
+        "max_completion_length": args.max_completion_length,
         "quick": arguments.quick,
         "seconds": round(time.monotonic() - start, 1),
     }
@@ -108,10 +111,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics of a model on held-out problems: one sampled rollout each, and a greedy one beside it."""
     from ._run import evaluate_student
+    from ._setup import embedded_setup
 
     sampled, greedy = (
         _metrics(
-            evaluate_student(model, tokenizer, teacher, problems, TASK, arguments.seed, greedy=greedy),
+            evaluate_student(model, tokenizer, teacher, problems, embedded_setup(TASK), arguments.seed, greedy=greedy),
             arguments.cost_limit,
         )
         for greedy in (False, True)

@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 
 Record = TypeVar("Record")
@@ -91,7 +91,7 @@ def _has_type(value: Any, declared: Any) -> bool:
     if type(value) is declared or (declared is float and type(value) is int):
         return True
     origin, arguments = get_origin(declared), get_args(declared)
-    if origin is UnionType:
+    if origin in (UnionType, Union):  # of a `Literal` and None the latter
         return any(_has_type(value, option) for option in arguments)
     if origin is Literal:
         return value in arguments
@@ -103,7 +103,8 @@ def _has_type(value: Any, declared: Any) -> bool:
         return type(value) is dict and all(_has_type(element, arguments[1]) for element in value.values())
     if is_dataclass(declared):  # one of thousands: its values alone, in the order of its fields
         types = list(_types(cast(type, declared)).values())
-        return type(value) is list and len(value) == len(types) and all(map(_has_type, value, types))
+        num_required = sum(field.default is MISSING for field in fields(declared))
+        return type(value) is list and num_required <= len(value) <= len(types) and all(map(_has_type, value, types))
     return False
 
 
