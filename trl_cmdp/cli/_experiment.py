@@ -6,8 +6,9 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from inspect import formatannotation
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .._defaults import CostScope
 from .._files import read_yaml
@@ -23,6 +24,10 @@ PRESETS = Path(__file__).parent / "experiments"
 REFERENCES = ("student", "teacher")
 _REQUIRED = ("cost_limit", "steps", "seeds", "held_out", "methods")
 _KEYS = ("task", *SOURCES, "cost_scope", *_REQUIRED)
+_POSITIVE = {
+    *("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "max_completion_length"),
+    *("learning_rate", "temperature"),
+}
 _FIXED_FIELDS = {
     "output_dir": "it is the command's --output-dir",
     "seed": "list it under `seeds`",
@@ -128,9 +133,11 @@ def load_experiment(name_or_path: str) -> Experiment:
 
 
 def _experiment(path: Path, content: Any) -> Experiment:
+    from ..trainers.engine.config import DistillConfig  # with torch, which the command line's help does not wait for
+
     if not isinstance(content, dict):
         raise ValueError(f"an experiment is a mapping with the keys {', '.join(_KEYS)}.")
-    shared = _check_keys(content)
+    shared = _check_keys(content, {field.name for field in fields(DistillConfig) if field.init})
     if "task" in content and content["task"] not in EMBEDDED_TASKS:
         raise ValueError(
             f"unknown task {content['task']!r}: take one of {', '.join(EMBEDDED_TASKS)}, which bring models, or name "
@@ -164,16 +171,14 @@ def _experiment(path: Path, content: Any) -> Experiment:
         content["held_out"],
         [_method(name, entry) for name, entry in content["methods"].items()],
     )
+    _check_values(DistillConfig, shared)
     for method in experiment.methods:
         _check_config(method, experiment)
     return experiment
 
 
-def _check_keys(content: dict[Any, Any]) -> dict[str, Any]:
+def _check_keys(content: dict[Any, Any], config_fields: set[str]) -> dict[str, Any]:
     """Check that every key is known and none is missing. Returned are the config fields of all methods."""
-    from ..trainers.engine.config import DistillConfig
-
-    config_fields = {field.name for field in fields(DistillConfig) if field.init}
     for key in content:
         if key in _FIXED_FIELDS:
             raise ValueError(f"an experiment must not set `{key}`: {_FIXED_FIELDS[key]}.")
@@ -217,7 +222,7 @@ def _method(name: Any, entry: Any) -> Method:
 
 
 def _check_config(method: Method, experiment: Experiment) -> None:
-    from ..evaluation._lines import parse_json  # with torch, which the command line's help does not wait for
+    from ..evaluation._lines import parse_json
 
     config = distill_class(method.trainer, "Config")
     known = {field.name for field in fields(config) if field.init}
@@ -234,11 +239,24 @@ def _check_config(method: Method, experiment: Experiment) -> None:
     try:
         # A record of them can be read.
         parse_json(json.dumps([method.fields, experiment.sources], allow_nan=False))
+        _check_values(config, method.fields)
         given = {"steps": experiment.steps, "seed": experiment.seeds[0], "cost_limit": experiment.cost_limit}
         shared = config_fields_of(experiment.sources)
         training_args(method.trainer, shared, method.fields, output_dir="unused", **given)
     except (ArithmeticError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"method {method.name!r}: {error}") from error
+
+
+def _check_values(config: type, given: dict[str, Any]) -> None:
+    """Check config fields as far as their declared types say. Of a choice among words the config itself says more."""
+    from ..evaluation._lines import has_type
+
+    types = get_type_hints(config)
+    for key, value in given.items():
+        if get_origin(types[key]) is not Literal and not has_type(value, types[key]):
+            raise ValueError(f"`{key}` must be {formatannotation(types[key])}, got {value!r}.")
+        if key in _POSITIVE and (value is None or not value > 0):
+            raise ValueError(f"`{key}` must be positive, got {value}.")
 
 
 def _check_seeds(seeds: Any, name: str) -> None:

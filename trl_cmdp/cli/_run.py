@@ -1,9 +1,9 @@
 """Training and evaluating one student, for the demo and the cells of a comparison."""
 
+import asyncio
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -65,12 +65,14 @@ def distill_class(trainer: str, kind: Literal["Trainer", "Config"]) -> Any:
 def set_up_process(num_threads: int = 1) -> None:
     """Quiet libraries and few threads."""
     import torch
+    from datasets import disable_progress_bars
     from transformers.utils import logging
 
     # Renamings inside transformers, which no argument of a command can answer.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    disable_progress_bars()
     torch.set_num_threads(num_threads)
 
 
@@ -231,8 +233,11 @@ def call_as_trl(
 
     from ..evaluation.evaluator import call_reward
 
-    given = {"trainer_state": TrainerState(), "log_extra": _ignore, "log_metric": _ignore}
-    return call_reward(partial(reward, **given), rows, rollouts)
+    def called(**kwargs: Any) -> Any:
+        values = reward(**kwargs, trainer_state=TrainerState(), log_extra=_ignore, log_metric=_ignore)
+        return asyncio.run(values) if asyncio.iscoroutine(values) else values
+
+    return call_reward(called, rows, rollouts)
 
 
 def _ignore(name: str, value: Any) -> None:

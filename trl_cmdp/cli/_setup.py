@@ -144,7 +144,7 @@ def _problems(key: str, value: Any, folder: Path) -> Problems:
     default_split = key.removesuffix("_dataset")
     if isinstance(value, str) and value:
         value = {"task": value} if value in task_names() else _path_and_name(value, folder)
-    if not isinstance(value, dict) or ("task" in value) == ("path" in value and value.get("task") != "table"):
+    if not isinstance(value, dict) or not (value.get("task") or value.get("path")):
         raise ValueError(
             f"`{key}` must be a file, a folder or a dataset on the Hub (org/name or org/name:config), the name of a task "
             f"({', '.join(task_names())}), or a mapping with `path` or `task`, got {value!r}."
