@@ -52,7 +52,7 @@ def run_cell(cell: Cell, folder: Path, start: float) -> "CellRecord":
         config = without_secrets(args.to_dict())
         del config["output_dir"]
         history = _history(train_student(student, tokenizer, teacher, args, cell.trainer, setup).state.log_history)
-        student = as_evaluated(student, setup, args)
+        student, teacher = as_evaluated(student, teacher, setup, args)
     problems = setup.test.draw(settings["held_out"], cell.seed)
     model = teacher if cell.method == "teacher" else student
     answers = evaluate_student(model, tokenizer, teacher, problems, setup, cell.seed)

@@ -87,37 +87,32 @@ def load_tokenizer(setup: "Setup") -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def load_student(setup: "Setup") -> "PreTrainedModel":
-    """Untrained student, with weights in float32, as TRL has it."""
+def load_models(setup: "Setup") -> "tuple[PreTrainedTokenizerBase, PreTrainedModel, PreTrainedModel]":
+    """Tokenizer, untrained student, with weights in float32 as TRL has it, and teacher, in its own dtype."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    # `None`, the default of transformers for remote code, asks on the terminal.
-    options = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True}
-    options.update(setup.config_fields.get("model_init_kwargs") or {})
-    return AutoModelForCausalLM.from_pretrained(setup.student, **options).to(_device(setup))
-
-
-def load_models(setup: "Setup") -> "tuple[PreTrainedTokenizerBase, PreTrainedModel, PreTrainedModel]":
-    """Tokenizer, untrained student, and teacher in its own dtype."""
     from ..teachers import load_teacher
 
     fields = setup.config_fields
-    options = (fields.get("teacher_model_revision"), fields.get("teacher_model_init_kwargs") or {})
-    return load_tokenizer(setup), load_student(setup), load_teacher(setup.teacher, *options).to(_device(setup))
+    # `None`, the default of transformers for remote code, asks on the terminal.
+    options = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True}
+    options.update(fields.get("model_init_kwargs") or {})
+    student = AutoModelForCausalLM.from_pretrained(setup.student, **options)
+    of_teacher = (fields.get("teacher_model_revision"), fields.get("teacher_model_init_kwargs") or {})
+    device = "cpu" if fields["use_cpu"] else "cuda"
+    return load_tokenizer(setup), student.to(device), load_teacher(setup.teacher, *of_teacher).to(device)
 
 
-def _device(setup: "Setup") -> str:
-    return "cpu" if setup.config_fields["use_cpu"] else "cuda"
-
-
-def as_evaluated(student: "PreTrainedModel", setup: "Setup", args: "DistillConfig") -> "PreTrainedModel":
-    """A trained student as the untrained one is evaluated: without the autocast that its trainer has put around it."""
+def as_evaluated(
+    student: "PreTrainedModel", teacher: "PreTrainedModel", setup: "Setup", args: "DistillConfig"
+) -> "tuple[PreTrainedModel, PreTrainedModel]":
+    """A trained student and its teacher, without the autocast that the trainer has put around both."""
     if not (args.bf16 or args.fp16):
-        return student
-    plain = load_student(setup)
+        return student, teacher
+    _, plain, teacher = load_models(setup)
     plain.load_state_dict(student.state_dict())
-    return plain
+    return plain, teacher
 
 
 def training_args(
@@ -210,12 +205,11 @@ def judge(
     """Of each rollout whether its final answer is correct and its steps are valid, and its reward."""
     import torch
 
-    from ..evaluation.evaluator import call_reward
     from ..evaluation.win_rates import problem_text
 
     rows = [dict(row) for row in problems]
     per_func = [call_as_trl(reward, rows, rollouts) for reward in setup.reward_funcs]
-    correct = per_func[0] if setup.correct_func is None else call_reward(setup.correct_func, rows, rollouts)
+    correct = per_func[0] if setup.correct_func is None else call_as_trl(setup.correct_func, rows, rollouts)
     valid: list[bool | None] = [None] * len(rollouts)
     if setup.valid_steps is not None:
         valid = [bool(setup.valid_steps(problem_text(rollout.prompt), rollout.completion)) for rollout in rollouts]
