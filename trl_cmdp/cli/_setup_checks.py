@@ -72,7 +72,7 @@ def _check_models(setup: Setup) -> "tuple[PreTrainedTokenizerBase, dict[str, str
         tokenizer = load_tokenizer(setup)
         stops = stop_ids(tokenizer, None)
         with torch.device("meta"):  # without weights
-            student = AutoModelForCausalLM.from_config(configs["student"])
+            student = AutoModelForCausalLM.from_config(configs["student"], trust_remote_code=False)
     with _of_key("teacher"):
         check_vocabulary(student, tokenizer, configs["teacher"])
         end_ids(tokenizer, stops, fields.get("teacher_eos_token"))

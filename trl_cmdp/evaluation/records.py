@@ -73,7 +73,7 @@ class CellRecord:
             raise ValueError("its `outcomes` are empty.")
         if type(record["settings"].get("cost_limit")) not in (int, float):
             raise ValueError("its `settings` hold no `cost_limit` that is a number.")
-        if record["settings"].get("cost_scope", COST_SCOPE) not in COST_UNITS:
+        if record["settings"].get("cost_scope", COST_SCOPE) not in list(COST_UNITS):
             raise ValueError("its `settings` hold a `cost_scope` that is none.")
         return cls(**{**record, "outcomes": [Outcome(*values) for values in record["outcomes"]]})
 
