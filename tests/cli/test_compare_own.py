@@ -182,6 +182,7 @@ MISTAKES = [
     ("max_completion_length: 40", "max_completion_len: 40", ["'max_completion_len'", "`max_completion_length`?"]),
     ("num_generations: 8", "num_generations: 2.5", ["`num_generations` must be int"]),
     ("num_generations: 8", "num_generations: 7", ["num_generations"]),
+    ("batch_size: 64 ", "batch_size: 1600 ", ["`train_dataset` has 100 problems", "a step takes 200"]),
     ("learning_rate: 3e-4", "learning_rate: fast", ["`learning_rate` must be float"]),
     ("learning_rate: 3e-4", "learning_rate: -1", ["`learning_rate` must be positive"]),
     ("learning_rate: 3e-4", "seed: 3", ["`seed`", "list it under `seeds`"]),

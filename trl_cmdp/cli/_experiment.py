@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from inspect import formatannotation
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from .._defaults import CostScope
 from .._files import read_yaml
@@ -18,6 +18,9 @@ from ._setup import REQUIRED_SOURCES, SOURCES, config_fields_of, is_task
 from ._setup_checks import check_sources
 from ._tasks import EMBEDDED_TASKS
 
+
+if TYPE_CHECKING:
+    from ..trainers.engine.config import DistillConfig
 
 PRESETS = Path(__file__).parent / "experiments"
 # Evaluated beside the methods, with each seed's problems.
@@ -85,10 +88,19 @@ class Experiment:
                 cells.append(Cell(method.name, method.trainer, seed, settings, folder))
         return cells
 
+    def training_args(self, method: Method) -> "DistillConfig":
+        """Training arguments of a method, with the first seed and no output folder."""
+        given = {"steps": self.steps, "seed": self.seeds[0], "cost_limit": self.cost_limit}
+        fields = (config_fields_of(self.sources), method.fields)
+        return training_args(method.trainer, *fields, output_dir="unused", **given)
+
     def checked(self) -> "Experiment":
         """The experiment with the fingerprints of what it names, which is looked at. A mistake is a `ValueError`."""
+        prompts = [
+            args.generation_batch_size // args.num_generations for args in map(self.training_args, self.methods)
+        ]
         try:
-            found = check_sources(self.sources, self.folder, self.held_out)
+            found = check_sources(self.sources, self.folder, held_out=self.held_out, prompts_per_step=max(prompts))
         except ValueError as error:
             raise ValueError(hide_secrets(f"{self.name}: {error}", secrets_in(self.sources))) from error
         return replace(self, sources={**self.sources, **found})
@@ -240,9 +252,7 @@ def _check_config(method: Method, experiment: Experiment) -> None:
         # A record of them can be read.
         parse_json(json.dumps([method.fields, experiment.sources], allow_nan=False))
         _check_values(config, method.fields)
-        given = {"steps": experiment.steps, "seed": experiment.seeds[0], "cost_limit": experiment.cost_limit}
-        shared = config_fields_of(experiment.sources)
-        training_args(method.trainer, shared, method.fields, output_dir="unused", **given)
+        experiment.training_args(method)
     except (ArithmeticError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"method {method.name!r}: {error}") from error
 

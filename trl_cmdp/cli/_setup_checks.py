@@ -21,7 +21,7 @@ _MODEL_FILES = ("config.json", "generation_config.json")
 _NUM_TRIED = 2  # problems that reward functions are tried on
 
 
-def check_sources(settings: dict[str, Any], folder: Path, held_out: int) -> dict[str, Any]:
+def check_sources(settings: dict[str, Any], folder: Path, *, held_out: int, prompts_per_step: int) -> dict[str, Any]:
     """
     Look at the models, data and functions that an experiment's settings name. What an embedded task brings is known.
     Returned is a fingerprint of each, so that a record is known to be of the same. A mistake is a `ValueError` that
@@ -32,6 +32,12 @@ def check_sources(settings: dict[str, Any], folder: Path, held_out: int) -> dict
     setup = load_setup(settings, folder)
     tokenizer, of_models = _check_models(setup)
     train, test = _check_problems(setup, tokenizer, held_out)
+    if setup.prompts_per_step is None and prompts_per_step > len(train):  # no step would be made
+        raise ValueError(
+            f"`train_dataset` has {len(train)} problems, and a step takes {prompts_per_step} "
+            "(`per_device_train_batch_size` × `gradient_accumulation_steps` / `num_generations`): add problems, or take "
+            "smaller steps."
+        )
     _check_functions(setup, tokenizer, train, test)
     found = {**of_models, **_fingerprints(setup, train, test)}
     return {f"{key}_fingerprint": value for key, value in found.items() if key in settings}
@@ -52,10 +58,11 @@ def _check_models(setup: Setup) -> "tuple[PreTrainedTokenizerBase, dict[str, str
     """Tokenizer of the student, and the fingerprints of both models."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from ..core.fingerprint import fingerprint
     from ..evaluation.provenance import tokenizer_fingerprint
-    from ..teachers import check_vocabulary, end_ids, stop_ids
+    from ..teachers import check_vocabulary, end_ids, stop_ids, teacher_generation_config, warn_of_another_end
 
     fields = setup.config_fields
     teacher_options = fields.get("teacher_model_init_kwargs") or {}
@@ -70,12 +77,15 @@ def _check_models(setup: Setup) -> "tuple[PreTrainedTokenizerBase, dict[str, str
             found[key] = _model_fingerprint(model, configs[key])
     with _of_key("student"):
         tokenizer = load_tokenizer(setup)
-        stops = stop_ids(tokenizer, None)
+        stops = stop_ids(tokenizer, teacher_generation_config(setup.student))
         with torch.device("meta"):  # without weights
             student = AutoModelForCausalLM.from_config(configs["student"], trust_remote_code=False)
     with _of_key("teacher"):
-        check_vocabulary(student, tokenizer, configs["teacher"])
-        end_ids(tokenizer, stops, fields.get("teacher_eos_token"))
+        teacher_tokenizer = check_vocabulary(student, tokenizer, configs["teacher"])
+        if end_ids(tokenizer, stops, fields.get("teacher_eos_token")) is None:
+            logging.set_verbosity_warning()
+            warn_of_another_end(tokenizer, stops, teacher_tokenizer, teacher_generation_config(setup.teacher))
+            logging.set_verbosity_error()
     return tokenizer, {**found, "student": fingerprint([found["student"], tokenizer_fingerprint(tokenizer)])}
 
 
