@@ -266,7 +266,7 @@ def test_tasks_give_problems_and_rewards(own):
     setup = load_setup(settings, own)
     assert setup.reward_funcs == [arithmetic.final_answer_reward]
     assert setup.train_problems(2, 5).to_list() == arithmetic.load_problems(9, "train", 5).to_list()
-    assert setup.test.draw(4, 5).to_list() == arithmetic.load_problems(4, "test", 5).to_list()
+    assert setup.test_dataset.draw(4, 5).to_list() == arithmetic.load_problems(4, "test", 5).to_list()
 
     beside = {"task": "arithmetic", "student": "models/student", "config_fields": {"learning_rate": 1e-5}}
     setup = load_setup(beside, own)

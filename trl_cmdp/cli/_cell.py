@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._defaults import COST_SCOPE, CostScope
+from .._defaults import CostScope
 from .._files import write_whole
 from .._messages import without_secrets
 from ._experiment import Cell
@@ -53,10 +53,10 @@ def run_cell(cell: Cell, folder: Path, start: float) -> "CellRecord":
         del config["output_dir"]
         history = _history(train_student(student, tokenizer, teacher, args, cell.trainer, setup).state.log_history)
         student, teacher = as_evaluated(student, teacher, setup, args)
-    problems = setup.test.draw(settings["held_out"], cell.seed)
+    problems = setup.test_dataset.draw(settings["held_out"], cell.seed)
     model = teacher if cell.method == "teacher" else student
     answers = evaluate_student(model, tokenizer, teacher, problems, setup, cell.seed)
-    scope = setup.config_fields.get("cost_scope", COST_SCOPE)
+    scope = setup.config_fields["cost_scope"]
     usage = os.times()
     return CellRecord(
         method=cell.method,

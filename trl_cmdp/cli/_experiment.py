@@ -184,6 +184,9 @@ def _experiment(path: Path, content: Any) -> Experiment:
         [_method(name, entry) for name, entry in content["methods"].items()],
     )
     _check_values(DistillConfig, shared)
+    for key in ("model_init_kwargs", "teacher_model_init_kwargs", "chat_template_kwargs"):
+        if isinstance(shared.get(key), str):
+            raise ValueError(f"`{key}` must be a mapping, got text.")
     for method in experiment.methods:
         _check_config(method, experiment)
     return experiment

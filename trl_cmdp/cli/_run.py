@@ -229,7 +229,7 @@ def call_as_trl(
 
     def called(**kwargs: Any) -> Any:
         values = reward(**kwargs, trainer_state=TrainerState(), log_extra=_ignore, log_metric=_ignore)
-        return asyncio.run(values) if asyncio.iscoroutine(values) else values
+        return list(asyncio.run(values) if asyncio.iscoroutine(values) else values)
 
     return call_reward(called, rows, rollouts)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._defaults import COST_SCOPE
 from ._tasks import load_problems, load_reward, load_task, task_names
 
 
@@ -49,8 +50,8 @@ class Setup:
 
     student: str  # folder or Hub id
     teacher: str
-    train: Problems
-    test: Problems
+    train_dataset: Problems
+    test_dataset: Problems
     reward_funcs: list[Callable[..., Any]]
     correct_func: Callable[..., Any] | None  # 1 where the final answer is correct; the first of the rewards if `None`
     valid_steps: Callable[[str, str], bool] | None  # of prompt and completion
@@ -60,7 +61,7 @@ class Setup:
 
     def train_problems(self, steps: int, seed: int) -> "Dataset":
         """Problems to train on, in the order of the seed."""
-        return self.train.draw(None if self.prompts_per_step is None else steps * self.prompts_per_step, seed)
+        return self.train_dataset.draw(None if self.prompts_per_step is None else steps * self.prompts_per_step, seed)
 
 
 def embedded_setup(name: str) -> Setup:
@@ -69,8 +70,8 @@ def embedded_setup(name: str) -> Setup:
     return Setup(
         student=task.demo_model_path("student"),
         teacher=task.demo_model_path("teacher"),
-        train=Problems("train", name),
-        test=Problems("test", name),
+        train_dataset=Problems("train", name),
+        test_dataset=Problems("test", name),
         reward_funcs=[task.final_answer_reward],
         correct_func=None,
         valid_steps=task.valid_steps,
@@ -95,19 +96,19 @@ def load_setup(settings: dict[str, Any], folder: Path) -> Setup:
     """
     brought = vars(embedded_setup(settings["task"])) if "task" in settings else _OWN
     named = {key: _READERS[key](key, settings[key], folder) for key in SOURCES if key in settings}
-    named = {_FIELDS.get(key, key): value for key, value in named.items()}
     if "train_dataset" in settings:
         named["prompts_per_step"] = None
     if "reward_funcs" not in brought | named:
-        named["reward_funcs"] = [load_task(named["test"].task).final_answer_reward]
+        named["reward_funcs"] = [load_task(named["test_dataset"].task).final_answer_reward]
     return Setup(**{**brought, **named, "config_fields": config_fields_of(settings)})
 
 
 def config_fields_of(settings: dict[str, Any]) -> dict[str, Any]:
     """Fields that every method's config gets."""
-    brought = embedded_setup(settings["task"]).config_fields if "task" in settings else _own_config_fields()
-    scope = {key: settings[key] for key in ("cost_scope",) if key in settings}
-    return {**brought, **scope, **settings.get("config_fields", {})}
+    given = settings.get("config_fields", {})
+    on_gpu = not given.get("use_cpu", False)
+    brought = embedded_setup(settings["task"]).config_fields if "task" in settings else _own_config_fields(on_gpu)
+    return {**brought, "cost_scope": settings.get("cost_scope", COST_SCOPE), **given}
 
 
 def name_of(settings: dict[str, Any]) -> str:
@@ -121,15 +122,16 @@ def is_task(dataset: Any) -> bool:
     return (dataset.get("task") if isinstance(dataset, dict) else dataset) in task_names()
 
 
-def _own_config_fields() -> dict[str, Any]:
+def _own_config_fields(on_gpu: bool) -> dict[str, Any]:
+    """What is no experiment's own: on a GPU, if that is wanted and there is one, as the training commands have it."""
     import torch
     from trl import GRPOConfig
 
-    on_gpu = torch.cuda.is_available()
+    on_gpu = on_gpu and torch.cuda.is_available()
     return {
         "max_completion_length": GRPOConfig.max_completion_length,
         "use_cpu": not on_gpu,
-        # As the training commands have it on a GPU; a CPU is faster, and exact, in float32.
+        # A CPU is faster, and exact, in float32.
         "bf16": on_gpu and torch.cuda.is_bf16_supported(),
     }
 
@@ -226,4 +228,3 @@ _READERS: dict[str, Callable[[str, Any, Path], Any]] = {
     "correct_func": _function,
     "valid_steps": _function,
 }
-_FIELDS = {"train_dataset": "train", "test_dataset": "test"}

@@ -27,9 +27,15 @@ def check_sources(settings: dict[str, Any], folder: Path, *, held_out: int, prom
     Returned is a fingerprint of each, so that a record is known to be of the same. A mistake is a `ValueError` that
     begins with the key.
     """
+    setup = load_setup(settings, folder)
+    weights = setup.config_fields.get("reward_weights")
+    if weights is not None and len(weights) != len(setup.reward_funcs):
+        raise ValueError(
+            f"`reward_weights` holds {len(weights)} numbers for {len(setup.reward_funcs)} functions in `reward_funcs`: "
+            "give one for each."
+        )
     if not any(key in settings for key in SOURCES):
         return {}
-    setup = load_setup(settings, folder)
     tokenizer, of_models = _check_models(setup)
     train, test = _check_problems(setup, tokenizer, held_out)
     if setup.prompts_per_step is None and prompts_per_step > len(train):  # no step would be made
@@ -133,7 +139,10 @@ def _check_problems(setup: Setup, tokenizer: "PreTrainedTokenizerBase", held_out
     from ..trainers.engine.checks import check_no_images
 
     found = []
-    for key, problems, n in (("train_dataset", setup.train, None), ("test_dataset", setup.test, held_out)):
+    for key, problems, n in (
+        ("train_dataset", setup.train_dataset, None),
+        ("test_dataset", setup.test_dataset, held_out),
+    ):
         with _of_key(key):
             rows = _draw(setup, problems, n)
             prompt = check_prompts(rows, "the dataset")
@@ -175,12 +184,6 @@ def _check_functions(setup: Setup, tokenizer: "PreTrainedTokenizerBase", train: 
     from ..evaluation import Rollout
     from ..trainers.engine.checks import check_reward_columns
 
-    weights = setup.config_fields.get("reward_weights")
-    if weights is not None and len(weights) != len(setup.reward_funcs):
-        raise ValueError(
-            f"`reward_weights` holds {len(weights)} numbers for {len(setup.reward_funcs)} functions in `reward_funcs`: "
-            "give one for each."
-        )
     rewards = [("reward_funcs", reward) for reward in setup.reward_funcs]
     if setup.correct_func is not None:
         rewards.append(("correct_func", setup.correct_func))
@@ -200,7 +203,7 @@ def _check_rewards(reward: Callable[..., Any], rows: "Dataset", rollouts: "Seque
     for value in _tried(reward, call_as_trl, reward, [dict(row) for row in rows], rollouts):
         try:
             is_reward = value is None or not math.isinf(value)
-        except TypeError:
+        except (OverflowError, TypeError):
             is_reward = False
         if not is_reward:
             raise ValueError(

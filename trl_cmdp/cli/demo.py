@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     setup = embedded_setup(TASK)
     tokenizer, student, teacher = load_models(setup)
-    held_out = setup.test.draw(num_held_out, arguments.seed)
+    held_out = setup.test_dataset.draw(num_held_out, arguments.seed)
 
     print(f"Evaluating teacher and student on {num_held_out} held-out problems ...", flush=True)
     measured = (tokenizer, teacher, held_out, arguments)
