@@ -173,6 +173,7 @@ def _experiment(path: Path, content: Any) -> Experiment:
     sources = {key: content[key] for key in ("task", *SOURCES, "cost_scope") if key in content}
     if shared:
         sources["config_fields"] = shared
+    _check_recordable(sources)
     experiment = Experiment(
         path.stem,
         path.parent,
@@ -237,8 +238,6 @@ def _method(name: Any, entry: Any) -> Method:
 
 
 def _check_config(method: Method, experiment: Experiment) -> None:
-    from ..evaluation._lines import parse_json
-
     config = distill_class(method.trainer, "Config")
     known = {field.name for field in fields(config) if field.init}
     for key in method.fields:
@@ -252,12 +251,21 @@ def _check_config(method: Method, experiment: Experiment) -> None:
                 f"of {config.__name__}."
             )
     try:
-        # A record of them can be read.
-        parse_json(json.dumps([method.fields, experiment.sources], allow_nan=False))
+        _check_recordable(method.fields)
         _check_values(config, method.fields)
         experiment.training_args(method)
     except (ArithmeticError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"method {method.name!r}: {error}") from error
+
+
+def _check_recordable(values: dict[str, Any]) -> None:
+    """Check that a record of them can be read."""
+    from ..evaluation._lines import parse_json
+
+    try:
+        parse_json(json.dumps(values, allow_nan=False))
+    except (RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"a value is none that a record can hold: {error}") from error
 
 
 def _check_values(config: type, given: dict[str, Any]) -> None:

@@ -211,8 +211,8 @@ def _function(key: str, value: Any, folder: Path) -> Callable[..., Any]:
         function = load_reward(value, folder)
     except (ImportError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"`{key}`: {value!r} cannot be imported. {error} Modules are looked for in the folder of the experiment's "
-            "file, too."
+            f"`{key}`: {value!r} cannot be imported: {str(error).rstrip('.')}. Modules are looked for in the folder of the "
+            "experiment's file, too."
         ) from error
     if not callable(function):
         raise ValueError(f"`{key}`: {value!r} is no function but {type(function).__name__}.")
