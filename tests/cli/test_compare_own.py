@@ -271,12 +271,17 @@ def test_tasks_give_problems_and_rewards(own):
     assert setup.train_problems(2, 5).to_list() == arithmetic.load_problems(9, "train", 5).to_list()
     assert setup.test_dataset.draw(4, 5).to_list() == arithmetic.load_problems(4, "test", 5).to_list()
 
-    beside = {"task": "arithmetic", "student": "models/student", "config_fields": {"learning_rate": 1e-5}}
+    beside = {
+        "task": "arithmetic",
+        "student": "models/student",
+        "config_fields": {"learning_rate": 1e-5, "per_device_eval_batch_size": 6},
+    }
     setup = load_setup(beside, own)
     assert setup.student == str(own / "models" / "student")
     assert setup.teacher == arithmetic.demo_model_path("teacher")
     assert setup.valid_steps is arithmetic.valid_steps
     assert setup.train_problems(2, 5).to_list() == arithmetic.load_problems(32, "train", 5).to_list()
+    assert setup.batch_size == 6
     assert (setup.config_fields["learning_rate"], setup.config_fields["num_generations"]) == (1e-5, 8)
 
 

@@ -29,7 +29,7 @@ _REQUIRED = ("cost_limit", "steps", "seeds", "held_out", "methods")
 _KEYS = ("task", *SOURCES, "cost_scope", *_REQUIRED)
 _POSITIVE = {
     *("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "max_completion_length"),
-    *("learning_rate", "temperature"),
+    *("learning_rate", "temperature", "per_device_eval_batch_size"),
 }
 _FIXED_FIELDS = {
     "output_dir": "it is the command's --output-dir",

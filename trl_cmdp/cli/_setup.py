@@ -100,7 +100,9 @@ def load_setup(settings: dict[str, Any], folder: Path) -> Setup:
         named["prompts_per_step"] = None
     if "reward_funcs" not in brought | named:
         named["reward_funcs"] = [load_task(named["test_dataset"].task).final_answer_reward]
-    return Setup(**{**brought, **named, "config_fields": config_fields_of(settings)})
+    fields = config_fields_of(settings)
+    batch_size = fields.get("per_device_eval_batch_size", brought["batch_size"])
+    return Setup(**{**brought, **named, "config_fields": fields, "batch_size": batch_size})
 
 
 def config_fields_of(settings: dict[str, Any]) -> dict[str, Any]:
