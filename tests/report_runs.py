@@ -32,6 +32,11 @@ def rollouts(scale: float) -> list[RolloutRecord]:
     ]
 
 
+def teacher_rollouts() -> list[RolloutRecord]:
+    """The teacher's on the same problems, which cost nothing."""
+    return [rollout(problem, sample, [0.0] * 3) for problem in range(6) for sample in range(2)]
+
+
 def write_evaluation(folder: Path, records: list[RolloutRecord], name: str = "constrained", **changed) -> Path:
     """A folder as `trl-cmdp evaluate` leaves it."""
     write_records(folder / "records.jsonl", settings(name, **changed), records)

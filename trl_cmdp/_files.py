@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 
+# A trainer's state while it trains, in the output folder. The Hub's uploads leave out what begins with an underscore.
+LIVE_STATE = "_trainer_state.json"
 MAX_YAML_CHARACTERS, MAX_YAML_NODES = 2**18, 20_000  # parsing takes seconds for a megabyte
 
 

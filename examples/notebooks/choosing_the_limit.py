@@ -136,8 +136,7 @@ print(f"{2.0 * imitated.quantile(0.9).item():.3f} nats per token")
 outcomes = {}
 print(f"{'limit':>7}{'right':>22}{'all steps valid':>22}{'within its limit':>22}{'mean cost':>11}")
 for limit in LIMITS:
-    fields = {"cost_limit": limit, "violation_distill_coef": 0.1}
-    costs, right, valid = measure(train(ConstrainedDistillTrainer, ConstrainedDistillConfig, STEPS, **fields))
+    costs, right, valid = measure(train(ConstrainedDistillTrainer, ConstrainedDistillConfig, STEPS, cost_limit=limit))
     rates = [Rate.of(right), Rate.of(valid), Rate.of((costs <= limit).tolist())]
     outcomes[limit] = (rates, costs.mean().item())
     cells = [f"{rate.value:.3f} [{rate.interval[0]:.3f}, {rate.interval[1]:.3f}]" for rate in rates]
@@ -172,9 +171,9 @@ plt.show()
 # From left to right, in this run:
 #
 # - **0.003** is below what imitation reaches. Every rollout violates, so every rollout is trained to imitate, and the
-#   reward is hardly heard: the fewest right answers of the five.
+#   reward is hardly heard: the fewest correct answers of the five.
 # - **0.03** is where most rollouts come to lie after imitation. The student stays close to a copy of its teacher.
-# - **0.25 and 1** leave room: more right answers, through steps that are about as valid. What is still outside is mostly
+# - **0.25 and 1** leave room: more correct answers, through steps that are about as valid. What is still outside is mostly
 #   what 40 steps were too few for. Between these two the intervals overlap; the choice is not delicate here.
 # - **8** is above where all but the shortest answers start. It is nearly satisfied by doing nothing, and the steps stay
 #   what they were: reward alone, with a limit on paper.

@@ -134,7 +134,6 @@ def train(teacher_model):
             output_dir=OUTPUT_DIR,
             reward_weights=WEIGHTS,
             cost_limit=COST_LIMIT,
-            violation_distill_coef=0.1,
             learning_rate=3e-4,
             max_steps=STEPS,
             per_device_train_batch_size=128,

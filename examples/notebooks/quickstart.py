@@ -12,10 +12,10 @@
 # # Quickstart: a student, a teacher and a limit
 #
 # The task is chained sums. The teacher works them out step by step, and slips in about one of ten. The student often
-# reaches the right answer through wrong steps, or through none. Both are minute models that come with the package, so
+# reaches the correct answer through wrong steps, or through none. Both are minute models that come with the package, so
 # this notebook runs on one CPU core in about two minutes.
 #
-# We train the student for right answers, under a limit on how far it may be from its teacher.
+# We train the student for correct answers, under a limit on how far it may be from its teacher.
 
 # %%
 import matplotlib.pyplot as plt
@@ -138,7 +138,6 @@ trainer = ConstrainedDistillTrainer(
     args=ConstrainedDistillConfig(
         output_dir=OUTPUT_DIR,
         cost_limit=COST_LIMIT,
-        violation_distill_coef=0.1,
         learning_rate=3e-4,
         max_steps=STEPS,
         per_device_train_batch_size=128,

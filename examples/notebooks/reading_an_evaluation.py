@@ -202,7 +202,7 @@ with TemporaryDirectory() as drafts:  # `plot_pareto` writes a PNG too
     display(plot_pareto(comparison, Path(drafts) / "pareto.png", "Chained sums: right answers against cost"))
 
 # %% [markdown]
-# Up is better answers, left is nearer to the teacher, and filled marks satisfy the limit. Right answers alone would put
+# Up is better answers, left is nearer to the teacher, and filled marks satisfy the limit. Correct answers alone would put
 # GRPO among the best; its place far to the right, and its hollow mark, say how it got there. Among the filled marks the
 # differences are small, so look at them paired:
 
@@ -233,8 +233,8 @@ plt.show()
 
 # %% [markdown]
 # Grey: the interval holds 0, and three seeds do not tell the two apart. Blue: more than the constrained method. Red:
-# less. In these records nothing is blue in one column without being red in another: λ = 0.1 has more right answers, and
-# fewer valid steps and a lower satisfaction; MiniLLM satisfies the limit more often, and has fewer right answers.
+# less. In these records nothing is blue in one column without being red in another: λ = 0.1 has more correct answers, and
+# fewer valid steps and a lower satisfaction; MiniLLM satisfies the limit more often, and has fewer correct answers.
 # [The comparison](../../docs/comparison.md) goes through them, losses included.
 #
 # More: [how the figures are defined](../../docs/evaluation.md), [judges](../../docs/judges.md), and

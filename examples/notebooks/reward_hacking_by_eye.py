@@ -79,7 +79,7 @@ methods = {
     "GKD": (GKDDistillTrainer, GKDDistillConfig(**shared), teacher),
     "constrained": (
         ConstrainedDistillTrainer,
-        ConstrainedDistillConfig(**shared, violation_distill_coef=0.1),
+        ConstrainedDistillConfig(**shared),
         teacher,
     ),
 }
@@ -160,9 +160,9 @@ figure.legend(loc="outside lower center", ncols=5, frameon=False)
 plt.show()
 
 # %% [markdown]
-# By the reward GRPO's student is a success: more right answers than its teacher. Its steps are no better than before, and
+# By the reward GRPO's student is a success: more correct answers than its teacher. Its steps are no better than before, and
 # the first group of bars alone could not tell. Imitation gives the teacher's steps and the teacher's mistakes. In this run
-# the constrained student has as many right answers as GRPO's, and its steps are valid. After 60 steps about 6% of its
+# the constrained student has as many correct answers as GRPO's, and its steps are valid. After 60 steps about 6% of its
 # rollouts are still outside the limit, more than GKD's: it was asked for two things at once.
 #
 # ## Now by eye
@@ -253,7 +253,7 @@ print("right answers through wrong or missing steps:", hacked)
 
 # %% [markdown]
 # Wrong steps stand on one side of the limit and valid ones, nearly all, on the other, though nobody checked a step: the
-# teacher does not write such steps, and that is enough. Of GRPO's right answers two in three came through wrong or
+# teacher does not write such steps, and that is enough. Of GRPO's correct answers two in three came through wrong or
 # missing steps in this run, of the constrained student's 14 of 386.
 #
 # ## All of them

@@ -47,7 +47,7 @@ def test_differences():
         name: interval(differences["lambda"][name], 100, 1, "+").split(" ", 1) for name in ("satisfaction", "right")
     }
     assert f"({own['satisfaction'][0]} points within the limit {own['satisfaction'][1]}" in PAGE
-    assert f"{own['right'][0]} right {own['right'][1]})" in PAGE
+    assert f"{own['right'][0]} correct {own['right'][1]})" in PAGE
     for name, figure, points in (("grpo", "satisfaction", -1), ("gkd", "satisfaction", 1), ("gkd", "right", 1)):
         bounds = sorted(100 * points * differences[name][figure][bound] for bound in ("low", "high"))
         assert f"[{bounds[0]:.0f}, {bounds[1]:.0f}]" in PAGE

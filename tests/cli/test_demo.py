@@ -6,13 +6,18 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from trl_cmdp.cli import demo, main
+from trl_cmdp.evaluation.summary import summarize
+from trl_cmdp.reports import read_runs
+from trl_cmdp.reports.runs import EvaluationRun
 
 
 RATES = ("final_answer_correctness", "valid_steps_rate", "satisfaction_rate")
 
 
 @pytest.mark.parametrize("method", ["constrained", "grpo"])
-def test_quick_run_writes_metrics_curves_and_a_loadable_student(tmp_path, monkeypatch, method):
+def test_quick_run_writes_metrics_curves_rollouts_a_report_and_a_loadable_student(
+    tmp_path, monkeypatch, capsys, method
+):
     monkeypatch.setattr(demo, "QUICK_STEPS", 2)
     monkeypatch.setattr(demo, "QUICK_HELD_OUT", 30)
     arguments = ["--quick", "--seed", "5", "--cost-limit", "0.25", "--method", method, "--output-dir", str(tmp_path)]
@@ -35,8 +40,22 @@ def test_quick_run_writes_metrics_curves_and_a_loadable_student(tmp_path, monkey
     assert metrics["config"]["steps"] == 2
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     AutoModelForCausalLM.from_pretrained(tmp_path / "student")
-    assert main(["report", str(tmp_path), "--output-dir", str(tmp_path / "report")]) == 0
-    assert "<html" in (tmp_path / "report" / "report.html").read_text()
+
+    page = tmp_path / "report" / "report.html"
+    output = capsys.readouterr().out
+    assert output.endswith(f"{page.as_uri()}#rollouts\n")
+    assert max(len(line) for line in output.splitlines() if line.startswith("|")) <= 80
+    assert f"{method}: " in page.read_text()
+    names = {"student-before": "before", method: "after", "teacher": "teacher"}
+    runs = [run for run in read_runs([tmp_path]) if isinstance(run, EvaluationRun)]
+    assert {run.name.replace(" ", "-") for run in runs} == names.keys()
+    for run in runs:
+        row, summary = metrics[names[run.name.replace(" ", "-")]], summarize(run.settings, run.records)
+        for of_kind, kind in ((row, summary.sampled), (row["greedy"], summary.greedy)):
+            assert kind.right.value == of_kind["final_answer_correctness"]
+            assert kind.costs.satisfaction.value == of_kind["satisfaction_rate"]
+            assert kind.costs.mean.value == pytest.approx(of_kind["mean_cost"], abs=1e-5)
+            assert kind.length.value == pytest.approx(of_kind["mean_length"])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from report_runs import HOSTILE, LIMIT, rollout, rollouts, settings, write_evaluation, write_state
+from report_runs import HOSTILE, LIMIT, rollout, rollouts, settings, teacher_rollouts, write_evaluation, write_state
 
 from trl_cmdp.evaluation.summary import summarize
 from trl_cmdp.reports import read_runs, write_report
@@ -39,12 +39,13 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """A report of two students, one of which writes markup, and two training runs."""
+    """A report of two students, one of which writes markup, of their teacher, and of two training runs."""
     folder = tmp_path_factory.mktemp("report")
     hostile = rollout(0, 0, [2.0, 0.1], tokens=[HOSTILE, " \ud800\u2028"], prompt="0 + 1 =", difficulty="1 steps")
     runs = [
         write_evaluation(folder / "a", rollouts(0.3)),
         write_evaluation(folder / "b", [hostile, *rollouts(3)[1:]], f"grpo {HOSTILE}$x$"),
+        write_evaluation(folder / "c", teacher_rollouts(), "teacher", student="teacher"),
         write_state(folder / "first" / "checkpoint-12"),
         write_state(folder / "second" / "checkpoint-12"),
     ]
@@ -101,10 +102,57 @@ def test_tables_have_headers_and_the_exact_figures(report):
     _, text, page = report
     assert all(a.get("scope") in ("col", "row") for tag, a in page.elements if tag == "th")
     summary = summarize(settings(), rollouts(0.3)).sampled
-    for figure in (summary.right, summary.costs.satisfaction, summary.costs.mean):
-        expected = f'<span class="value">{figure.value:.3f}</span> <span class="interval">{figure.low:.3f} to {figure.high:.3f}'
-        assert expected in text
+    for figure, factor, form, unit in (
+        (summary.right, 100, ".1f", "%"),
+        (summary.costs.satisfaction, 100, ".1f", "%"),
+        (summary.costs.mean, 1, ".3f", ""),
+    ):
+        value, low, high = (f"{factor * bound:{form}}" for bound in (figure.value, figure.low, figure.high))
+        assert f'<span class="value">{value}{unit}</span> <span class="interval">{low} to {high}</span>' in text
     assert f"{100 * summary.costs.violation_bound:.1f}%" in text
+
+
+def test_the_teacher_is_a_row_and_no_student(report):
+    _, text, _ = report
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', text, re.DOTALL)
+    (cells,) = {cells for name, cells in rows if name.endswith("teacher") and 'within the limit"' in cells}
+    assert "100.0%" in cells
+    assert "2 students and their teacher on 6 problems" in text
+    assert "teacher: divergence by token" not in text
+
+
+def test_verdicts_come_first(report):
+    _, text, _ = report
+    lines = re.findall(r'<li class="(\w+)"><strong>(.*?)</strong> (.*?)</li>', text[: text.index("<main")])
+    assert [kind for kind, _, _ in lines] == ["inside", "outside"]
+    assert lines[0][1] == "constrained: inside the limit."
+    assert lines[0][2].startswith("100.0% of the rollouts cost at most 0.3 nats per token, at most 39.3% exceed it")
+    assert lines[0][2].endswith("Correct 66.7%, teacher 100.0%.".replace("Correct", "correct"))
+
+
+def test_a_cell_says_its_column_on_a_phone(report):
+    """There a table has no head: each cell has its column's name."""
+    _, text, _ = report
+    for table in re.findall(r"<table.*?</table>", text, re.DOTALL):
+        columns = [re.sub("<.*?>", "", column) for column in re.findall(r'<th scope="col">(.*?)</th>', table)]
+        for row in re.findall(r"<tr><th scope=\"row\">.*?</tr>", table, re.DOTALL):
+            labels = re.findall(r'data-label="(.*?)"', row)
+            assert labels in (columns[1:], ["all"])
+
+
+def test_a_hash_is_short(tmp_path):
+    digest = "0123456789abcdef" * 4
+    run = write_evaluation(tmp_path / "a", rollouts(0.3), student_fingerprint=digest, git_commit=digest[:40])
+    text = write_report(read_runs([run]), tmp_path / "out")[0].read_text()
+    assert digest[:12] in text
+    assert digest[:13] not in text
+
+
+def test_a_watched_page_loads_itself_anew(tmp_path):
+    runs = read_runs([write_evaluation(tmp_path / "a", rollouts(0.3))])
+    pages = [Page(write_report(runs, tmp_path / "out", refresh=seconds)[0].read_text()) for seconds in (7, None)]
+    refreshes = [[a["content"] for tag, a in page.elements if a.get("http-equiv") == "refresh"] for page in pages]
+    assert refreshes == [["7"], []]
 
 
 def test_every_plot_is_a_png_and_in_the_page(report):
@@ -135,7 +183,7 @@ def test_a_page_of_some_rollouts_of_one_problem_says_so(tmp_path):
     records = [rollout(0, sample, [0.1]) for sample in range(20)]
     runs = read_runs([write_evaluation(tmp_path / "a", records, num_problems=1, num_samples=20)])
     text = write_report(runs, tmp_path / "out", max_rollouts=5)[0].read_text()
-    assert "The page holds 5 of 20 rollouts: some of those of one of 1 problems" in text
+    assert "The page holds 5 of 20 rollouts: some of those of one problem of 1" in text
     assert len(json.loads(Page(text).raw[1])["rollouts"]) == 5
 
 

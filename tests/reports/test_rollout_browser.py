@@ -14,6 +14,7 @@ from trl_cmdp.reports.rollout_browser import (
     browser_data,
     choose_problems,
     cost_through,
+    distinct_excerpts,
     first_exceeding,
     keep_shown,
     script_json,
@@ -98,3 +99,39 @@ def test_choosing_problems_takes_work_in_proportion_to_them():
 def test_without_a_teacher_there_are_no_costs():
     data = browser_data(["a"], [(settings(teacher=None), [rollout(0, 0, None)])], {0})
     assert "costs" not in json.dumps(data["rollouts"])
+
+
+TEMPLATE = "Solve the problem.\nWrite the answer after ####.\n\n{}\n\nAnswer:"
+ALIKE = "A class of 29 students has various hobbies. 6 of them like to read, and {} play chess."
+
+
+@pytest.mark.parametrize(
+    ("prompts", "excerpts"),
+    [
+        (["3 + 4 =", "3 + 5 ="], ["… 4 =", "… 5 ="]),
+        (["1+2=", "3+4="], ["1+2=", "3+4="]),
+        ([TEMPLATE.format("How many?"), TEMPLATE.format("How long?")], ["… many?", "… long?"]),
+        # A few-shot prompt beside two of a template: what is common to most goes.
+        (
+            [TEMPLATE.format("Add 1."), TEMPLATE.format("Take 2."), "Q: Add 3."],
+            ["Add 1.", "Take 2.", "Q: Add 3."],
+        ),
+        (
+            [ALIKE.format(7), ALIKE.format(8), "Tom has 5 apples."],
+            ["A class of … 7 play chess.", "A class of … 8 play chess.", "Tom has 5 apples."],
+        ),
+        (["Same?", "Same?"], ["Same?", "Same?"]),
+        (["Only\none"], ["Only one"]),
+        (["", "a"], ["", "a"]),
+        (["a", "a b"], ["a", "… b"]),
+    ],
+)
+def test_prompts_in_the_list_are_told_apart(prompts, excerpts):
+    assert list(distinct_excerpts(dict(enumerate(prompts))).values()) == excerpts
+
+
+def test_different_prompts_have_different_excerpts():
+    long = "word " * 200
+    prompts = {index: f"{long}{index} {long}" for index in range(5)}
+    assert len(set(distinct_excerpts(prompts).values())) == 5
+    assert all(len(excerpt) <= 120 for excerpt in distinct_excerpts(prompts).values())

@@ -35,6 +35,31 @@ def test_an_output_folder_gives_its_newest_checkpoint_that_has_a_state(tmp_path)
     assert run.steps == 10
 
 
+@pytest.mark.parametrize("name", ["grpo.json", "_trainer_state.json", "state.txt"])
+def test_a_state_is_one_whatever_its_name(tmp_path, name):
+    source = write_state(tmp_path / "run") / "trainer_state.json"
+    source.rename(source.with_name(name))
+    (run,) = read_runs([source.with_name(name)])
+    assert (run.name, run.steps, run.batch_size) == ("grpo" if name == "grpo.json" else run.name, 12, 8)
+    if name != "state.txt":
+        (source.parent / "config.json").write_text('{"hidden_size": 8}')  # no state: left alone
+        assert read_runs([source.parent]) == [run]
+
+
+def test_a_live_state_is_newer_than_a_checkpoint(tmp_path):
+    write_state(tmp_path / "checkpoint-8", 8)
+    (write_state(tmp_path, 9) / "trainer_state.json").rename(tmp_path / "_trainer_state.json")
+    (run,) = read_runs([tmp_path])
+    assert (run.name, run.steps) == (tmp_path.name, 9)
+
+
+def test_a_state_needs_no_more_than_its_log(tmp_path):
+    history = [{"step": 3, "reward": 1.0}, {"step": 5, "reward": 1.0}, {"train_runtime": 1.0}]
+    (tmp_path / "old.json").write_text(json.dumps({"log_history": history}))
+    (run,) = read_runs([tmp_path / "old.json"])
+    assert (run.steps, run.batch_size) == (5, None)
+
+
 def test_runs_of_one_name_have_their_paths_beside_it(tmp_path):
     paths = [write_state(tmp_path / folder / "out" / "checkpoint-1") for folder in ("a", "b")]
     assert [run.name for run in read_runs(paths)] == [f"out ({path / 'trainer_state.json'})" for path in paths]

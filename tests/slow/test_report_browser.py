@@ -1,10 +1,9 @@
 """The report in a real browser, clicked through. Needs playwright and Chromium: `make .venv/.stamp-browser`."""
 
-import os
-import shutil
 from pathlib import Path
 
 import pytest
+import screenshots
 from report_runs import HOSTILE, rollout, rollouts, write_evaluation, write_state
 
 from trl_cmdp.reports import read_runs, write_report
@@ -13,7 +12,7 @@ from trl_cmdp.reports import read_runs, write_report
 pytestmark = pytest.mark.slow
 
 COMPARISON = Path(__file__).parents[2] / "benchmarks" / "results" / "nested"
-DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+DESKTOP, PHONE = screenshots.VIEWPORTS["desktop"], screenshots.VIEWPORTS["phone"]
 CONTRAST = """
 () => {
   const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
@@ -40,16 +39,8 @@ CONTRAST = """
 
 @pytest.fixture(scope="module")
 def browser():
-    executable = os.environ.get("TRL_CMDP_BROWSER") or next(
-        filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None
-    )
-    if executable is None:
-        pytest.fail("There is no Chromium: run `make .venv/.stamp-browser`, or set TRL_CMDP_BROWSER to its path.")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        # Its sandbox needs a user other than root, which a container has not.
-        yield playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+    with screenshots.chromium() as launched:
+        yield launched
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +138,8 @@ def test_the_keyboard_is_enough(page):
     chosen = page.locator("#list [aria-selected=true]")
     assert chosen.get_attribute("id") == "rollout-10"
     assert page.locator("#list").get_attribute("aria-activedescendant") == "rollout-10"
-    page.keyboard.press("Tab")  # the rollout's completion comes next
+    page.select_option("#beside", "")
+    page.focus("#detail .completion")
     for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "ArrowRight"):
         page.keyboard.press(key)
     assert page.locator("#detail .current").inner_text() == "t1 "
@@ -203,20 +195,63 @@ def test_the_policy_stops_what_would_run(browser, url):
     page.context.close()
 
 
+def test_it_opens_with_two_students_beside_one_another(page):
+    assert page.locator("#detail h3").all_inner_texts() == ["constrained", "grpo"]
+
+
+def test_a_card_of_a_phone_names_each_value(browser, url):
+    page = browser.new_page(viewport=PHONE)
+    page.goto(url)
+    cell = page.locator("#summary tbody td").first
+    assert cell.evaluate("cell => getComputedStyle(cell, '::before').content") == '"correct answers"'
+    head, value = page.locator("#summary tbody th").first.bounding_box(), cell.bounding_box()
+    assert value["y"] >= head["y"] + head["height"]
+    page.close()
+
+
+def test_screenshots_are_taken_of_two_reports_and_nothing_is_at_fault(browser, tmp_path):
+    pages = screenshots.default_pages(tmp_path)
+    assert pages.keys() >= screenshots.REPORTS.keys()
+    assert screenshots.take(browser, pages, tmp_path) == []
+    names = {
+        f"{report}-{device}-{scheme}.png"
+        for report in screenshots.REPORTS
+        for device in screenshots.VIEWPORTS
+        for scheme in screenshots.SCHEMES
+    }
+    assert names <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("markup", "fault"),
+    [
+        ("<p style='width: 3000px'>wide</p>", "the page is 30"),
+        ("<div style='overflow-x: auto'><table style='width: 3000px'><tr><td>wide</td></tr></table></div>", "div. is 3000 px wide"),
+        ("<p style='width: 3em; overflow-wrap: anywhere'>satisfaction</p>", "the word satisfaction is broken"),
+        ("<pre style='overflow: auto'><code>" + "code " * 1000 + "</code></pre><p style='width: 1em'>two words</p>", None),
+    ],
+)  # fmt: skip
+def test_the_screenshots_command_finds_faults(browser, markup, fault):
+    page = browser.new_page(viewport=PHONE)
+    page.set_content(markup)
+    found = page.evaluate(screenshots.FAULTS)
+    assert found == [] if fault is None else [fault] == [text[: len(fault)] for text in found]
+    page.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_it_fits_and_can_be_read(browser, url, viewport, scheme):
     context = browser.new_context(viewport=viewport, color_scheme=scheme)
     page = context.new_page()
     page.goto(url)
-    assert page.evaluate("document.documentElement.scrollWidth") == viewport["width"]
+    assert page.evaluate(screenshots.FAULTS) == []
     assert min(page.evaluate(CONTRAST)) >= 4.5  # WCAG AA
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     ink = page.locator("#plot-costs-title").evaluate("title => getComputedStyle(title.parentNode).fill")
     assert (sum(map(int, paper[4:-1].split(","))) > 600) == (scheme == "light")
     assert (sum(map(int, ink[4:-1].split(","))) < 200) == (scheme == "light")
     if viewport is PHONE:
-        page.select_option("#beside", label="grpo")
         columns = page.locator("#detail .rollout")
         assert columns.nth(1).bounding_box()["y"] > columns.nth(0).bounding_box()["y"]
     context.close()

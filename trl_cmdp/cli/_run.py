@@ -38,6 +38,7 @@ LOADING_FIELDS = ("model_init_kwargs", "teacher_model_init_kwargs", "teacher_mod
 class Answer:
     """A model's answer to one problem, as it was judged, and what each token cost."""
 
+    rollout: "Rollout"
     correct: bool
     valid: bool | None  # every step valid; `None` where nothing checks the steps
     reward: float
@@ -62,18 +63,19 @@ def distill_class(trainer: str, kind: Literal["Trainer", "Config"]) -> Any:
     return getattr(import_module("trl_cmdp"), TRAINERS[trainer] + kind)
 
 
-def set_up_process(num_threads: int = 1) -> None:
-    """Quiet libraries and few threads."""
+def set_up_process(num_threads: int = 1, *, verbose: bool = False) -> None:
+    """Few threads, and quiet libraries unless they are to be heard."""
     import torch
     from datasets import disable_progress_bars
     from transformers.utils import logging
 
-    # Renamings inside transformers, which no argument of a command can answer.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    disable_progress_bars()
     torch.set_num_threads(num_threads)
+    if not verbose:
+        # Renamings inside transformers, which no argument of a command can answer.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        disable_progress_bars()
 
 
 def load_tokenizer(setup: "Setup") -> "PreTrainedTokenizerBase":
@@ -196,7 +198,7 @@ def evaluate_student(
         chat_template_kwargs=fields.get("chat_template_kwargs"),
     )
     costs = score_rollouts(rollouts, model, teacher, batch_size=setup.batch_size, ends=ends)
-    return [Answer(*values) for values in zip(*judge(rollouts, problems, setup), costs, strict=True)]
+    return [Answer(*values) for values in zip(rollouts, *judge(rollouts, problems, setup), costs, strict=True)]
 
 
 def judge(

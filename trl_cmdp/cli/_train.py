@@ -37,6 +37,7 @@ from ..trainers.engine.config import DistillConfig
 from ..trainers.engine.distill_trainer import DistillTrainer
 from ..trainers.telemetry.card import CURVES_FILE
 from ..trainers.telemetry.hub import describe_error
+from ..trainers.telemetry.live_state import LiveState
 from ._arguments import Mistake, mistakes, refusals
 from ._progress import TrainingProgress
 from ._tasks import load_problems, load_reward, load_task
@@ -258,6 +259,7 @@ def _train(trainer: DistillTrainer, dataset_name: str | None) -> int:
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
+    trainer.add_callback(LiveState())
     if args.push_to_hub:
         trainer.add_callback(CurvesOnPush())
     try:

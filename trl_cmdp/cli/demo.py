@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ._run import Answer
+    from ._setup import Setup
 
 TASK = "arithmetic"
+# What the records call the embedded models.
+TEACHER, STUDENT = f"teacher of trl_cmdp.tasks.{TASK}", f"student of trl_cmdp.tasks.{TASK}"
 # The limit is in nats per token.
 COST_LIMIT = 0.25
 STEPS, QUICK_STEPS = 200, 10
@@ -31,7 +35,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "demo",
         help="distil the embedded teacher into the embedded student on a CPU, in minutes",
         description="Distil the embedded teacher into the embedded student (chained sums with worked steps), evaluate "
-        "before and after on held-out problems, and write metrics.json, curves.png and the student.",
+        "before and after on held-out problems, and write the student, metrics.json, curves.png, the rollouts and a report.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the problems, the rollouts and the evaluation")
@@ -49,17 +53,18 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         help=f"a smoke run: {QUICK_STEPS} steps and {QUICK_HELD_OUT} held-out problems, with no promise",
     )
+    parser.add_argument("--verbose", action="store_true", help="show the warnings and progress of the libraries too")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo."""
     # Imported here: `trl-cmdp --help` should not wait for torch and TRL.
-    from ..reports import plot_training_curves
+    from ..reports import plot_training_curves, read_runs, write_report
     from ._run import load_models, set_up_process, train_student, training_args
     from ._setup import embedded_setup
 
-    set_up_process()
+    set_up_process(verbose=arguments.verbose)
     start = time.monotonic()
     steps = QUICK_STEPS if arguments.quick else arguments.steps
     num_held_out = QUICK_HELD_OUT if arguments.quick else HELD_OUT
@@ -67,11 +72,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     setup = embedded_setup(TASK)
     tokenizer, student, teacher = load_models(setup)
-    held_out = setup.test_dataset.draw(num_held_out, arguments.seed)
+    bed = _Bed(setup, tokenizer, teacher, setup.test_dataset.draw(num_held_out, arguments.seed), arguments)
 
     print(f"Evaluating teacher and student on {num_held_out} held-out problems ...", flush=True)
-    measured = (tokenizer, teacher, held_out, arguments)
-    teacher_metrics, before = evaluate(teacher, *measured), evaluate(student, *measured)
+    teacher_metrics = evaluate(teacher, "teacher", TEACHER, bed)
+    before = evaluate(student, "student before", STUDENT, bed)
     shared = {"steps": steps, "seed": arguments.seed, "cost_limit": arguments.cost_limit}
     args = training_args(
         arguments.method, setup.config_fields, {}, output_dir=arguments.output_dir / "trainer", **shared
@@ -80,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     trainer.save_model(str(arguments.output_dir / "student"))
     trainer.state.save_to_json(str(arguments.output_dir / "trainer_state.json"))  # what `trl-cmdp report` reads
     print("Evaluating the trained student on the same problems ...", flush=True)
-    after = evaluate(student, *measured)
+    after = evaluate(student, arguments.method, str(arguments.output_dir / "student"), bed)
 
     print(f"\n{arguments.method}, held-out problems, temperature 1, limit {arguments.cost_limit:g}\n")
     print(_table({"student before": before, "student after": after, "teacher": teacher_metrics}))
@@ -98,29 +103,90 @@ def run(arguments: argparse.Namespace) -> int:
     write_whole(arguments.output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     title = f"trl-cmdp demo: {arguments.method}, seed {arguments.seed}"
     plot_training_curves(trainer.state.log_history, arguments.output_dir / "curves.png", title)
+    names = ("trainer_state.json", "student-before.jsonl", f"{arguments.method}.jsonl", "teacher.jsonl")
+    runs = read_runs([arguments.output_dir / name for name in names])
+    page, *_ = write_report(runs, arguments.output_dir / "report", title=title)
     say(f"\nStudent, metrics.json and curves.png are in {arguments.output_dir}/ ({config['seconds']:.0f} s).")
+    say(
+        f"The report, with every rollout shaded by its divergence from the teacher:\n{page.resolve().as_uri()}#rollouts"
+    )
     return 0
 
 
-def evaluate(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    teacher: "PreTrainedModel",
-    problems: "Dataset",
-    arguments: argparse.Namespace,
-) -> dict[str, Any]:
-    """Metrics of a model on held-out problems: one sampled rollout each, and a greedy one beside it."""
-    from ._run import evaluate_student
-    from ._setup import embedded_setup
+@dataclass(frozen=True)
+class _Bed:
+    """What every model of the demo is measured on."""
 
-    sampled, greedy = (
-        _metrics(
-            evaluate_student(model, tokenizer, teacher, problems, embedded_setup(TASK), arguments.seed, greedy=greedy),
-            arguments.cost_limit,
+    setup: "Setup"
+    tokenizer: "PreTrainedTokenizerBase"
+    teacher: "PreTrainedModel"
+    problems: "Dataset"
+    arguments: argparse.Namespace
+
+
+def evaluate(model: "PreTrainedModel", name: str, source: str, bed: _Bed) -> dict[str, Any]:
+    """
+    Metrics of a model on held-out problems, one sampled rollout each and a greedy one beside it. The rollouts are
+    recorded in the output folder under the model's name.
+    """
+    from ._run import evaluate_student
+
+    arguments = bed.arguments
+    answers = {
+        greedy: evaluate_student(
+            model, bed.tokenizer, bed.teacher, bed.problems, bed.setup, arguments.seed, greedy=greedy
         )
         for greedy in (False, True)
-    )
+    }
+    path = arguments.output_dir / f"{name.replace(' ', '-')}.jsonl"
+    write_whole(path, "".join(f"{line}\n" for line in _record_lines(model, name, source, answers, bed)))
+    sampled, greedy = (_metrics(answers[greedy], arguments.cost_limit) for greedy in (False, True))
     return {**sampled, "greedy": greedy}
+
+
+def _record_lines(
+    model: "PreTrainedModel", name: str, source: str, answers: "dict[bool, list[Answer]]", bed: _Bed
+) -> list[str]:
+    """The records of a model's answers, sampled and greedy, as `trl-cmdp evaluate` writes them."""
+    from ..core.fingerprint import fingerprint_of_rows, fingerprint_of_weights
+    from ..evaluation import EvaluationSettings
+    from ..evaluation.evaluator import make_record
+    from ..evaluation.provenance import tokenizer_fingerprint
+    from ..evaluation.rollouts import eos_ids
+
+    settings = EvaluationSettings(
+        name=name,
+        student=source,
+        student_fingerprint=fingerprint_of_weights(model.named_parameters()),
+        teacher=TEACHER,
+        teacher_fingerprint=fingerprint_of_weights(bed.teacher.named_parameters()),
+        problems_fingerprint=fingerprint_of_rows(bed.problems),
+        tokenizer_fingerprint=tokenizer_fingerprint(bed.tokenizer),
+        student_dtype=str(model.dtype).removeprefix("torch."),
+        task=TASK,
+        num_problems=len(bed.problems),
+        greedy=True,
+        seed=bed.arguments.seed,
+        max_new_tokens=bed.setup.config_fields["max_completion_length"],
+        batch_size=bed.setup.batch_size,
+        cost_limit=bed.arguments.cost_limit,
+    )
+    stops = eos_ids(model, bed.tokenizer)
+    records = [
+        make_record(
+            (problem, greedy, 0),
+            row,
+            answer.rollout,
+            answer.correct,
+            answer.costs,
+            bed.tokenizer,
+            MAX_COMPLETION_LENGTH,
+            stops,
+        )
+        for greedy, of_kind in answers.items()
+        for problem, (row, answer) in enumerate(zip(bed.problems, of_kind, strict=True))
+    ]
+    return [settings.to_json(), *(record.to_json() for record in records)]
 
 
 def _metrics(answers: "list[Answer]", cost_limit: float) -> dict[str, Any]:
@@ -149,7 +215,7 @@ def _table(rows: dict[str, dict[str, Any]]) -> str:
     from ..evaluation.rates import ValueWithInterval
     from ..reports.tables import markdown_table
 
-    columns = ("", "correct answer", "all steps valid", "satisfaction [95%]", "mean cost (nats/token)")
+    columns = ("", "correct", "steps valid", "satisfaction [95%]", "nats per token")
     lines = [
         (
             name,

@@ -3,7 +3,7 @@
 import math
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from itertools import accumulate
@@ -129,19 +129,7 @@ def evaluate(
                 )
             correct = [value == 1.0 for value in call_reward(reward, batch_rows, rollouts)]
             new = [
-                RolloutRecord(
-                    *key,
-                    prompt=_recorded(rollout.prompt),
-                    answer=str(row["answer"]),
-                    difficulty=None if row.get("difficulty") is None else str(row["difficulty"]),
-                    completion=rollout.completion,
-                    completion_ids=rollout.completion_ids,
-                    tokens=[str(tokenizer.decode([token])) for token in rollout.completion_ids],
-                    truncated=_is_truncated(rollout.completion_ids, settings.max_new_tokens, stops),
-                    right=is_correct,
-                    # A cost of 0 comes as a number around it: no "-0.0".
-                    costs=None if cost is None else [round(value, 6) + 0.0 for value in cost.tolist()],
-                )
+                make_record(key, row, rollout, is_correct, cost, tokenizer, settings.max_new_tokens, stops)
                 for key, row, rollout, cost, is_correct in zip(
                     batch, batch_rows, rollouts, costs, correct, strict=True
                 )
@@ -151,6 +139,33 @@ def evaluate(
             if progress is not None:
                 progress(len(records), total)
         return records
+
+
+def make_record(
+    key: tuple[int, bool, int],
+    row: Mapping[str, Any],
+    rollout: Rollout,
+    is_correct: bool,
+    costs: torch.Tensor | None,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    stops: Sequence[int],
+) -> RolloutRecord:
+    """The record of one rollout of a row of the problems, with its costs (L,). The key is the record's."""
+    ids = rollout.completion_ids
+    return RolloutRecord(
+        *key,
+        prompt=_recorded(rollout.prompt),
+        answer=str(row["answer"]),
+        difficulty=None if row.get("difficulty") is None else str(row["difficulty"]),
+        completion=rollout.completion,
+        completion_ids=ids,
+        tokens=[str(tokenizer.decode([token])) for token in ids],
+        truncated=len(ids) >= max_new_tokens and ids[-1] not in stops,
+        right=is_correct,
+        # A cost of 0 comes as a number around it: no "-0.0".
+        costs=None if costs is None else [round(value, 6) + 0.0 for value in costs.tolist()],
+    )
 
 
 def _check_arguments(
@@ -235,10 +250,6 @@ def call_reward(
     if len(rewards) != len(rollouts):
         raise ValueError(f"The reward function gave {len(rewards)} rewards for {len(rollouts)} completions.")
     return rewards
-
-
-def _is_truncated(ids: Sequence[int], max_new_tokens: int, end_ids: Sequence[int]) -> bool:
-    return len(ids) >= max_new_tokens and ids[-1] not in end_ids
 
 
 @contextmanager

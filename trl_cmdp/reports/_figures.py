@@ -10,7 +10,7 @@ from typing import Any, Literal
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from .._files import write_whole
 from .._messages import printable
@@ -96,11 +96,16 @@ def bars(figure: ValueWithInterval) -> list[list[float]]:
     return [[max(0.0, figure.value - figure.low)], [max(0.0, figure.high - figure.value)]]
 
 
-def number_decades(axis: Any) -> None:
-    """Plain numbers, 1, 2 and 5 of each decade, on a logarithmic axis."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+def number_decades(axis: Any, wide: bool = False) -> None:
+    """Plain numbers, 1, 2 and 5 of each decade or, of many, 1 alone, on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
+
+
+def whole_numbers(axis: Any) -> None:
+    """Ticks of an axis at whole numbers alone: there is no half step."""
+    axis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
 
 
 def logarithmic_if_wide(axes: Axes, which: Literal["x", "y"], values: Sequence[float]) -> bool:
@@ -108,7 +113,7 @@ def logarithmic_if_wide(axes: Axes, which: Literal["x", "y"], values: Sequence[f
     wide = bool(values) and min(values) > 0 and max(values) >= 10 * min(values)
     if wide:
         axes.set(**{f"{which}scale": "log"})
-        number_decades(axes.xaxis if which == "x" else axes.yaxis)
+        number_decades(axes.xaxis if which == "x" else axes.yaxis, max(values) >= 1000 * min(values))
     return wide
 
 

@@ -20,6 +20,7 @@ from ._figures import (
     plain,
     save,
     style_axes,
+    whole_numbers,
 )
 from .pareto import ParetoPoint, draw_pareto
 from .tables import method_label
@@ -103,6 +104,7 @@ def draw_comparison_curve(axes: Axes, records: Sequence[CellRecord], key: str) -
         axes.set_ylim(0, 1.02)
     unit = COST_UNITS[records[0].cost_scope] if key == "cost" and records else CURVES[key][1]
     axes.set(xlabel="optimizer step", ylabel=unit)
+    whole_numbers(axes.xaxis)
     style_axes(axes)
 
 

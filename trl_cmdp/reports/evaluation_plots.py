@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from .._defaults import COST_UNITS, FEASIBLE_SATISFACTION, CostScope
 from ..evaluation.summary import RolloutSummary, rollout_costs
-from ._figures import LIMIT_LINE, SMALLEST_COST, bars, cumulative, plain, style_axes
+from ._figures import LIMIT_LINE, SMALLEST_COST, bars, cumulative, plain, style_axes, whole_numbers
 from .pareto import ParetoPoint, draw_pareto
 from .runs import EvaluationRun
 
@@ -71,6 +71,7 @@ def draw_position_profile(axes: Axes, profile: tuple[list[float], list[float], l
     axes.plot(positions, means_shown, color=colour, linewidth=1.6)
     axes.set(xlabel="token of the completion", ylabel="divergence, nats")
     axes.set_xlim(1, max(2, len(means)))
+    whole_numbers(axes.xaxis)
     style_axes(axes)
 
 
@@ -105,12 +106,13 @@ def ordered_strata(summaries: dict[str, RolloutSummary]) -> list[str]:
 
 def draw_evaluation_pareto(
     summaries: dict[str, RolloutSummary],
+    teacher: RolloutSummary | None,
     colours: dict[str, str],
     cost_limit: float,
     scope: CostScope,
     size: tuple[float, float],
 ) -> Figure:
-    """Draw correct answers against mean cost, a point for each student with costs."""
+    """Draw correct answers against mean cost: a point for each student with costs, a line for the teacher."""
     points = [
         ParetoPoint(
             name=name,
@@ -122,4 +124,7 @@ def draw_evaluation_pareto(
         if summary.costs is not None
     ]
     label = f"mean cost of a rollout, {COST_UNITS[scope]}"
-    return draw_pareto(points, cost_limit, cost_label=label, colours=colours, size=size)
+    teacher_correct = None if teacher is None else teacher.right.value
+    return draw_pareto(
+        points, cost_limit, cost_label=label, colours=colours, teacher_correct=teacher_correct, size=size
+    )

@@ -2,11 +2,11 @@
 
 import base64
 import hashlib
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -14,11 +14,11 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from .. import __version__
-from .._defaults import COST_UNITS
+from .._defaults import COST_UNITS, FEASIBLE_SATISFACTION
 from .._files import write_whole
-from ..evaluation import compare_methods
-from ..evaluation.summary import EvaluationDifference, compare_evaluations, summarize
-from ._curves import logged
+from ..evaluation import RolloutSummary, compare_methods
+from ..evaluation.summary import compare_evaluations, summarize
+from ._curves import SMOOTHED_STEPS
 from ._figures import COLOURS, colours_by_name, legend_below, new_figure, png
 from ._inline_svg import inline_svg
 from .comparison_plots import CURVES, draw_comparison_curve, draw_comparison_pareto
@@ -31,16 +31,26 @@ from .evaluation_plots import (
     ordered_strata,
     position_profile,
 )
+from .page_tables import (
+    PageTable,
+    comparison_page_table,
+    comparison_settings_table,
+    differences_table,
+    settings_table,
+    strata_table,
+    summary_table,
+    training_table,
+)
 from .rollout_browser import MAX_ROLLOUTS, SHADES, browser_data, choose_problems, keep_shown, script_json
 from .runs import ComparisonRun, EvaluationRun, Run, TrainingRun
-from .tables import method_label
 from .training_curves import TRAINING_PANELS
+from .verdict import comparison_verdict, evaluation_verdict, training_verdict
 
 
 PAGE = "report.html"
 _PANEL = (4.2, 3.1)  # inches: three beside one another on a desktop, one on a phone
 _WIDE = (6.4, 4.4)
-_LAST_VALUES = 10
+_JOINTS = re.compile(r"(?<=[/\\])(?=\w)|(?<=[.:-])(?=[^\W\d])")  # where a path or a name may be broken, and no number
 
 
 @dataclass(frozen=True)
@@ -64,26 +74,40 @@ class _Gallery:
 
 
 def write_report(
-    runs: Sequence[Run], output_dir: Path, *, title: str | None = None, max_rollouts: int = MAX_ROLLOUTS
+    runs: Sequence[Run],
+    output_dir: Path,
+    *,
+    title: str | None = None,
+    max_rollouts: int = MAX_ROLLOUTS,
+    refresh: int | None = None,
 ) -> list[Path]:
-    """Write a report of runs, all its files or, where anything is wrong, none."""
+    """
+    Write a report of runs, all its files or, where anything is wrong, none. The page loads itself anew every `refresh`
+    seconds, if that is given.
+    """
     if not runs:
         raise ValueError("There is no run to report.")
     training = [run for run in runs if isinstance(run, TrainingRun)]
     evaluations = [run for run in runs if isinstance(run, EvaluationRun)]
+    evaluations.sort(key=lambda run: run.is_teacher)  # whom the others are measured by comes last
     comparisons = [run for run in runs if isinstance(run, ComparisonRun)]
     gallery = _Gallery()
     # One colour for a name, whether it was trained or evaluated.
     colours = colours_by_name(list({run.name for run in (*training, *evaluations)}))
     task = f"{evaluations[0].settings.task}, {evaluations[0].settings.split}" if evaluations else None
+    evaluation = _evaluation_part(evaluations, colours, gallery) if evaluations else None
+    parts = [_comparison_part(run, number, gallery) for number, run in enumerate(comparisons, start=1)]
+    verdicts = [*(evaluation["verdicts"] if evaluation else ()), *(part["verdict"] for part in parts)]
     page = {
         "title": title or task or ", ".join(run.name for run in (*comparisons, *training)),
-        "evaluation": _evaluation_part(evaluations, colours, gallery) if evaluations else None,
+        "verdicts": verdicts or [training_verdict(run) for run in training],
+        "evaluation": evaluation,
         "training": _training_part(training, colours, gallery) if training else None,
-        "comparisons": [_comparison_part(run, number, gallery) for number, run in enumerate(comparisons, start=1)],
+        "comparisons": parts,
         "browser": _browser_part(evaluations, max_rollouts) if evaluations else None,
         "sources": [run.source for run in runs],
         "series": {name: COLOURS.index(colour) for name, colour in colours.items()},
+        "refresh": refresh,
         "version": __version__,
     }
     # A lone surrogate, which a record may hold, cannot be written otherwise.
@@ -105,40 +129,51 @@ def _evaluation_part(runs: Sequence[EvaluationRun], colours: dict[str, str], gal
     greedy = not kinds["sampled"]
     drawn = kinds["greedy" if greedy else "sampled"]
     of_kind = [run for run in runs if run.name in drawn]
+    # The teacher's costs are 0: a line in the one plot, nothing in the others.
+    students = [run for run in of_kind if not run.is_teacher] or of_kind
+    teacher = next((drawn[run.name] for run in of_kind if run not in students), None)
+    measured = {run.name: drawn[run.name] for run in students}
     costs = settings.teacher is not None
-    plots, strata = [], []
+    plots = []
     if costs:
-        figure = draw_evaluation_pareto(drawn, colours, settings.cost_limit, settings.cost_scope, _WIDE)
-        caption = "One mark for each student with 95% intervals, filled where at least 95% of the rollouts satisfy."
+        figure = draw_evaluation_pareto(measured, teacher, colours, settings.cost_limit, settings.cost_scope, _WIDE)
+        caption = (
+            f"One mark for each student with 95% intervals, filled where at least {FEASIBLE_SATISFACTION:.0%} of the "
+            f"rollouts are within the limit.{' The dotted line is the teacher.' * (teacher is not None)}"
+        )
         plots.append(gallery.add(figure, "pareto", "Correct answers against cost", caption))
-    if ordered_strata(drawn):
-        for name, title in {"right": "Correct answers", "satisfaction": "Satisfaction"}.items():
-            if name == "right" or costs:
-                figure = new_figure(*_PANEL)
-                axes = figure.subplots()
-                draw_strata(axes, drawn, colours, name)
-                if len(drawn) > 1:
-                    legend_below(figure, axes, 3, fontsize=8)
-                caption = "Rate by difficulty with its 95% interval, problems as clusters."
-                strata.append(gallery.add(figure, f"difficulty-{name}", f"{title} by difficulty", caption))
+    titles = {"sampled": "Sampled rollouts", "greedy": "Greedy rollouts"}
     return {
+        "verdicts": [evaluation_verdict(run.name, drawn[run.name], settings, teacher) for run in students],
         "settings": settings,
         "unit": COST_UNITS[settings.cost_scope],
-        "tables": {kind: of_names for kind, of_names in kinds.items() if of_names},
+        "num_students": sum(not run.is_teacher for run in runs),
+        "tables": [summary_table(titles[kind], of_names) for kind, of_names in kinds.items() if of_names],
         "missing": {name: summary.num_missing for name, summary in summaries.items() if summary.num_missing},
         "differences": _differences(of_kind, greedy),
-        "settings_rows": _settings_rows(runs),
+        "settings_table": settings_table(runs),
         "names": [run.name for run in runs],
         "plots": plots,
-        "cost_plots": _cost_plots(of_kind, colours, greedy, gallery) if costs else [],
-        "strata_plots": strata,
-        "strata_rows": [
-            (stratum, name, summary.strata[stratum])
-            for stratum in ordered_strata(drawn)
-            for name, summary in drawn.items()
-            if stratum in summary.strata
-        ],
+        "cost_plots": _cost_plots(students, colours, greedy, gallery) if costs else [],
+        "strata_plots": _strata_plots(drawn, colours, costs, gallery),
+        "strata_table": strata_table(strata, drawn) if (strata := ordered_strata(drawn)) else None,
     }
+
+
+def _strata_plots(
+    drawn: dict[str, RolloutSummary], colours: dict[str, str], costs: bool, gallery: _Gallery
+) -> list[_Plot]:
+    plots = []
+    for name, title in {"right": "Correct answers", "satisfaction": "Satisfaction"}.items():
+        if ordered_strata(drawn) and (name == "right" or costs):
+            figure = new_figure(*_PANEL)
+            axes = figure.subplots()
+            draw_strata(axes, drawn, colours, name)
+            if len(drawn) > 1:
+                legend_below(figure, axes, 3, fontsize=8)
+            caption = "Rate by difficulty with its 95% interval, problems as clusters."
+            plots.append(gallery.add(figure, f"difficulty-{name}", f"{title} by difficulty", caption))
+    return plots
 
 
 def _cost_plots(
@@ -155,34 +190,28 @@ def _cost_plots(
         axes = figure.subplots()
         draw_position_profile(axes, profile, colours[run.name])
         axes.set_ylim(0, 1.05 * highest or 1)  # one scale for all students
-        caption = f"Mean, and the band from the 10% to the 90% quantile, as long as {FEWEST_ROLLOUTS} rollouts last."
+        caption = f"Mean, and the band from the 10% to the 90% quantile, as far as {_how_many(run, greedy)} last."
         title = f"{run.name}: divergence by token"
         plots.append(gallery.add(figure, f"divergence-{number}", title, caption))
     return plots
 
 
-def _differences(runs: Sequence[EvaluationRun], greedy: bool) -> list[EvaluationDifference]:
+def _how_many(run: EvaluationRun, greedy: bool) -> str:
+    number = sum(record.greedy == greedy and bool(record.costs) for record in run.records)
+    if number == 1:
+        return "the one rollout"
+    return f"{FEWEST_ROLLOUTS} rollouts" if number > FEWEST_ROLLOUTS else f"all {number} rollouts"
+
+
+def _differences(runs: Sequence[EvaluationRun], greedy: bool) -> PageTable | None:
     """Every other student's difference to the constrained one, or to the first."""
     reference = next((run for run in runs if run.settings.name == "constrained"), runs[0])
-    return [
+    differences = [
         compare_evaluations((run.settings, run.records), (reference.settings, reference.records), greedy=greedy)
         for run in runs
         if run is not reference
     ]
-
-
-def _settings_rows(runs: Sequence[EvaluationRun]) -> list[tuple[str, list[str]]]:
-    """Name and value of each setting: one value where it is the same for all, else one for each student."""
-    flat = []
-    for run in runs:
-        settings = asdict(run.settings)
-        versions = {f"version of {name}": version for name, version in settings.pop("versions").items()}
-        flat.append({**settings, **versions, "records": len(run.records)})
-    rows = []
-    for name in dict.fromkeys(name for settings in flat for name in settings):
-        values = ["–" if settings.get(name) is None else str(settings[name]) for settings in flat]
-        rows.append((name.replace("_", " "), values[:1] if len(set(values)) == 1 else values))
-    return rows
+    return differences_table(differences) if differences else None
 
 
 def _training_part(runs: Sequence[TrainingRun], colours: dict[str, str], gallery: _Gallery) -> dict[str, Any]:
@@ -191,25 +220,8 @@ def _training_part(runs: Sequence[TrainingRun], colours: dict[str, str], gallery
         if panel.is_logged(runs):
             figure = new_figure(*_PANEL)
             panel.draw(figure.subplots(), runs, colours)
-            plots.append(gallery.add(figure, f"training-{panel.name}", panel.title, panel.caption))
-    metrics = {
-        "reward": "reward",
-        "mean cost": "constraint/cost",
-        "largest cost": "constraint/cost_max",
-        "limit": "constraint/limit",
-        "satisfaction": "constraint/satisfaction_rate",
-        "multiplier": "lagrange_multiplier",
-        "tokens": "completions/mean_length",
-    }
-    metrics = {title: key for title, key in metrics.items() if any(logged(run.history, key)[0] for run in runs)}
-    rows = []
-    for run in runs:
-        last = {title: logged(run.history, key)[1][-_LAST_VALUES:] for title, key in metrics.items()}
-        figures = {
-            title: max(values) if title == "largest cost" else mean(values) for title, values in last.items() if values
-        }
-        rows.append((run, [figures.get(title) for title in metrics]))
-    return {"plots": plots, "columns": list(metrics), "rows": rows, "last": _LAST_VALUES}
+            plots.append(gallery.add(figure, f"training-{panel.name}", panel.title, panel.caption(runs)))
+    return {"plots": plots, "table": training_table(runs), "num_runs": len(runs)}
 
 
 def _comparison_part(run: ComparisonRun, number: int, gallery: _Gallery) -> dict[str, Any]:
@@ -217,10 +229,11 @@ def _comparison_part(run: ComparisonRun, number: int, gallery: _Gallery) -> dict
         comparison = compare_methods(run.records)
     except ValueError as error:
         raise ValueError(f"{run.source}: {error}") from error
+    several = len({record.seed for record in run.records}) > 1
     figure = draw_comparison_pareto(comparison, size=_WIDE)
     caption = (
-        "One mark for each method with 95% intervals, its seeds behind it, filled where at least 95% of the rollouts "
-        "satisfy the limit."
+        f"One mark for each method with 95% intervals{', its seeds behind it' * several}, filled where at least "
+        f"{FEASIBLE_SATISFACTION:.0%} of the rollouts are within the limit."
     )
     plots = [gallery.add(figure, f"comparison-{number}-pareto", "Correct answers against cost", caption)]
     for key, (title, _) in CURVES.items():
@@ -230,27 +243,18 @@ def _comparison_part(run: ComparisonRun, number: int, gallery: _Gallery) -> dict
             draw_comparison_curve(axes, run.records, key)
             if key == "reward":
                 legend_below(figure, axes, 3, fontsize=8)
-            caption = "Mean over the seeds, over 5 logged values."
+            caption = f"{'Means over the seeds, over' if several else 'Means over'} {SMOOTHED_STEPS} logged values."
             plots.append(gallery.add(figure, f"comparison-{number}-{key}", title, caption))
     return {
         "id": f"comparison-{number}",
         "name": run.name,
+        "verdict": comparison_verdict(run.name, comparison),
         "comparison": comparison,
-        "rows": [(row, method_label(row)) for row in comparison.methods],
+        "table": comparison_page_table(comparison),
+        "several": several,
         "plots": plots,
-        "settings": _comparison_settings(run),
+        "settings_table": comparison_settings_table(run, comparison.task),
     }
-
-
-def _comparison_settings(run: ComparisonRun) -> list[tuple[str, str]]:
-    """How the cells were made: versions, commits and seeds."""
-    values: dict[str, set[str]] = {}
-    for record in run.records:
-        versions = {f"version of {name}": version for name, version in record.versions.items()}
-        commit = f"{record.git_commit}{' with changes' * record.git_dirty}"
-        for name, value in {**versions, "commit": commit, "seeds": str(record.seed)}.items():
-            values.setdefault(name, set()).add(value)
-    return [(name, ", ".join(sorted(values[name]))) for name in values]
 
 
 def _browser_part(runs: Sequence[EvaluationRun], max_rollouts: int) -> dict[str, Any]:
@@ -288,8 +292,14 @@ def _render(page: dict[str, Any]) -> str:
         "form-action 'none'"
     )
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["breakable"] = _breakable
     template = environment.from_string((folder / "report.html.jinja").read_text(encoding="utf-8"))
     return template.render(page, policy=policy, style=Markup(style), script=Markup(script))
+
+
+def _breakable(text: str) -> Markup:
+    """A text in which a path or a name may go on in the next line behind what joins its parts."""
+    return Markup("<wbr>").join(_JOINTS.split(text))
 
 
 def _hash(content: str) -> str:

@@ -67,9 +67,9 @@ function option(index) {
   row.setAttribute("role", "option");
   row.append(
     element("span", "outcome", rollout.right ? "correct" : "wrong"),
-    element("span", "excerpt", promptText(problemOf(rollout).prompt).trim().split("\n").pop().slice(0, 120)),
+    element("span", "excerpt", problemOf(rollout).excerpt),
     element("span", "cost", rollout.cost === undefined ? "" : nats(rollout.cost)),
-    element("span", "whose", `${data.students[rollout.student]}, ${sampleName(rollout)}`)
+    element("span", "whose", `problem ${rollout.problem}, ${data.students[rollout.student]}, ${sampleName(rollout)}`)
   );
   row.addEventListener("click", () => select(index));
   return row;

@@ -2,7 +2,9 @@
 
 import json
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from ..evaluation.summary import Evaluation
 
 # About 15 bytes a token and a page of a few megabytes at most.
 MAX_ROLLOUTS, MAX_TOKENS, MAX_CHARACTERS = 1000, 200_000, 3_500_000
+# Characters of a prompt in the list; and those after which it has to differ from the others.
+_EXCERPT, _ALIKE = 120, 40
 _Size = tuple[int, int, int]  # rollouts, tokens, characters
 # Lower bounds, in nats, of the shades: half decades, so that the eye sees both a slip and a leap.
 SHADES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -35,6 +39,11 @@ def first_exceeding(costs: Sequence[float], cost_limit: float, scope: CostScope)
     scope `"mean"` a rollout may come back within the limit.
     """
     return next((index for index, cost in enumerate(cost_through(costs, scope)) if cost > cost_limit), None)
+
+
+def prompt_text(prompt: str | list[dict[str, str]]) -> str:
+    """A prompt to be read: text, or what its messages say."""
+    return prompt if isinstance(prompt, str) else "\n\n".join(f"{one['role']}: {one['content']}" for one in prompt)
 
 
 def script_json(value: Any) -> str:
@@ -105,17 +114,58 @@ def browser_data(names: Sequence[str], evaluations: Sequence[Evaluation], proble
         if record.problem in problems
     ]
     shown = {record.problem: record for _, record in reversed(kept)}
+    excerpts = distinct_excerpts({problem: prompt_text(record.prompt) for problem, record in shown.items()})
     return {
         "limit": settings.cost_limit,
         "scope": settings.cost_scope,
         "shades": SHADES,
         "students": list(names),
         "problems": {
-            problem: {"prompt": record.prompt, "answer": record.answer, "difficulty": record.difficulty}
+            problem: {
+                "prompt": record.prompt,
+                "excerpt": excerpts[problem],
+                "answer": record.answer,
+                "difficulty": record.difficulty,
+            }
             for problem, record in sorted(shown.items())
         },
         "rollouts": [_rollout(student, record, settings) for student, record in kept],
     }
+
+
+def distinct_excerpts(prompts: Mapping[int, str]) -> dict[int, str]:
+    """
+    A line of each prompt by which it is told from the others: without the lines that more than half of them share, such
+    as those of a template, without the words that all begin with, and of what begins like another its first words and
+    what differs.
+    """
+    lines = {problem: [line.strip() for line in text.split("\n") if line.strip()] for problem, text in prompts.items()}
+    counts = Counter(line for of_prompt in lines.values() for line in set(of_prompt))
+    own = {
+        problem: [line for line in of_prompt if len(prompts) < 2 or 2 * counts[line] <= len(prompts)] or of_prompt[-1:]
+        for problem, of_prompt in lines.items()
+    }
+    words = {problem: tuple(" ".join(of_prompt).split()) for problem, of_prompt in own.items()}
+    different = sorted(set(words.values()))
+    shared = dict.fromkeys(different, 0)  # words with the prompt that is most like it
+    for one, other in pairwise(different):
+        same = _num_shared(one, other)
+        shared[one], shared[other] = max(shared[one], same), max(shared[other], same)
+    first = _num_shared(different[0], different[-1]) if len(different) > 1 else 0  # words that all begin with
+    return {problem: _excerpt(of_prompt, first, shared[of_prompt]) for problem, of_prompt in words.items()}
+
+
+def _excerpt(words: Sequence[str], first: int, different: int) -> str:
+    """A text without its first words, and without what follows until it differs from others if that is long."""
+    text = " ".join(words[first:]) or " ".join(words)
+    if len(" ".join(words[first:different])) > _ALIKE:
+        text = f"{' '.join(words[first : first + 3])} … {' '.join(words[different:])}"
+    return f"{'… ' * (0 < first < len(words))}{text}"[:_EXCERPT]
+
+
+def _num_shared(one: Sequence[str], other: Sequence[str]) -> int:
+    """Number of words with which both texts begin."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _rollout(student: int, record: RolloutRecord, settings: EvaluationSettings) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .._files import LIVE_STATE
 from ..evaluation import CellRecord, EvaluationSettings, RolloutRecord, read_records, read_rollout_records
 from ..evaluation._lines import read_text
 from ..evaluation.rollout_records import PROBLEM_SETTINGS, difference_of_settings
@@ -43,6 +44,11 @@ class EvaluationRun:
     settings: EvaluationSettings
     records: list[RolloutRecord]
 
+    @property
+    def is_teacher(self) -> bool:
+        """Whether the rollouts are the teacher's own, which cost nothing."""
+        return self.settings.student == self.settings.teacher
+
 
 @dataclass(frozen=True)
 class ComparisonRun:
@@ -77,21 +83,23 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def _read_folder(folder: Path) -> list[Run]:
     runs: list[Run] = []
     state = _newest_state(folder)
-    if state is not None:
-        runs.append(_read_state(state))
+    # Without one by its usual name, any.
+    states = [state] if state is not None else [path for path in sorted(folder.glob("*.json")) if _is_state(path)]
+    runs += map(_read_state, states)
     # Other files of lines, such as a dataset, may lie beside records: they are left alone.
     runs += [_read_records(path) for path in sorted(folder.glob("*.jsonl")) if _kind(path) is not None]
     if not runs:
         raise ValueError(
-            f"{folder} holds no run: no {TRAINER_STATE} (nor a checkpoint-N with one), and no records (.jsonl) of "
-            "`trl-cmdp evaluate` or `trl-cmdp compare`."
+            f"{folder} holds no run: no {TRAINER_STATE} or other state of a trainer (nor a checkpoint-N with one), and "
+            "no records (.jsonl) of `trl-cmdp evaluate` or `trl-cmdp compare`."
         )
     return runs
 
 
 def _newest_state(folder: Path) -> Path | None:
-    if (folder / TRAINER_STATE).is_file():
-        return folder / TRAINER_STATE
+    for name in (TRAINER_STATE, LIVE_STATE):
+        if (folder / name).is_file():
+            return folder / name
     # A checkpoint that was cut off while it was written may lack its state.
     states = {
         (_session_of(path), int(match[1])): path / TRAINER_STATE
@@ -110,32 +118,49 @@ def _session_of(checkpoint: Path) -> int:
 
 
 def _read_file(path: Path) -> Run:
-    if path.name == TRAINER_STATE:
-        return _read_state(path)
-    if path.suffix == ".jsonl" and _kind(path) is not None:
+    if _kind(path) is not None:  # which reads a line alone
         return _read_records(path)
+    if path.name == TRAINER_STATE or _is_state(path):
+        return _read_state(path)
     raise ValueError(
-        f"{path} is neither a {TRAINER_STATE} nor records (.jsonl) of `trl-cmdp evaluate` or `trl-cmdp compare`."
+        f"{path} is neither the state of a trainer ({TRAINER_STATE} or by another name) nor records of "
+        "`trl-cmdp evaluate` or `trl-cmdp compare`."
     )
+
+
+def _is_state(path: Path) -> bool:
+    """Whether a file is a trainer's state, whatever its name."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if '"log_history"' not in text:  # which other JSON need not be parsed for
+        return False
+    try:
+        state = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(state, dict) and isinstance(state.get("log_history"), list)
 
 
 def _read_state(path: Path) -> TrainingRun:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        history, batch_size, steps = state["log_history"], state["train_batch_size"], state["global_step"]
-        if not (
-            isinstance(steps, int)
-            and 0 <= steps < _TOO_MANY
-            and isinstance(history, list)
-            and all(isinstance(e, dict) for e in history)
-        ):
+        history, batch_size, steps = state["log_history"], state.get("train_batch_size"), state.get("global_step")
+        if not (isinstance(history, list) and all(isinstance(entry, dict) for entry in history)):
             raise TypeError
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a state that a trainer saved, or it is damaged.") from error
     folder = path.resolve().parent
-    name = folder.parent.name if _CHECKPOINT.fullmatch(folder.name) else folder.name
-    known = isinstance(batch_size, int) and 0 < batch_size < _TOO_MANY
-    return TrainingRun(name, str(path), history, batch_size if known else None, steps)
+    if path.name not in (TRAINER_STATE, LIVE_STATE):
+        name = path.stem
+    else:
+        name = folder.parent.name if _CHECKPOINT.fullmatch(folder.name) else folder.name
+    # A state of another version may lack either.
+    steps = steps if _is_count(steps) else max((e["step"] for e in history if _is_count(e.get("step"))), default=0)
+    batch_size = batch_size if _is_count(batch_size) and batch_size > 0 else None
+    return TrainingRun(name, str(path), history, batch_size, steps)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _TOO_MANY
 
 
 def _kind(path: Path) -> type[EvaluationRun] | type[ComparisonRun] | None:

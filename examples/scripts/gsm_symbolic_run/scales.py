@@ -93,7 +93,7 @@ METHODS = {
         LagrangianDistillConfig,
         {"multiplier": "pid", "pid_kp": 0.5, "pid_ki": 0.1, "pid_kd": 0.1},
     ),
-    "constrained": (ConstrainedDistillTrainer, ConstrainedDistillConfig, {"violation_distill_coef": 0.1}),
+    "constrained": (ConstrainedDistillTrainer, ConstrainedDistillConfig, {}),
 }
 _CPU_SMOKE = Scale(
     methods=("grpo", "gkd", "lambda", "constrained"),

@@ -16,6 +16,7 @@ from transformers import is_wandb_available
 from trl import GRPOTrainer, is_conversational
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
+from ..._defaults import COST_UNITS
 from ..._messages import shell_command
 from ...teachers import AdapterTeacher, LocalTeacher
 from .satisfaction import MeasuredSatisfaction
@@ -26,7 +27,6 @@ CURVES_FILE = "training_curves.png"
 
 _TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
 _PACKAGES = ("trl-cmdp", "trl", "transformers", "torch", "accelerate", "datasets", "tokenizers", "huggingface_hub")
-_UNITS = {"mean": "nats per token", "sum": "nats per rollout", "worst_prefix": "nats per token"}
 _SCOPES = {"mean": "mean over its tokens", "sum": "sum over its tokens", "worst_prefix": "largest running mean"}
 _COSTS = {"log_ratio": "log-ratio of the sampled token", "teacher_nll": "−log μ of the sampled token"}
 # docstyle-ignore
@@ -146,7 +146,7 @@ def describe_limit(
     cost_limit: float | str | Mapping[str, float], cost_scope: str, log_history: Sequence[Mapping[str, Any]]
 ) -> str:
     """The limit as it was asked for, and where that is no number, the one that was logged last."""
-    unit = _UNITS[cost_scope]
+    unit = COST_UNITS[cost_scope]
     if isinstance(cost_limit, float | int):
         return f"{cost_limit:g} {unit}"
     if isinstance(cost_limit, Mapping):
@@ -208,7 +208,7 @@ def _evaluation_results(evaluation: Any) -> list[EvalResult]:
                 "decoding": kind,
             }
             if metric == "constraint_satisfaction":
-                details["limit"] = f"{evaluation.cost_limit:g} {_UNITS[evaluation.cost_scope]}"
+                details["limit"] = f"{evaluation.cost_limit:g} {COST_UNITS[evaluation.cost_scope]}"
             results.append(
                 EvalResult(
                     task_type="text-generation",
@@ -248,7 +248,7 @@ def _evaluation_table(evaluation: Any) -> dict[str, Any]:
         )
     heading = (
         f"Task `{settings.task}`, split `{settings.split}`, sampled at temperature {settings.temperature:g}; limit "
-        f"{evaluation.cost_limit:g} {_UNITS[evaluation.cost_scope]}."
+        f"{evaluation.cost_limit:g} {COST_UNITS[evaluation.cost_scope]}."
     )
     if evaluation.num_missing:
         heading += f" Not finished: {evaluation.num_missing} rollouts are missing."
