@@ -180,7 +180,7 @@ def _record_lines(
             answer.correct,
             answer.costs,
             bed.tokenizer,
-            MAX_COMPLETION_LENGTH,
+            settings.max_new_tokens,
             stops,
         )
         for greedy, of_kind in answers.items()
