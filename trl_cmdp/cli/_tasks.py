@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -63,7 +62,7 @@ def load_problems(task: Any, n: int | None, split: str, seed: int, **options: An
     return task.load_problems(n, split, seed, **options)
 
 
-def known_reward(name: str) -> str:
+def known_reward(name: str, folder: Path | None = None) -> str:
     """The name of a reward, or a dotted path that leads to one as far as can be seen without importing it, for `argparse`."""
     path, _, function = name.rpartition(".")
     if name in _TRL_REWARDS:
@@ -73,7 +72,11 @@ def known_reward(name: str) -> str:
             f"Unknown reward {name!r}: give one of {', '.join(_TRL_REWARDS)}, or a dotted path "
             f"(my_lib.rewards.mine).{did_you_mean(name, _TRL_REWARDS)}"
         )
-    if (spec := _find_module(path)) is None or spec.origin is None or not spec.origin.endswith(".py"):
+    if (
+        (spec := _find_module(path, folder or Path())) is None
+        or spec.origin is None
+        or not spec.origin.endswith(".py")
+    ):
         return name
     try:
         source = Path(spec.origin).read_text(encoding="utf-8")
@@ -89,16 +92,18 @@ def known_reward(name: str) -> str:
     return name
 
 
-def _find_module(path: str) -> ModuleSpec | None:
+def _find_module(path: str, folder: Path) -> ModuleSpec | None:
     """Where a dotted path leads without importing it, `None` if that cannot be known."""
-    _search_working_directory()
+    root = str(folder.resolve())
+    if root not in sys.path:
+        sys.path.insert(0, root)
     top, *rest = path.split(".")
     try:
         spec = find_spec(top)
     except ValueError:  # of a module that has none
         return None
     if spec is None:
-        here = [module.name for module in iter_modules([os.getcwd()])]
+        here = [module.name for module in iter_modules([root])]
         raise Mistake(f"No module named {top!r}.{did_you_mean(top, here)}")
     name = top
     for part in rest:
@@ -107,11 +112,6 @@ def _find_module(path: str) -> ModuleSpec | None:
         name = f"{name}.{part}"
         spec = PathFinder.find_spec(name, list(spec.submodule_search_locations))
     return spec
-
-
-def _search_working_directory() -> None:
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
 
 
 def load_problems_up_to(task: Any, n: int, split: str, seed: int, **options: Any) -> "Dataset":
@@ -124,8 +124,11 @@ def load_problems_up_to(task: Any, n: int, split: str, seed: int, **options: Any
         return load_problems(task, fewer.available, split, seed, **options)
 
 
-def load_reward(name: str) -> Callable[..., list[float | None]]:
-    """A reward function by the name that `trl grpo` knows it by, or by its dotted path from the working directory."""
+def load_reward(name: str, folder: Path | None = None) -> Callable[..., list[float | None]]:
+    """
+    A reward function by the name that `trl grpo` knows it by, or by its dotted path from a folder, the working directory
+    if `None`.
+    """
     if name in _TRL_REWARDS:
         from trl import rewards
 
@@ -133,7 +136,7 @@ def load_reward(name: str) -> Callable[..., list[float | None]]:
             return rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
         return getattr(rewards, name)
     try:
-        path, _, function = known_reward(name).rpartition(".")
+        path, _, function = known_reward(name, folder).rpartition(".")
     except Mistake as mistake:
         raise ValueError(str(mistake)) from None
     try:

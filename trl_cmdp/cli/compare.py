@@ -25,7 +25,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Add the command to the command line."""
     parser = commands.add_parser(
         "compare",
-        help="train any methods x seeds on one task, and compare them",
+        help="train any methods x seeds on one task or on your own models and data, and compare them",
         description="Train every method of an experiment with every seed, each in a process of its own, on the same "
         "problems, and write records.jsonl, summary.json, table.md, pareto.png and curves.png. What is in "
         "records.jsonl already is not run again.",
@@ -35,7 +35,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--output_dir", type=writable_folder, help="where everything is written (default: outputs/compare-NAME)"
     )
-    parser.add_argument("--workers", type=positive_int, default=2, help="cells at a time (default: 2)")
+    parser.add_argument(
+        "--jobs",
+        "--workers",
+        type=positive_int,
+        default=2,
+        help="cells at a time, shared out among the GPUs (default: 2; --workers is its earlier name)",
+    )
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="other seeds than the experiment's")
     parser.add_argument(
@@ -50,28 +56,34 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(arguments: argparse.Namespace) -> int:
     """Run the comparison. Returns 0, or 1 if a cell failed."""
     # Imported here: `trl-cmdp --help` should not wait for torch and TRL.
+    import torch
     from filelock import FileLock, Timeout
 
     from ._experiment import load_experiment
     from ._run import set_up_process
 
+    num_threads = torch.get_num_threads() // arguments.jobs or 1
     set_up_process()
     with mistakes():
         experiment = load_experiment(arguments.experiment).select(arguments.methods, arguments.seeds)
-    if arguments.quick:
-        experiment = replace(experiment, steps=QUICK_STEPS, held_out=QUICK_HELD_OUT, seeds=experiment.seeds[:1])
+        if arguments.quick:
+            steps, held_out = min(experiment.steps, QUICK_STEPS), min(experiment.held_out, QUICK_HELD_OUT)
+            experiment = replace(experiment, steps=steps, held_out=held_out, seeds=experiment.seeds[:1])
+        experiment = experiment.checked()
+    if "task" in experiment.sources:
+        num_threads = 1  # the models are so small that a second one costs more in waiting than it gives
     name = f"compare-{experiment.name}{'-quick' if arguments.quick else ''}"
     output_dir = arguments.output_dir or Path("outputs") / name
     with mistakes():
         output_dir.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(output_dir / ".lock", timeout=0):  # released however this process ends
-            return _compare(experiment, output_dir, arguments)
+            return _compare(experiment, output_dir, arguments, num_threads)
     except Timeout as error:
         raise Mistake(f"another run is writing to {output_dir}: wait for it, or take another --output-dir.") from error
 
 
-def _compare(experiment: "Experiment", output_dir: Path, arguments: argparse.Namespace) -> int:
+def _compare(experiment: "Experiment", output_dir: Path, arguments: argparse.Namespace, num_threads: int) -> int:
     from ._cells import load_records, missing_cells
 
     cells = experiment.cells()
@@ -82,7 +94,7 @@ def _compare(experiment: "Experiment", output_dir: Path, arguments: argparse.Nam
         say("The last record was cut while it was written: its cell is run again.")
     if len(missing) < len(cells):
         say(f"{len(cells) - len(missing)} of {len(cells)} cells are recorded already.")
-    new, num_failed = _run_with_progress(missing, len(cells), output_dir, arguments.workers)
+    new, num_failed = _run_with_progress(missing, len(cells), output_dir, arguments.jobs, num_threads)
     records += new
     if records:
         _report(experiment, records, output_dir, arguments.show)
@@ -92,7 +104,7 @@ def _compare(experiment: "Experiment", output_dir: Path, arguments: argparse.Nam
 
 
 def _run_with_progress(
-    missing: "list[Cell]", total: int, output_dir: Path, workers: int
+    missing: "list[Cell]", total: int, output_dir: Path, jobs: int, num_threads: int
 ) -> "tuple[list[CellRecord], int]":
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -113,7 +125,13 @@ def _run_with_progress(
             progress.update(task, completed=completed, description=", ".join(names))
 
         return run_cells(
-            missing, output_dir, workers=workers, num_done=done, report=report, running_changed=running_changed
+            missing,
+            output_dir,
+            jobs=jobs,
+            num_threads=num_threads,
+            num_done=done,
+            report=report,
+            running_changed=running_changed,
         )
 
 
