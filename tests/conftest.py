@@ -1,7 +1,9 @@
 import ast
 import os
+import signal
 from collections import Counter, defaultdict
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -13,6 +15,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined
 
 torch.set_num_threads(1)  # tiny models: threads only wait for one another
+
+
+@pytest.fixture
+def in_foreground():
+    """Ctrl-C stops this process, as one that a terminal waits for. Tests that a script runs in the background ignore it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
 def pytest_terminal_summary(terminalreporter, config):

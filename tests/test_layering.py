@@ -13,7 +13,7 @@ import trl_cmdp
 
 ROOT = Path(trl_cmdp.__file__).parent
 # Each room, what it is for, and the rooms whose modules it may import. What lies beside the rooms
-# (`_http.py`, `_defaults.py`, `_files.py`, `_messages.py`, `_prompts.py`) all may import.
+# (`_http.py`, `_defaults.py`, `_docstrings.py`, `_files.py`, `_messages.py`, `_prompts.py`) all may import.
 ROOMS = {
     "core": ("mathematics on plain tensors", set()),
     "teachers": ("how a model is read: teachers, heads, hidden states", {"core"}),
@@ -100,7 +100,7 @@ def test_imports_run_one_way(room):
 
 def test_every_file_is_in_a_room():
     beside = {path.name for path in FILES if room_of(path) is None}
-    expected = {"_defaults.py", "_files.py", "_http.py", "_messages.py", "_prompts.py"}
+    expected = {"_defaults.py", "_docstrings.py", "_files.py", "_http.py", "_messages.py", "_prompts.py"}
     assert beside == {"__init__.py", "__main__.py"} | expected, where_it_belongs()
 
 

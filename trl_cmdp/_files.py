@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 
 
-# A trainer's state while it trains, in the output folder. The Hub's uploads leave out what begins with an underscore.
-LIVE_STATE = "_trainer_state.json"
+# In the output folder of a training. The Hub's uploads leave out what begins with an underscore.
+RUN_FILE = "_run.json"  # beside a saved student: what its run was
+LIVE_STATE = "_trainer_state.json"  # the trainer's state while it trains
 MAX_YAML_CHARACTERS, MAX_YAML_NODES = 2**18, 20_000  # parsing takes seconds for a megabyte
 
 
@@ -61,9 +62,9 @@ def read_yaml(path: str | Path) -> Any:
     return _read_yaml(path, _Loader)
 
 
-def check_yaml(path: str | Path) -> None:
-    """Check a YAML file that another library reads, as [`read_yaml`] does."""
-    _read_yaml(path, _BoundedLoader)
+def check_yaml(path: str | Path) -> Any:
+    """Check a YAML file that another library reads, as [`read_yaml`] does, and return what that library finds in it."""
+    return _read_yaml(path, _BoundedLoader)
 
 
 def _read_yaml(path: str | Path, loader: type[_BoundedLoader]) -> Any:

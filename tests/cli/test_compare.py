@@ -24,8 +24,9 @@ cost_limit: 0.25
 steps: 2
 seeds: [7]
 held_out: 8
+model_init_kwargs: {token: planted-5678}
 methods:
-  constrained: {trainer: constrained, learning_rate: 3e-4, hub_token: planted-1234, model_init_kwargs: {token: planted-5678}}
+  constrained: {trainer: constrained, learning_rate: 3e-4, hub_token: planted-1234}
   broken: {trainer: constrained, loss_type: nonsense}
 """
 METHODS = ["--methods", "constrained"]
@@ -96,7 +97,7 @@ def test_secrets_of_a_method_are_in_no_file_and_in_nothing_printed(finished):
     assert "planted-" not in out + err
     cells = {record.method: record for record in load_records(folder / "out")[0]}
     assert cells["constrained"].settings["fields"]["hub_token"] == "***"
-    assert cells["constrained"].settings["fields"]["model_init_kwargs"] == {"token": "***"}
+    assert cells["constrained"].settings["config_fields"]["model_init_kwargs"] == {"token": "***"}
 
 
 def test_a_failing_cell_is_shown_and_leaves_the_others_alone(finished):
@@ -123,6 +124,13 @@ def test_history_keeps_what_is_logged_and_finite():
         {"step": 2, "reward": 0.6, "cost": 0.3},
         {"step": 3, "reward": 0.7, "distill_loss": 0.2, "lagrange_multiplier": 0.1},
     ]
+
+
+def test_a_machine_gets_json_alone(copied, capsys):
+    assert compare(copied, *METHODS, "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == json.loads((copied / "out" / "summary.json").read_text())
+    assert "pareto.png" in err
 
 
 def test_a_second_run_runs_nothing(copied, capsys, monkeypatch):
@@ -196,7 +204,7 @@ from trl_cmdp.cli._cells import run_cells
 from trl_cmdp.cli._experiment import Cell
 cells = [Cell(name, "none", 0, {"task": "arithmetic", "cost_limit": 0.25, "held_out": 8}) for name in "abc"]
 quiet = lambda *arguments: None
-run_cells(cells, Path(sys.argv[1]), workers=2, num_done=0, report=quiet, running_changed=quiet)
+run_cells(cells, Path(sys.argv[1]), jobs=2, num_threads=1, num_done=0, report=quiet, running_changed=quiet)
 """
 
 
@@ -288,7 +296,7 @@ def test_aliases_that_stand_for_billions_of_values_are_refused(tmp_path, capsys)
     ("old", "new"),
     [
         ("steps: 2", "steps: 0"),  # what is wrong stands elsewhere
-        ("learning_rate: 3e-4", "model_init_kwargs: {token: planted-5678, when: 2020-01-01}"),
+        ("{token: planted-5678}", "{token: planted-5678, when: 2020-01-01}"),
         ("hub_token: planted-1234", "hub_token: planted-1234: x"),  # no YAML
         ("hub_token: planted-1234", "hub_token: *planted-1234"),
         ("hub_token: planted-1234", "hub_token: !planted-1234 x"),

@@ -59,7 +59,7 @@ def test_quick_run_writes_metrics_curves_rollouts_a_report_and_a_loadable_studen
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--cost-limit", "0"], ["--cost-limit", "-1"], ["--steps", "0"], ["--method", "x"]]
+    "arguments", [["--cost_limit", "0"], ["--cost_limit", "-1"], ["--steps", "0"], ["--method", "x"]]
 )
 def test_a_mistake_exits_with_2_and_names_the_argument(arguments, capsys):
     with pytest.raises(SystemExit) as error:

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 
@@ -24,6 +25,7 @@ from helpers import (
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from trl_cmdp.cli import main
+from trl_cmdp.reports import read_runs
 
 
 COMMANDS = ["constrained", "lagrangian", "gkd", "minillm"]
@@ -65,9 +67,28 @@ def trained_args(output_dir):
     return torch.load(output_dir / "training_args.bin", weights_only=False)
 
 
+def check_what_is_said(command, folder, output_dir, out):
+    """First what is trained on what, last how the limit held and what comes next."""
+    rows = dict(re.findall(r"(?m)^\| ([\w ]+?) +\| (.*?) +\|$", out))
+    assert command in rows["training"].lower()
+    assert (rows["student"], rows["teacher"]) == (str(folder / "student"), str(folder / "teacher"))
+    assert rows["data"] == f"32 rows, {folder / 'data.jsonl'}"
+    assert rows["reward"] == "length_reward" + ", only logged" * (command in ("gkd", "minillm"))
+    assert rows["rollouts a step"] == "4 (4 of each prompt), of at most 6 tokens"
+    assert rows["limit"] == "0.2 nats per token" + ", only measured against" * (command != "constrained")
+    assert rows["device"] == "CPU, float32"
+    assert re.search(
+        r"Trained to step 1 in \d+ s\.\nWithin the limit .*: [\d.]+% \[[\d.]+, [\d.]+\] of 4 rollouts", out
+    )
+    assert f"Next: trl-cmdp evaluate --student {output_dir} --dataset HELD_OUT.jsonl\n" in out
+    assert f"trl-cmdp report {output_dir}\n" in out
+    assert read_runs([output_dir])[0].steps == 1  # what it reads is there
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_trains_and_saves(command, folder, tmp_path):
+def test_trains_and_saves(command, folder, tmp_path, capsys):
     assert train(command, folder / "config.yaml", tmp_path, "--max_steps", "1", "--cost-limit", "0.2") == 0
+    check_what_is_said(command, folder, tmp_path, capsys.readouterr().out)
     args = trained_args(tmp_path)
     assert type(args).__name__.lower().startswith(command)
     assert (args.max_steps, args.cost_limit, args.learning_rate) == (1, 0.2, 1e-2)
@@ -75,6 +96,9 @@ def test_trains_and_saves(command, folder, tmp_path):
     student = AutoModelForCausalLM.from_pretrained(folder / "student").state_dict()
     assert any(not torch.equal(saved[name], student[name]) for name in student)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    (run,) = read_runs([tmp_path])  # what `trl-cmdp report --watch` draws
+    assert run.steps == 1
+    assert "train_runtime" in run.history[-1]
 
 
 @pytest.mark.parametrize(
@@ -146,6 +170,7 @@ def test_limits_are_numbers_or_words(limit, parsed, folder, tmp_path):
 
     parser = TrainingParser("constrained", ConstrainedDistillConfig)
     arguments = ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path), "--cost_limit", limit]
+    arguments += ["--max_steps", "60"]  # more than the imitation phase of "auto"
     assert parser.parse_args_and_config(arguments)[-1].cost_limit == parsed
 
 
@@ -159,10 +184,10 @@ def test_limits_are_numbers_or_words(limit, parsed, folder, tmp_path):
         (["--reward_funcs", "no_such_module.reward"], "No module named 'no_such_module'"),
         (["--reward_funcs", "helpers.nothing"], "The module helpers has no reward 'nothing'"),
         (["--teacher_model", "STRANGER"], "different tokenizers"),
-        (["--cost_limit", "-1"], "`cost_limit` must be positive"),
+        (["--cost_limit", "-1"], "--cost_limit must be positive"),
         (["--cost_limit", "tight"], "must be a number, 'auto'"),
-        (["--max_steps", "many"], "argument --max_steps/--max-steps: invalid int value: 'many'"),
-        (["--cost_limt", "0.2"], "unrecognized arguments: --cost_limt 0.2"),
+        (["--max_steps", "many"], "--max_steps: must be an integer, got 'many'"),
+        (["--cost-limt", "0.2"], "unrecognized arguments: --cost_limt. Did you mean --cost_limit?"),
         (["--accelerate_config", "fsdp9"], "Accelerate config fsdp9 is neither"),
         (
             ["--teacher_model_server_url", "http://127.0.0.1:9"],
@@ -224,11 +249,11 @@ def test_a_missing_tracker_is_one_line_with_its_extra(folder, tmp_path, capsys, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher_model": None, "reward_funcs": None}, "neither a reward nor a teacher"),
+        ({"teacher_model": None, "reward_funcs": None}, "A teacher is needed: --teacher_model"),
         ({"model_name_or_path": None}, "--model_name_or_path is needed"),
-        ({"dataset_name": None}, "Either --dataset_name"),
+        ({"dataset_name": None}, "--dataset_name or --task (or datasets in the YAML file) is needed"),
         ({"datasets": [{"pth": "json"}]}, "unexpected keyword argument 'pth'"),
-        ({"cost_limt": 0.2}, "unrecognized arguments: --cost_limt 0.2"),
+        ({"cost_limt": 0.2}, "config.yaml: there is no option 'cost_limt'. Did you mean cost_limit?"),
     ],
 )
 def test_a_mistake_in_the_file_is_one_line(changes, message, folder, tmp_path, capsys):
@@ -236,6 +261,65 @@ def test_a_mistake_in_the_file_is_one_line(changes, message, folder, tmp_path, c
     write_config(config, folder, **changes)
     assert train("constrained", config, tmp_path / "out") == 2
     assert message in error_line(capsys)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_forgotten_teacher_is_one_line(command, tmp_path, capsys):
+    """With the three ways to name one, before anything is loaded: neither the student nor the data are there."""
+    missing = ["--model_name_or_path", "./nothing", "--dataset_name", "./nothing.jsonl"]
+    assert main([command, *missing, "--output_dir", str(tmp_path), "--reward_funcs", "helpers.length_reward"]) == 2
+    line = error_line(capsys)
+    for option in ("--teacher_model with", "--teacher_model_server_url", "--teacher_adapter_name base"):
+        assert option in line
+
+
+INTERRUPTED = """
+import os, signal
+from pathlib import Path
+
+
+def reward(completions, **kwargs):
+    if not Path("interrupted").exists():
+        Path("interrupted").touch()
+        os.kill(os.getpid(), signal.SIGINT)
+    return [float(len(completion)) for completion in completions]
+"""
+
+
+@pytest.mark.usefixtures("in_foreground")
+def test_ctrl_c_and_the_command_that_goes_on(folder, tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reward_of_ctrl_c.py").write_text(INTERRUPTED)
+    arguments = ["--reward_funcs", "reward_of_ctrl_c.reward", "--resume-from-checkpoint=false"]
+    assert train("gkd", folder / "config.yaml", tmp_path / "my out", *arguments) == 130
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "my out" / "model.safetensors").exists()
+    (command,) = re.findall(r"Continue with: trl-cmdp (.*)", caplog.text)
+    resumed = shlex.split(command)
+    assert resumed[-2:] == ["--resume_from_checkpoint", "true"]
+    assert "--resume-from-checkpoint=false" not in resumed
+    assert main(resumed) == 0
+    assert f"continues from step 1 ({tmp_path / 'my out' / 'checkpoint-1'})" in caplog.text
+    assert (tmp_path / "my out" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_processes_of_accelerate(folder, tmp_path):
+    """As in a terminal, all processes get it: the one that trains saves a checkpoint, the one that launched it waits."""
+    to_all = INTERRUPTED.replace("os.kill(os.getpid()", "os.killpg(os.getpgrp()")
+    (tmp_path / "reward_of_ctrl_c.py").write_text(to_all)
+    foreground = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    foreground += "from trl_cmdp.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", foreground, "gkd", "--config", str(folder / "config.yaml"), "--output_dir", "out"]
+    command += ["--reward_funcs", "reward_of_ctrl_c.reward", "--num_processes", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, start_new_session=True, check=False
+    )
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Continue with: trl-cmdp gkd " in done.stderr
+    assert (tmp_path / "out" / "checkpoint-1" / "trainer_state.json").exists()
 
 
 def test_what_refuses_a_run_is_one_line(folder, tmp_path, capsys):
@@ -249,7 +333,7 @@ def test_what_refuses_a_run_is_one_line(folder, tmp_path, capsys):
     assert train(*command) == 0
     for arguments in ([], ["--resume_from_checkpoint", "true"]):
         assert train(*command, "--learning_rate", "0.5", *arguments) == 2
-        assert "`learning_rate` 0.01, now 0.5" in error_line(capsys)
+        assert "--learning_rate 0.01, now 0.5" in error_line(capsys)
     named = ["--resume_with_changes", "learning_rate", "--resume_from_checkpoint", str(tmp_path / "checkpoint-1")]
     assert train(*command, "--learning_rate", "0.5", *named) == 0
     assert train(*command, "--learning_rate", "0.5", "--overwrite_output_dir", "true") == 0
@@ -325,7 +409,7 @@ def test_several_gpus_take_a_process_each(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_grouped(command, capsys):
     with pytest.raises(SystemExit) as error:
-        main([command, "--help"])
+        main([command, "--help_all"])
     assert error.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: trl-cmdp {command} [--config FILE.yaml]")
@@ -340,7 +424,18 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
-    for command in (*COMMANDS, "demo", "calibrate", "compare", "evaluate", "report", "env"):
+    for command in (
+        *COMMANDS,
+        "demo",
+        "calibrate",
+        "compare",
+        "evaluate",
+        "report",
+        "env",
+        "tasks",
+        "init",
+        "completion",
+    ):
         assert re.search(rf"\n    {command}\s", out)
 
 

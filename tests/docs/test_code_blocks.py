@@ -14,6 +14,7 @@ import inspect
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -188,7 +189,7 @@ def commands_in(block: Block) -> list[list[str]]:
     commands = []
     for line in lines:
         for part in re.split(r" (?:&&|\|) ", line):
-            words = shlex.split(part.removeprefix("$ "), comments=True)
+            words = shlex.split(part.removeprefix("$ ").removesuffix(" &"), comments=True)
             while words and re.fullmatch(r"\w+=.*", words[0]):
                 words = words[1:]
             if words:
@@ -199,7 +200,7 @@ def commands_in(block: Block) -> list[list[str]]:
 @pytest.fixture
 def no_run(monkeypatch):
     """Every command parses its arguments with its own parser, and does nothing."""
-    from trl_cmdp.cli import _train
+    from trl_cmdp.cli import _evaluation, _train, _training_arguments
 
     for module in vars(cli).values():
         if (
@@ -210,11 +211,19 @@ def no_run(monkeypatch):
             monkeypatch.setattr(module, "run", lambda arguments: 0)
     monkeypatch.setattr(_train, "_make_trainer", lambda *args: _Trainer())
     monkeypatch.setattr(_train, "_train", lambda *args: 0)
+    monkeypatch.setattr(_train, "dry_run", lambda trainer: 0)
     monkeypatch.setattr(_train, "launch_command", lambda args: None)
+    # The files that they name are the reader's.
+    monkeypatch.setattr(_training_arguments, "_TYPES", {})
+    monkeypatch.setattr(_training_arguments, "_check_needed", lambda *args: None)
+    monkeypatch.setattr(_train, "check_has_teacher", lambda given: None)
+    for name in ("data_source", "known_reward", "model_source"):
+        monkeypatch.setattr(_evaluation, name, str)
 
 
 class _Trainer:
     command: list[str]
+    accelerator = SimpleNamespace(is_main_process=False)
 
 
 def check_command(words: list[str]) -> None:

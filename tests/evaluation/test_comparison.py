@@ -129,10 +129,46 @@ def test_records_that_do_not_belong_together_are_errors():
         compare_methods([])
     for other in (
         make_cell("b", 0, outcomes(9, 9), settings={"cost_limit": 0.5}),
+        make_cell("b", 0, outcomes(9, 9), settings={"cost_limit": 0.25, "cost_scope": "sum"}),
         make_cell("b", 0, outcomes(9, 9, n=10)),
     ):
         with pytest.raises(ValueError, match="more than one"):
             compare_methods([make_cell("a", 0, outcomes(9, 9)), other])
+
+
+def test_steps_and_rewards_count_where_they_are_recorded():
+    """Valid steps where every answer's are checked; rewards where any cell has some, right answers standing for 1."""
+    unchecked = row(compare_methods([make_cell("a", 0, [(1, None, 0.1, 3), (0, None, 0.1, 3)])]), "a")
+    assert (unchecked.right.value, unchecked.valid, unchecked.valid_difference) == (0.5, None, None)
+    assert unchecked.reward is None
+    comparison = compare_methods(
+        [
+            make_cell("a", 0, [(0, 1, 0.1, 3, 0.2), (0, 0, 0.1, 3, 0.6)]),
+            make_cell("b", 0, [(0, 1, 0.1, 3), (0, 0, 0.1, 3)]),
+            make_cell("c", 0, [(0, 1, 0.1, 3, 0.9), (0, 0, 0.1, 3, 0.7)]),
+        ]
+    )
+    assert {row.method: row.reward.value for row in comparison.methods} == pytest.approx(
+        {"a": 0.4, "b": 0.0, "c": 0.8}
+    )
+    assert row(comparison, "a").valid.value == 0.5
+    # None is right: the reward ranks.
+    assert [row.method for row in comparison.methods] == ["c", "a", "b"]
+
+
+def test_the_scope_of_the_limit_is_the_records():
+    settings = {"cost_limit": 0.25, "cost_scope": "sum"}
+    comparison = compare_methods([make_cell("a", 0, outcomes(9, 9), settings=settings)])
+    assert comparison.cost_scope == "sum"
+    assert compare_methods([make_cell("a", 0, outcomes(9, 9))]).cost_scope == "mean"
+
+
+def test_an_outcome_is_as_long_as_what_it_holds():
+    """Without a reward it is what earlier releases wrote."""
+    rows = [(1, 0, 0.5, 7), (0, None, 0.25, 3, 0.125)]
+    line = make_cell("a", 3, rows).to_json()
+    assert json.loads(line)["outcomes"] == [list(values) for values in rows]
+    assert CellRecord.from_json(line) == make_cell("a", 3, rows)
 
 
 def test_a_record_survives_json():
@@ -160,7 +196,12 @@ def test_a_record_with_nan_is_not_written():
         ({"outcomes": [[1, 0, 0.5]]}, "outcome"),
         ({"outcomes": [[2, 0, 0.5, 3]]}, "outcome"),
         ({"outcomes": [[1, 0, "0.5", 3]]}, "outcome"),
+        ({"outcomes": [[1, 0, 0.5, 3, "0.5"]]}, "outcome"),
+        ({"outcomes": [[1, 0, 0.5, 3, 0.5, 0.5]]}, "outcome"),
+        ({"outcomes": [[None, 0, 0.5, 3]]}, "outcome"),
         ({"settings": {}}, "cost_limit"),
+        ({"settings": {"cost_limit": 0.5, "cost_scope": "total"}}, "cost_scope"),
+        ({"settings": {"cost_limit": 0.5, "cost_scope": ["sum"]}}, "cost_scope"),
     ],
 )
 def test_reading_is_strict(change, message):

@@ -136,7 +136,7 @@ def test_the_installed_package_is_the_wheels(installed):
 
 def test_commands_run(installed):
     assert f"- trl_cmdp: {PROJECT['version']}\n" in run(installed, "trl-cmdp", "env")
-    assert "--cost-limit" in run(installed, "trl-cmdp", "demo", "--help")
+    assert "--cost_limit" in run(installed, "trl-cmdp", "demo", "--help")
 
 
 def test_data_files_are_found(installed):

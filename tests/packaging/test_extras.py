@@ -8,8 +8,13 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, req
 from pathlib import Path
 
 import pytest
+from helpers import error_line, make_model
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from trl_cmdp.cli import main
+from trl_cmdp.reports.wandb_panels import wandb_workspace
+from trl_cmdp.teachers import AdapterTeacher
 
 
 ROOT = Path(__file__).parents[2]
@@ -133,3 +138,47 @@ def test_an_extra_brings(extra, module):
 def test_a_report_needs_no_extra():
     for path in sorted((ROOT / "trl_cmdp" / "reports").rglob("*.py")):
         assert all(comes_with(module, ALWAYS) for module in Imports(path).first)
+
+
+MISSING = {  # what an error says of a package, and the extra that brings it
+    "import of peft halted; None in sys.modules": "peft",
+    "Using `bitsandbytes` 4-bit quantization requires bitsandbytes: `pip install -U bitsandbytes>=0.46.1`": "quantization",
+    "No module named 'math_verify'": "math",
+    "No module named 'reasoning_gym'": "math",
+    "vLLM is not available and `use_vllm` is set to True. Please install vLLM with `pip install trl[vllm]`.": "vllm",
+    "No module named 'sentencepiece'": "demo-llm",
+}
+
+
+@pytest.mark.parametrize(("text", "extra"), MISSING.items(), ids=list(MISSING.values()))
+def test_a_missing_package_is_one_line_that_names_its_extra(text, extra, tmp_path, monkeypatch, capsys):
+    """Whoever says that it is missing, and only where it is."""
+    for module in ("peft", "bitsandbytes", "math_verify", "reasoning_gym", "vllm", "sentencepiece"):
+        monkeypatch.setitem(sys.modules, module, None)
+
+    def unavailable(*args):
+        raise ImportError(text)
+
+    monkeypatch.setattr("trl_cmdp.cli._evaluation.load_task", unavailable)
+    (tmp_path / "config.json").write_text("{}")
+    command = ["evaluate", "--student", str(tmp_path), "--task", "table", "--output_dir", str(tmp_path)]
+    assert main(command) == 2
+    assert error_line(capsys).endswith(f'pip install "trl-cmdp[{extra}]"')
+    monkeypatch.undo()
+    monkeypatch.setattr("trl_cmdp.cli._evaluation.load_task", unavailable)
+    if extra in ("peft", "math"):  # installed here
+        assert main(command) == 2
+        assert "trl-cmdp[" not in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("module", "call", "extra"),
+    [
+        ("peft", lambda: AdapterTeacher(make_model(), None, "base"), "peft"),
+        ("wandb_workspaces", lambda: wandb_workspace("me", "mine"), "tracking"),
+    ],
+)
+def test_in_python_too(module, call, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf'pip install "trl-cmdp\[{extra}\]"'):
+        call()

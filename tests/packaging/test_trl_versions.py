@@ -23,6 +23,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 (LOWEST,) = (part.removeprefix(">=") for part in SUPPORTED.split(",") if part.startswith(">="))
 EQUAL_TO_GRPO = "tests/trainers/test_drop_in.py::TestEqualToGRPO::test_without_teacher_and_with_unreachable_limit"
 TESTS = [
+    "tests/cli/test_options.py",
     "tests/trainers/test_trl_hooks.py",
     "tests/trainers/test_grpo_options.py",
     f"{EQUAL_TO_GRPO}[grpo-1-False]",

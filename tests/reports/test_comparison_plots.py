@@ -98,3 +98,27 @@ def test_the_table_has_a_row_for_each_method_by_rank(records):
     assert any(line.startswith("| 12 | grpo |") for line in lines)
     assert "| – | untrained student |" in "\n".join(lines)
     assert "limit 0.25" in lines[-1]
+
+
+def test_the_table_has_columns_for_what_is_known():
+    """Steps where they are checked, rewards where they say more than right and wrong, and the unit of the scope."""
+
+    def columns(outcome, **settings):
+        cell = make_cell("a", 0, [outcome] * 3, settings={"cost_limit": 0.25, **settings})
+        header, *_, note = comparison_table(compare_methods([cell])).splitlines()
+        return header, note
+
+    assert "| correct [95%] | valid [95%] | satisfaction [95%] |" in columns((1, 1, 0.1, 3))[0]
+    assert "| correct [95%] | satisfaction [95%] |" in columns((1, None, 0.1, 3))[0]
+    assert "| correct [95%] | reward [95%] | satisfaction [95%] |" in columns((1, None, 0.1, 3, 0.5))[0]
+    assert "| correct [95%] | reward [95%] | valid [95%] |" in columns((1, 1, 0.1, 3, 0.5))[0]
+    assert "limit 0.25 nats per token." in columns((1, 1, 0.1, 3))[1]
+    assert "limit 0.25 nats per rollout." in columns((1, 1, 0.1, 3), cost_scope="sum")[1]
+
+
+def test_plots_name_the_unit_of_the_scope(tmp_path):
+    cell = make_cell("a", 0, [(1, None, 0.1, 3)], settings={"cost_limit": 0.25, "cost_scope": "sum"})
+    pareto = plot_pareto(compare_methods([cell]), tmp_path / "pareto.png", "title")
+    assert "nats per rollout" in pareto.axes[0].get_xlabel()
+    curves = plot_comparison_curves([cell], tmp_path / "curves.png", "title")
+    assert [axes.get_ylabel() for axes in curves.axes][1] == "nats per rollout"

@@ -1,6 +1,7 @@
 """What a report is made from: found by what files hold, refused with what to do."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -51,6 +52,10 @@ def test_a_live_state_is_newer_than_a_checkpoint(tmp_path):
     (write_state(tmp_path, 9) / "trainer_state.json").rename(tmp_path / "_trainer_state.json")
     (run,) = read_runs([tmp_path])
     assert (run.name, run.steps) == (tmp_path.name, 9)
+    for earlier, newest in ((1, 9), (3, 11)):  # what an earlier training left at its end, and what this one did
+        os.utime(write_state(tmp_path, 11) / "trainer_state.json", (earlier, earlier))
+        os.utime(tmp_path / "_trainer_state.json", (2, 2))
+        assert [run.steps for run in read_runs([tmp_path])] == [newest]
 
 
 def test_a_state_needs_no_more_than_its_log(tmp_path):

@@ -41,6 +41,20 @@ from trl_cmdp import (
 from trl_cmdp.trainers.engine import checks
 
 
+@pytest.mark.parametrize("trainer_class", [GKDDistillTrainer, MiniLLMDistillTrainer])
+def test_a_method_that_imitates_needs_a_teacher(tmp_path, trainer_class):
+    with pytest.raises(
+        ValueError, match=rf"{trainer_class.__name__} learns from a teacher alone: pass `teacher_model`"
+    ):
+        make_trainer(tmp_path, trainer_class, model="./nothing")  # before it is loaded
+
+
+@pytest.mark.parametrize("trainer_class", [ConstrainedDistillTrainer, LagrangianDistillTrainer])
+def test_the_others_say_once_that_they_are_grpo(tmp_path, trainer_class, caplog):
+    run(tmp_path, trainer_class)
+    assert caplog.text.count(f"{trainer_class.__name__} has no teacher, so it trains as `GRPOTrainer` does") == 1
+
+
 class TestVocabulary:
     @pytest.mark.parametrize(
         ("characters", "message"),
@@ -211,8 +225,14 @@ class TestPrompts:
     SHAREGPT = Dataset.from_list([{"prompt": [{"from": "human", "value": "1+2="}]}])
     MESSAGES = Dataset.from_list([{"prompt": [{"role": "user", "content": "1+2="}]}] * 4)
 
-    @pytest.mark.parametrize("trainer_class", [ConstrainedDistillTrainer, GKDDistillTrainer])
-    @pytest.mark.parametrize("teacher", ["no/such/teacher", None])
+    @pytest.mark.parametrize(
+        ("trainer_class", "teacher"),
+        [
+            (ConstrainedDistillTrainer, "no/such/teacher"),
+            (ConstrainedDistillTrainer, None),
+            (GKDDistillTrainer, "no/such/teacher"),
+        ],
+    )
     def test_before_models_are_loaded(self, tmp_path, trainer_class, teacher):
         def trainer(**kwargs):
             models = {"model": "no/such/student", "teacher_model": teacher}

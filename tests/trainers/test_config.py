@@ -42,7 +42,7 @@ ONE_OF = "must be one of"
 LIMIT_KINDS = "must be a number, 'auto', or a number for each teacher, got"
 REFUSED = {
     ConstrainedDistillConfig: [
-        ({"cost_limit": 0.0}, "`cost_limit` must be positive"),
+        ({"cost_limit": 0.0}, "`cost_limit` must be positive, got 0: .* use `GKDDistillTrainer`"),
         ({"cost_limit": "-1"}, "`cost_limit` must be positive"),
         ({"cost_limit": math.nan}, "`cost_limit`"),
         ({"cost_limit": "none"}, f"{LIMIT_KINDS} 'none'"),
@@ -69,7 +69,7 @@ REFUSED = {
     ],
     LagrangianDistillConfig: [
         ({"multiplier": "adam"}, "must be one of 'fixed', 'dual', 'pid'"),
-        ({"cost_limit": 0.0}, "`cost_limit` must be positive"),
+        ({"cost_limit": 0.0}, "`cost_limit` must be positive, got 0: .* use `GKDDistillTrainer`"),
         ({"multiplier_init": -1.0}, "must not be negative"),
         ({"multiplier_init": 11.0}, "above `multiplier_max`"),
         ({"pid_cost_ema": 1.0}, r"must lie in \[0, 1\)"),
@@ -103,6 +103,20 @@ REFUSED = {
 def test_refused(tmp_path, config, fields, message):
     with pytest.raises(ValueError, match=message):
         make_args(tmp_path, config, **fields)
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype"), [({}, "float32"), ({"bf16": True}, "bfloat16"), ({"fp16": True}, "float16")]
+)
+def test_without_a_gpu_the_cpu_is_taken_and_said(tmp_path, monkeypatch, caplog, given, dtype):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    config = ConstrainedDistillConfig(str(tmp_path), **given)
+    assert config.use_cpu
+    assert config.bf16 == (dtype == "bfloat16")
+    assert caplog.messages == [f"No GPU was found: this run uses the CPU, in {dtype}."]
+    caplog.clear()
+    assert ConstrainedDistillConfig(str(tmp_path), use_cpu=True).bf16  # as TRL's, and nothing is said
+    assert not caplog.messages
 
 
 CONFIGS = list(REFUSED)

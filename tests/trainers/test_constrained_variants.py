@@ -130,9 +130,10 @@ class TestAutoLimit:
         assert history(trainer, "constraint/cost")[:5] == history(imitation, "constraint/cost")[:5]
         assert history(trainer, "loss")[:4] == history(imitation, "loss")[:4]
 
-    def test_a_run_of_imitation_alone_is_an_error(self, tmp_path):
+    @pytest.mark.parametrize("length", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 0.1}])
+    def test_a_run_of_imitation_alone_is_an_error(self, tmp_path, length):
         with pytest.raises(ValueError, match=r"would be the whole run of 4 steps"):
-            run(tmp_path, teacher_model=make_teacher(), **{**self.FIELDS, "max_steps": 4})
+            run(tmp_path, teacher_model=make_teacher(), **{**self.FIELDS, **length})
 
     def test_evaluation_before_the_limit_is_known(self, tmp_path):
         trainer = make_trainer(

@@ -4,6 +4,8 @@ import math
 import os
 import resource
 import signal
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -140,19 +142,22 @@ def test_two_runs_on_one_folder(tmp_path):
         train(tmp_path, max_steps=1)
 
 
-class Terminate(TrainerCallback):
-    """Sends SIGTERM to its own process within one optimizer step."""
+class Send(TrainerCallback):
+    """Sends a signal to its own process within the third optimizer step, and again in the one after it."""
+
+    def __init__(self, number=signal.SIGTERM):
+        self.number = number
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if state.global_step >= 2:
+            os.kill(os.getpid(), self.number)
 
 
 TERMINATED = """
 import sys
-from test_faults import Terminate, build
+from test_faults import Send, build
 
-build(sys.argv[1], callbacks=[Terminate()], save_steps=100).train()
+build(sys.argv[1], callbacks=[Send()], save_steps=100).train()
 print("went on after training")
 """
 
@@ -166,15 +171,71 @@ def test_sigterm(tmp_path, undisturbed):
     assert same_weights(resume(tmp_path / "told", save_steps=100), undisturbed)
 
 
+@pytest.mark.usefixtures("in_foreground")
+def test_ctrl_c(tmp_path, undisturbed, caplog):
+    """A checkpoint of the step under way, then `KeyboardInterrupt`; the log says how to go on, and from where it did."""
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, callbacks=[Send(signal.SIGINT)], save_steps=100)
+    assert "Stopped at step 3." in caplog.text
+    assert f"{tmp_path / 'checkpoint-3'} is the newest checkpoint" in caplog.text
+    assert "`trainer.train(resume_from_checkpoint=True)`" in caplog.text
+    assert same_weights(resume(tmp_path, save_steps=100), undisturbed)
+    assert f"continues from step 3 ({tmp_path / 'checkpoint-3'})" in caplog.text
+
+
+@pytest.mark.usefixtures("in_foreground")
+def test_ctrl_c_twice_stops_at_once(tmp_path, caplog):
+    """The second one, more than the moment later in which a launcher repeats the first, saves nothing."""
+    calls = []
+
+    def reward(completions, **kwargs):
+        calls.append(None)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)  # by a launcher
+            time.sleep(1.1)
+            os.kill(os.getpid(), signal.SIGINT)
+            calls.append("not stopped")
+        return length_reward(completions)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, reward_funcs=reward)
+    assert len(calls) == 2
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert f"{tmp_path / 'checkpoint-1'} is the newest checkpoint" in caplog.text
+    train(tmp_path, max_steps=1)  # the folder is free, and nothing of the signal is left
+
+
+@pytest.mark.parametrize("case", ["notebook", "never resumed", "ignored"])
+def test_where_ctrl_c_is_left_alone(tmp_path, monkeypatch, caplog, case):
+    """
+    A cell of a notebook, and what is never resumed, such as the demo, stop at once and without a checkpoint; a run in the
+    background of a shell does not stop.
+    """
+    ignored = case == "ignored"
+    if case == "notebook":
+        monkeypatch.setattr("trl_cmdp.trainers.engine.guards.is_in_notebook", lambda: True)
+    if case == "never resumed":
+        monkeypatch.setattr(ConstrainedDistillTrainer, "how_to_resume", None)
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+    try:
+        with nullcontext() if ignored else pytest.raises(KeyboardInterrupt):
+            train(tmp_path, callbacks=[Send(signal.SIGINT)])
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert get_last_checkpoint(tmp_path).endswith("checkpoint-4" if ignored else "checkpoint-2")
+    assert "Stopped" not in caplog.text
+
+
 def test_a_program_that_handles_sigterm_itself_trains_again(tmp_path):
     """It is told once training has ended; the training after that one is not stopped."""
     told = []
     previous = signal.signal(signal.SIGTERM, lambda *_: told.append(True))
     try:
-        trainer = build(tmp_path, callbacks=[Terminate()])
+        trainer = build(tmp_path, callbacks=[Send()])
         trainer.train()
         assert (trainer.state.global_step, told) == (3, [True])
-        trainer.remove_callback(Terminate)
+        trainer.remove_callback(Send)
         trainer.train()
         assert (trainer.state.global_step, told) == (4, [True])
     finally:

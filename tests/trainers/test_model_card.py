@@ -6,6 +6,7 @@ import yaml
 from helpers import (
     history,
     make_dataset,
+    make_model,
     make_rollout,
     make_settings,
     make_teacher,
@@ -83,6 +84,21 @@ def test_a_sibling_cites_its_own_paper_too(tmp_path, trainer_class, title):
     assert trainer._paper["citation"] in text
     assert title in text
     assert "arXiv:2509.22921" in text
+
+
+def test_the_licence_is_that_of_the_students_base_or_the_one_given(tmp_path):
+    """And none where neither is known: the placeholder of TRL's card is none."""
+    student = save_model(tmp_path / "student", make_model())
+    data = card_of(make_trainer(tmp_path / "unknown", model=student)).data.to_dict()
+    assert not {"license", "licence"} & set(data)
+    (tmp_path / "licensed").mkdir()
+    for file in (tmp_path / "student").iterdir():
+        (tmp_path / "licensed" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "licensed" / "README.md").write_text("---\nlicense: other\nlicense_name: its-own\n---\n# A student\n")
+    data = card_of(make_trainer(tmp_path / "base", model=str(tmp_path / "licensed"))).data.to_dict()
+    assert (data["license"], data["license_name"]) == ("other", "its-own")
+    data = card_of(make_trainer(tmp_path / "given", model=student, hub_license="mit")).data.to_dict()
+    assert data["license"] == "mit"
 
 
 def test_without_a_teacher_it_is_grpo(tmp_path):

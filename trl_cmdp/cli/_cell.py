@@ -9,15 +9,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._defaults import CostScope
 from .._files import write_whole
 from .._messages import without_secrets
 from ._experiment import Cell
-from ._run import evaluate_student, load_models, set_up_process, train_student, training_args
-from ._tasks import load_task
+from ._run import as_evaluated, evaluate_student, load_models, set_up_process, train_student, training_args
+from ._setup import load_setup, name_of
 
 
 if TYPE_CHECKING:
-    from ..evaluation import CellRecord
+    from ..evaluation import CellRecord, Outcome
+    from ._run import Answer
 
 RECORD_FILE = "record.json"
 # What a trainer logs, and its key in a record's history.
@@ -33,32 +35,34 @@ _LOGGED = {
 def run_cell(cell: Cell, folder: Path, start: float) -> "CellRecord":
     """Train and evaluate one student, or evaluate a reference. The cell began at `start`, by `time.monotonic()`."""
     # Imported here, so that the time it takes is part of the cell's.
-    from ..evaluation import CellRecord, Outcome
+    from ..evaluation import CellRecord
     from ..evaluation.provenance import git_state, library_versions
 
-    set_up_process()
+    set_up_process(int(os.environ["OMP_NUM_THREADS"]))
     settings = cell.settings
-    task = settings["task"]
     commit, dirty = git_state()
-    tokenizer, student, teacher = load_models(task)
+    setup = load_setup(settings, Path(cell.folder))
+    tokenizer, student, teacher = load_models(setup)
     config: dict[str, Any] = {}
     history: list[dict[str, float]] = []
     if cell.trainer != "none":
-        shared = {"steps": settings["steps"], "seed": cell.seed, "cost_limit": settings["cost_limit"]}
-        args = training_args(cell.trainer, task, settings["fields"], output_dir=folder / "trainer", **shared)
+        given = {"steps": settings["steps"], "seed": cell.seed, "cost_limit": settings["cost_limit"]}
+        fields = (setup.config_fields, settings["fields"])
+        args = training_args(cell.trainer, *fields, output_dir=folder / "trainer", **given)
         config = without_secrets(args.to_dict())
         del config["output_dir"]
-        trainer = train_student(student, tokenizer, teacher, args, cell.trainer, task)
-        history = _history(trainer.state.log_history)
-    problems = load_task(task).load_problems(settings["held_out"], "test", cell.seed)
+        history = _history(train_student(student, tokenizer, teacher, args, cell.trainer, setup).state.log_history)
+        student, teacher = as_evaluated(student, teacher, setup, args)
+    problems = setup.test_dataset.draw(settings["held_out"], cell.seed)
     model = teacher if cell.method == "teacher" else student
-    answers = evaluate_student(model, tokenizer, teacher, problems, task, cell.seed)
+    answers = evaluate_student(model, tokenizer, teacher, problems, setup, cell.seed)
+    scope = setup.config_fields["cost_scope"]
     usage = os.times()
     return CellRecord(
         method=cell.method,
         trainer=cell.trainer,
         seed=cell.seed,
-        task=task,
+        task=name_of(settings),
         settings=without_secrets(settings),
         config=config,
         versions=library_versions(),
@@ -67,12 +71,27 @@ def run_cell(cell: Cell, folder: Path, start: float) -> "CellRecord":
         wall_s=round(time.monotonic() - start, 2),
         cpu_s=round(usage.user + usage.system, 2),
         peak_memory_mb=round(_peak_memory_mb(), 1),
-        outcomes=[
-            Outcome(int(answer.correct), int(answer.valid), round(answer.cost, 5), len(answer.costs))
-            for answer in answers
-        ],
+        outcomes=_outcomes(answers, scope),
         history=history,
     )
+
+
+def _outcomes(answers: "list[Answer]", scope: CostScope) -> "list[Outcome]":
+    from ..evaluation import Outcome
+
+    # A reward that only says which answers are correct is not recorded twice.
+    rewards = [round(answer.reward, 6) for answer in answers]
+    repeats = all(reward == answer.correct for reward, answer in zip(rewards, answers, strict=True))
+    return [
+        Outcome(
+            right=int(answer.correct),
+            valid=None if answer.valid is None else int(answer.valid),
+            cost=round(answer.cost_in(scope), 5),
+            length=len(answer.costs),
+            reward=None if repeats else reward,
+        )
+        for answer, reward in zip(answers, rewards, strict=True)
+    ]
 
 
 def _history(log_history: list[dict[str, Any]]) -> list[dict[str, float]]:

@@ -72,27 +72,29 @@ class _Running:
     folder: Path
     log: Path
     start: float
+    gpu: str | None
 
 
 def run_cells(
     cells: Sequence[Cell],
     output_dir: Path,
     *,
-    workers: int,
+    jobs: int,
+    num_threads: int,
     num_done: int,
     report: Callable[[str], None],
     running_changed: Callable[[int, list[str]], None],
 ) -> "tuple[list[CellRecord], int]":
     """
-    Run cells, `workers` at a time, and append the record of each to the records file as it ends. A cell that fails
-    does not stop the others.
+    Run cells, `jobs` at a time with `num_threads` each, and append the record of each to the records file as it ends. A
+    cell that fails does not stop the others. Each runs on one GPU, if there are any: the one with the fewest cells.
 
     `report` is called with a line for each cell that ended, `running_changed` with the number of cells that have ended
     and the names of those that run. Returned are the new records, and the number of cells that failed.
     """
     logs, folders = output_dir / "logs", output_dir / "running"
     logs.mkdir(parents=True, exist_ok=True)
-    waiting = list(cells)
+    waiting, gpus = list(cells), _gpus()
     running: list[_Running] = []
     records: list[CellRecord] = []
     num_ended, total = num_done, num_done + len(cells)
@@ -103,8 +105,10 @@ def run_cells(
     with (output_dir / RECORDS_FILE).open("ab", buffering=0) as file, _stop_on_signals():
         try:
             while waiting or running:
-                while waiting and len(running) < workers:
-                    running.append(_start(waiting.pop(0), logs, folders))
+                while waiting and len(running) < jobs:
+                    used = [run.gpu for run in running]
+                    gpu = min(gpus, key=used.count) if gpus else None
+                    running.append(_start(waiting.pop(0), logs, folders, gpu, num_threads))
                     tell_running()
                 time.sleep(0.1)
                 for run in [run for run in running if run.process.poll() is not None]:
@@ -126,11 +130,23 @@ def run_cells(
     return records, len(cells) - len(records)
 
 
-def _start(cell: Cell, logs: Path, folders: Path) -> _Running:
+def _gpus() -> list[str]:
+    """Names of the GPUs that this process sees, as CUDA_VISIBLE_DEVICES has them."""
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (visible.split(",") if visible else [str(gpu) for gpu in range(num_gpus)])[:num_gpus]
+
+
+def _start(cell: Cell, logs: Path, folders: Path, gpu: str | None, num_threads: int) -> _Running:
     name = f"{cell.method}-seed-{cell.seed}"
     folder, log = folders / name, logs / f"{name}.log"
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     folder.mkdir(parents=True)
+    environment = {"OMP_NUM_THREADS": str(num_threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    if gpu is not None:  # of several, transformers would use `nn.DataParallel`
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "trl_cmdp.cli._cell", str(folder)],
@@ -138,9 +154,9 @@ def _start(cell: Cell, logs: Path, folders: Path) -> _Running:
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **environment},
         )
-    run = _Running(cell, process, folder, log, time.monotonic())
+    run = _Running(cell, process, folder, log, time.monotonic(), gpu)
     assert process.stdin is not None
     # Left open: its end tells the cell that this process is gone.
     with suppress(BrokenPipeError):  # one that ended at once has its log

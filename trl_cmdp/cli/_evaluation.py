@@ -9,8 +9,20 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from .._defaults import COST_SCOPE, CostScope
 from .._messages import hide_secrets, without_secrets
-from ._arguments import json_object, mistakes, positive_float, positive_int, text_of_file
-from ._tasks import load_problems, load_reward, load_task, task_name
+from ._arguments import (
+    data_source,
+    existing_file,
+    json_object,
+    mistakes,
+    model_source,
+    models_named,
+    positive_float,
+    positive_int,
+    text_of_file,
+    true_or_false,
+    writable_folder,
+)
+from ._tasks import known_reward, known_task, load_problems, load_problems_up_to, load_reward, load_task, task_name
 
 
 if TYPE_CHECKING:
@@ -22,15 +34,18 @@ if TYPE_CHECKING:
     from ..evaluation import EvaluationSettings, RolloutRecord
 
 ADAPTER_FILE = "adapter_config.json"
+NUM_PROBLEMS = 200
 TEACHER_KEY_VARIABLE = "TRL_CMDP_TEACHER_API_KEY"  # an argument would be in the shell's history
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser, records_help: str) -> "argparse._ArgumentGroup":
     """Add student or records, models, problems and rollouts to a command. Returns the group of the rollouts."""
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--student", metavar="PATH_OR_ID", help="model, or folder of a LoRA adapter")
+    what.add_argument("--student", type=model_source, metavar="PATH_OR_ID", help="model, or folder of a LoRA adapter")
     what.add_argument("--records", nargs="+", type=Path, metavar="FILE", help=records_help)
-    parser.add_argument("--output_dir", type=Path, help="where files are written (default: outputs/COMMAND-TASK-NAME)")
+    parser.add_argument(
+        "--output_dir", type=writable_folder, help="where files are written (default: outputs/COMMAND-TASK-NAME)"
+    )
     parser.add_argument(
         "--cost_scope",
         choices=get_args(CostScope),
@@ -40,33 +55,51 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser, records_help: str)
     models = parser.add_argument_group("models")
     models.add_argument("--name", help="the student's name in tables (default: its folder's)")
     models.add_argument(
-        "--teacher", metavar="PATH_OR_ID", help="teacher; with --teacher_model_server_url its checkpoint"
+        "--teacher",
+        type=model_source,
+        metavar="PATH_OR_ID",
+        help="teacher; with --teacher_model_server_url its checkpoint",
     )
+    models.add_argument("--teacher_model_revision", metavar="NAME", help="revision of the teacher on the Hub")
     models.add_argument("--teacher_adapter_name", metavar="NAME", help="'base': the student's base is its teacher")
     models.add_argument(
         "--teacher_model_server_url",
         metavar="URL",
         help=f"exact vLLM server that runs the teacher (its key: ${TEACHER_KEY_VARIABLE})",
     )
-    models.add_argument("--teacher_beta", type=float, default=1.0, help="divergence: 1 reverse KL, 0 forward KL")
+    models.add_argument("--teacher_beta", type=float, help="divergence: 1 reverse KL (default), 0 forward KL")
     models.add_argument(
         "--teacher_eos_token", metavar="TOKEN", help="what the teacher ends a turn with, if not the EOS"
     )
     models.add_argument("--dtype", default="auto", help="dtype of the models, such as bfloat16 (default: their own)")
 
     problems = parser.add_argument_group("problems")
-    problems.add_argument("--task", metavar="NAME", help="task, a module of trl_cmdp.tasks (default: table)")
-    problems.add_argument("--dataset", metavar="FILE_OR_ID", help="where the task reads its problems from")
+    problems.add_argument(
+        "--task", type=known_task, metavar="NAME", help="task, a module of trl_cmdp.tasks (default: table)"
+    )
+    problems.add_argument(
+        "--dataset", type=data_source, metavar="FILE_OR_ID", help="where the task reads its problems from"
+    )
     problems.add_argument("--prompt_column", help="column of prompts (table)")
     problems.add_argument("--answer_column", help="column of correct final answers (table)")
     problems.add_argument("--difficulty_column", help="column by which results are split (table)")
-    problems.add_argument("--reward", metavar="DOTTED_PATH", help="reward: 1 where correct (default: the task's)")
-    problems.add_argument("--split", default="test", help="split (default: test)")
-    problems.add_argument("--num_problems", type=positive_int, default=200, help="problems (default: 200)")
+    problems.add_argument(
+        "--reward", type=known_reward, metavar="DOTTED_PATH", help="reward: 1 where correct (default: the task's)"
+    )
+    problems.add_argument("--split", help="split (default: test, of a single file its rows)")
+    problems.add_argument(
+        "--num_problems", type=positive_int, help=f"problems (default: {NUM_PROBLEMS}, or as many as there are)"
+    )
+    problems.add_argument(
+        "--conversational",
+        type=true_or_false,
+        metavar="true|false",
+        help="prompts as messages (default: as the student was trained, else where it has a chat template)",
+    )
 
     rollouts = parser.add_argument_group("rollouts")
     rollouts.add_argument("--num_samples", type=int, default=1, help="samples of each problem (default: 1)")
-    rollouts.add_argument("--temperature", type=positive_float, default=1.0, help="temperature (default: 1)")
+    rollouts.add_argument("--temperature", type=positive_float, help="temperature (default: 1)")
     rollouts.add_argument("--max_new_tokens", type=positive_int, help="longest completion (default: the task's)")
     rollouts.add_argument(
         "--chat_template",
@@ -102,6 +135,7 @@ def replace_arguments(arguments: argparse.Namespace, **changes: Any) -> argparse
 
 def read_evaluation(path: Path) -> "tuple[EvaluationSettings, list[RolloutRecord]]":
     """Records of an evaluation, or an error that names their file."""
+    existing_file(str(path))
     from ..evaluation import read_rollout_records
 
     with mistakes():
@@ -121,7 +155,8 @@ def roll_out(arguments: argparse.Namespace, records_path: Path) -> "tuple[Evalua
     from ..evaluation.progress import show_progress
     from ..teachers import TeacherServerError
 
-    with mistakes(DatasetsError, TeacherServerError):
+    models = models_named(student=arguments.student, teacher=arguments.teacher)
+    with mistakes(DatasetsError, TeacherServerError), models:
         task = task_of(arguments)
         reward = task.final_answer_reward if arguments.reward is None else load_reward(arguments.reward)
         tokenizer = load_tokenizer(arguments)
@@ -200,15 +235,21 @@ def problems_of(task: Any, tokenizer: "PreTrainedTokenizerBase", arguments: argp
     """Problems of the task, as many and of the split that the arguments say, with prompts that the tokenizer takes."""
     from .._prompts import check_chat_template
 
+    conversational = arguments.conversational
+    if conversational is None:
+        conversational = tokenizer.chat_template is not None
     asked = {
         "path": arguments.dataset,
         "prompt_column": arguments.prompt_column,
         "answer_column": arguments.answer_column,
         "difficulty_column": arguments.difficulty_column,
-        "conversational": True if tokenizer.chat_template is not None else None,
+        "conversational": True if conversational else None,
     }
     options = {name: value for name, value in asked.items() if value is not None}
-    problems = load_problems(task, arguments.num_problems, arguments.split, arguments.seed, **options)
+    if arguments.num_problems is None:
+        problems = load_problems_up_to(task, NUM_PROBLEMS, arguments.split, arguments.seed, **options)
+    else:
+        problems = load_problems(task, arguments.num_problems, arguments.split, arguments.seed, **options)
     if isinstance(prompt := problems[0]["prompt"], list):
         kwargs = arguments.chat_template_kwargs
         check_chat_template(tokenizer, prompt, "the dataset of problems", chat_template_kwargs=kwargs)
@@ -294,10 +335,16 @@ def _load_teacher(
         return AdapterTeacher(student, Accelerator(), arguments.teacher_adapter_name)
     if arguments.teacher_model_server_url:
         key = os.environ.get(TEACHER_KEY_VARIABLE)
-        teacher: Any = RemoteTeacher(arguments.teacher_model_server_url, key, model=arguments.teacher)
+        teacher: Any = RemoteTeacher(
+            arguments.teacher_model_server_url,
+            key,
+            model=arguments.teacher,
+            revision=arguments.teacher_model_revision,
+        )
         generation_config = teacher_generation_config(teacher.config.name_or_path)
     elif arguments.teacher:
-        teacher = load_teacher(arguments.teacher, init_kwargs={"dtype": arguments.dtype}).to(student.device)
+        teacher = load_teacher(arguments.teacher, arguments.teacher_model_revision, {"dtype": arguments.dtype})
+        teacher = teacher.to(student.device)
         generation_config = teacher.generation_config
     else:
         return None

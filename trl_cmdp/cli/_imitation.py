@@ -156,6 +156,7 @@ def _make_trainer(
             max_steps=settings["steps"],
             per_device_train_batch_size=settings["batch_size"],
             cost_scope=settings["cost_scope"],
+            teacher_model_revision=arguments.teacher_model_revision,
             teacher_adapter_name=arguments.teacher_adapter_name,
             teacher_model_server_url=arguments.teacher_model_server_url,
             teacher_model_server_api_key=os.environ.get(TEACHER_KEY_VARIABLE),
@@ -174,6 +175,7 @@ def _make_trainer(
         teacher_model=arguments.teacher,
     )
     trainer.remove_callback(PrinterCallback)  # it would print every log
+    trainer.how_to_resume = None
     return trainer
 
 
@@ -181,7 +183,8 @@ def _train_problems(tokenizer: "PreTrainedTokenizerBase", count: int, arguments:
     """Problems to imitate on, none of which is measured on."""
     task = task_of(arguments)
     # Those of a smaller number are the first ones of a larger number, so the measured ones can be cut off.
-    measured = arguments.num_problems if arguments.imitation_split == arguments.split else 0
+    problems_measured = problems_of(task, tokenizer, arguments)
+    measured = len(problems_measured) if arguments.imitation_split == arguments.split else 0
     options = replace_arguments(arguments, num_problems=measured + count, split=arguments.imitation_split)
     try:
         problems = problems_of(task, tokenizer, options).select(range(measured, measured + count))
@@ -191,7 +194,7 @@ def _train_problems(tokenizer: "PreTrainedTokenizerBase", count: int, arguments:
             f"{f' after the {measured} measured on' if measured else ''}: {error} See --imitation_split and "
             "--imitation_problems."
         ) from error
-    held_out = set(map(str, problems_of(task, tokenizer, arguments)["prompt"]))
+    held_out = set(map(str, problems_measured["prompt"]))
     kept = [index for index, prompt in enumerate(problems["prompt"]) if str(prompt) not in held_out]
     if not kept:
         raise ValueError("Every problem to imitate on is measured on: choose another --imitation_split.")

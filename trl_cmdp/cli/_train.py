@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import pairwise
@@ -29,7 +32,7 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts.grpo import GRPOScriptArguments
 
 from .._files import check_yaml
-from .._messages import message, say
+from .._messages import message, say, shell_command
 from ..reports import plot_training_curves
 from ..tasks.table import load_splits
 from ..teachers import TeacherServerError
@@ -38,13 +41,15 @@ from ..trainers.engine.distill_trainer import DistillTrainer
 from ..trainers.telemetry.card import CURVES_FILE
 from ..trainers.telemetry.hub import describe_error
 from ..trainers.telemetry.live_state import LiveState
-from ._arguments import Mistake, mistakes, refusals
+from ._arguments import Mistake, mistakes, mistakes_of, models_named, refusals
+from ._dry_run import dry_run, nothing_kept
 from ._progress import TrainingProgress
+from ._results import show_markdown
+from ._run_summary import closing, opening
 from ._tasks import load_problems, load_reward, load_task
+from ._training_arguments import LAUNCHED, check_has_teacher, without_dashes
 
 
-# First argument of the processes that accelerate starts, for which the launch arguments of the YAML file are past.
-_LAUNCHED = "--launched"
 # Environment variable with the arguments as they were typed, of which these processes see only a part.
 _TYPED = "TRL_CMDP_TYPED_ARGUMENTS"
 
@@ -74,6 +79,13 @@ class DistillScriptArguments(GRPOScriptArguments):
         metadata={
             "help": "Path or hub id of the teacher. With `teacher_model_server_url`, of the checkpoint that the server "
             "runs."
+        },
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Load data and models, train one step, say what it found, and throw it away: nothing is saved, logged "
+            "or pushed."
         },
     )
 
@@ -107,6 +119,9 @@ class TrainingParser(TrlParser):
             self._groups[title] = self.add_argument_group(title)
         return self._groups[title].add_argument(*names, **kwargs)
 
+    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+        return super().set_defaults_with_config(**without_dashes(kwargs))
+
     def error(self, message: str):
         raise ValueError(message)
 
@@ -119,26 +134,37 @@ def run_training(command: str, trainer_class: type[DistillTrainer], arguments: l
         Mistake: For what is found before training begins, and for a model that could not be saved. Errors of the training
             itself are raised as they are.
     """
-    launched = arguments[:1] == [_LAUNCHED]
+    launched = arguments[:1] == [LAUNCHED]
     if launched:
         arguments = arguments[1:]
     typed = json.loads(os.environ[_TYPED]) if launched and _TYPED in os.environ else arguments
-    with mistakes(NotImplementedError, DatasetsError, TeacherServerError, yaml.YAMLError):
+    with _mistakes():
         *parsed, of_config, of_command_line = _parse(command, trainer_class._config_class, arguments)
+        check_has_teacher(vars(parsed[0]) | vars(parsed[-1]))
         # Several GPUs take one process each, as in `trl grpo`: in one, transformers would use `nn.DataParallel`.
         if of_command_line or (not launched and (of_config or parsed[-1].n_gpu > 1)):
             _launch(command, of_config, of_command_line, arguments)
             return 0
-        trainer, script_args = _make_trainer(trainer_class, *parsed), parsed[0]
+    script_args, model_args, _, training_args = parsed
+    models = {"model_name_or_path": model_args.model_name_or_path, "teacher_model": script_args.teacher_model}
+    with nothing_kept(training_args) if script_args.dry_run else nullcontext():
+        with _mistakes(), models_named(**models, reward_model_name_or_path=script_args.reward_model_name_or_path):
+            trainer = _make_trainer(trainer_class, *parsed)
+        if trainer.accelerator.is_main_process:
+            show_markdown(opening(trainer, script_args, model_args))
+        if script_args.dry_run:
+            return dry_run(trainer)
     trainer.command = ["trl-cmdp", command, *typed]
-    return _train(trainer, script_args.dataset_name)
+    trainer.how_to_resume = _resuming(trainer.command)
+    return _train(trainer, script_args, model_args)
+
+
+def _mistakes() -> AbstractContextManager[None]:
+    return mistakes(NotImplementedError, DatasetsError, TeacherServerError, yaml.YAMLError)
 
 
 def _parse(command: str, config_class: type[DistillConfig], arguments: list[str]) -> tuple[Any, ...]:
     """Script, model, dataset and training arguments, and what is none of them, of the file and of the command line."""
-    if arguments[-1:] == ["--config"]:
-        raise ValueError("--config expects a YAML file.")
-    _check_yaml_files(arguments)
     try:
         return TrainingParser(command, config_class).parse_args_and_config(
             arguments, return_remaining_strings=True, separate_remaining_strings=True
@@ -147,20 +173,31 @@ def _parse(command: str, config_class: type[DistillConfig], arguments: list[str]
         raise ValueError(str(error)) from error
 
 
-def _check_yaml_files(arguments: list[str]) -> None:
-    """Check the YAML files that arguments name, this command's and accelerate's, before they are read by others."""
+def _resuming(command: list[str]) -> str:
+    """The command that continues the run of a training command."""
+    words, kept = iter(command), []
+    for word in words:
+        option, equals, _ = word.partition("=")
+        if option == "--resume_from_checkpoint":
+            if not equals:
+                next(words, None)
+        else:
+            kept.append(word)
+    return shell_command([*kept, "--resume_from_checkpoint", "true"])
+
+
+def _check_accelerate_files(arguments: list[str]) -> None:
+    """Check the YAML files of accelerate that arguments name, before it reads them."""
     words = [word for argument in arguments for word in argument.split("=", 1)]
     for option, path in pairwise(words):
-        if option in ("--config", "--accelerate_config", "--config_file") and Path(path).is_file():
-            try:
+        if option in ("--accelerate_config", "--config_file") and Path(path).is_file():
+            with mistakes_of(path):
                 check_yaml(path)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
 
 
 def _launch(command: str, of_config: list[str], of_command_line: list[str], arguments: list[str]) -> None:
     """Run the command in the processes that accelerate starts."""
-    _check_yaml_files(of_config)
+    _check_accelerate_files(of_config + of_command_line)
     launch_args = resolve_accelerate_config_argument(of_config + of_command_line)
     left_over = iter([*of_command_line, None])  # in the order of `arguments`
     current = next(left_over)
@@ -172,13 +209,25 @@ def _launch(command: str, of_config: list[str], of_command_line: list[str], argu
             own.append(argument)
     # Quiet: the process has said what was wrong.
     options = ["--quiet", "--module", *launch_args]
-    args, unknown = launch_command_parser().parse_known_args([*options, "trl_cmdp", command, _LAUNCHED, *own])
+    args, unknown = launch_command_parser().parse_known_args([*options, "trl_cmdp", command, LAUNCHED, *own])
     if args.training_script != "trl_cmdp":  # something before it was taken for the script
         unknown.append(args.training_script)
     if unknown:
         raise ValueError(f"unrecognized arguments: {' '.join(unknown)}")
     os.environ[_TYPED] = json.dumps(arguments)  # for the model card
-    launch_command(args)
+    # Ctrl-C reaches the processes themselves, which save a checkpoint. torch's launcher would pass it on once more, and
+    # leave them half a minute.
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGHUP,SIGQUIT")
+    stopped: list[bool] = []
+    previous = signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
+    try:
+        launch_command(args)
+    except (Exception, SystemExit) as error:
+        if stopped:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _make_trainer(
@@ -191,8 +240,10 @@ def _make_trainer(
     if model_args.model_name_or_path is None:
         raise ValueError("--model_name_or_path is needed: the student.")
     checkpoint = training_args.resume_from_checkpoint
-    if str(checkpoint).lower() == "true":  # on the command line, where it is text
-        checkpoint = training_args.resume_from_checkpoint = True
+    checkpoint = {"true": True, "false": None}.get(
+        str(checkpoint).lower(), checkpoint
+    )  # on the command line it is text
+    training_args.resume_from_checkpoint = checkpoint
     if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
         raise ValueError(f"--resume_from_checkpoint: there is no folder {checkpoint!r}.")
     reward_funcs: list[Any] = [load_reward(name) for name in script_args.reward_funcs or []]
@@ -254,8 +305,10 @@ class CurvesOnPush(TrainerCallback):
             plot_training_curves(state.log_history, Path(args.output_dir, CURVES_FILE), Path(args.output_dir).name)
 
 
-def _train(trainer: DistillTrainer, dataset_name: str | None) -> int:
-    args, progress = trainer.args, TrainingProgress()
+def _train(trainer: DistillTrainer, script_args: DistillScriptArguments, model_args: ModelConfig) -> int:
+    args, progress, start = trainer.args, TrainingProgress(), time.monotonic()
+    if trainer.accelerator.is_main_process:
+        show_markdown(opening(trainer, script_args, model_args))
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
@@ -271,8 +324,9 @@ def _train(trainer: DistillTrainer, dataset_name: str | None) -> int:
         progress.stop()
     with mistakes(RuntimeError):
         trainer.save_model(args.output_dir, _internal_call=True)  # not pushed yet
-    trainer.accelerator.print(message(f"Model saved to {args.output_dir}."))
-    pushed = _push(trainer, dataset_name) if args.push_to_hub else True
+    trainer.accelerator.print(message(f"\nModel saved to {args.output_dir}."))
+    trainer.accelerator.print(message(closing(trainer, script_args, time.monotonic() - start)))
+    pushed = _push(trainer, script_args.dataset_name) if args.push_to_hub else True
     # Finish the trackers and destroy the process group, as TRL's scripts do.
     if Version(transformers.__version__) >= Version("5.18.0"):
         trainer.end()
@@ -287,7 +341,7 @@ def _push(trainer: DistillTrainer, dataset_name: str | None) -> bool:
         say(
             f"The push to the Hub failed: {describe_error(error)}.\nTraining is done and the model is in "
             f"{trainer.args.output_dir}. Push it later with: hf upload {trainer.hub_model_id} {trainer.args.output_dir} "
-            "--exclude 'checkpoint-*'",
+            "--exclude 'checkpoint-*' --exclude '_*'",
             error=True,
         )
         return False

@@ -13,6 +13,8 @@ from .._messages import say
 from ._arguments import Mistake, mistakes, positive_float
 from ._evaluation import add_evaluation_arguments, output_folder, read_evaluation, replace_arguments, roll_out
 from ._imitation import add_imitation_arguments, check_imitation_arguments, imitate
+from ._results import add_json_option
+from ._student_run import with_run_settings
 
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="limits to look at (default: 7 from the costs)",
     )
     add_imitation_arguments(parser)
+    add_json_option(parser)
     # Of `evaluate`: a limit is on samples, and none is chosen yet.
     parser.set_defaults(run=run, resumes=True, greedy=False, cost_limit=None)
 
@@ -58,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _measure_and_report(arguments: argparse.Namespace) -> None:
+    arguments = with_run_settings(arguments, "cost_limit")  # it is what is sought
     if not (arguments.teacher or arguments.teacher_adapter_name or arguments.teacher_model_server_url):
         raise Mistake("--teacher (or --teacher_adapter_name, --teacher_model_server_url) is needed: costs are of it.")
     if arguments.num_samples < 1:
@@ -92,12 +96,6 @@ def _report(
     parts = [_costs_text(calibration), _satisfaction_text(calibration)]
     if imitation is not None:
         parts.append(_imitation_text(imitation))
-    say("\n" + "\n\n".join(part.rstrip() for part in (*parts, suggestion)))
-    if output_dir is None:
-        return
-    from ..reports.calibration_plot import plot_calibration
-
-    output_dir.mkdir(parents=True, exist_ok=True)
     content = {
         **asdict(calibration),
         "suggestion_text": suggestion,
@@ -105,6 +103,12 @@ def _report(
         "versions": library_versions(),
         "git_commit": git_state()[0],
     }
+    arguments.show("\n" + "\n\n".join(part.rstrip() for part in (*parts, suggestion)), content)
+    if output_dir is None:
+        return
+    from ..reports.calibration_plot import plot_calibration
+
+    output_dir.mkdir(parents=True, exist_ok=True)
     write_whole(output_dir / JSON_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
     plot_calibration(calibration, evaluations, output_dir / PLOT_FILE)
     say(f"\n{JSON_FILE} and {PLOT_FILE} are in {output_dir}/.")

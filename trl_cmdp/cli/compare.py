@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from .._files import write_whole
 from .._messages import message, printable, say
-from ._arguments import Mistake, mistakes, positive_int
+from ._arguments import Mistake, mistakes, positive_int, writable_folder
 from ._experiment import preset_names
+from ._results import Show, add_json_option
 
 
 if TYPE_CHECKING:
@@ -24,15 +25,23 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Add the command to the command line."""
     parser = commands.add_parser(
         "compare",
-        help="train any methods x seeds on one task, and compare them",
+        help="train any methods x seeds on one task or on your own models and data, and compare them",
         description="Train every method of an experiment with every seed, each in a process of its own, on the same "
         "problems, and write records.jsonl, summary.json, table.md, pareto.png and curves.png. What is in "
         "records.jsonl already is not run again.",
     )
     presets = ", ".join(preset_names())
     parser.add_argument("experiment", help=f"a preset ({presets}), or the path of a YAML file of the same form")
-    parser.add_argument("--output-dir", type=Path, help="where everything is written (default: outputs/compare-NAME)")
-    parser.add_argument("--workers", type=positive_int, default=2, help="cells at a time (default: 2)")
+    parser.add_argument(
+        "--output_dir", type=writable_folder, help="where everything is written (default: outputs/compare-NAME)"
+    )
+    parser.add_argument(
+        "--jobs",
+        "--workers",
+        type=positive_int,
+        default=2,
+        help="cells at a time, shared out among the GPUs (default: 2; --workers is its earlier name)",
+    )
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="other seeds than the experiment's")
     parser.add_argument(
@@ -40,34 +49,41 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         help=f"a smoke run: {QUICK_STEPS} steps, {QUICK_HELD_OUT} held-out problems, the first seed, with no promise",
     )
+    add_json_option(parser)
     parser.set_defaults(run=run, resumes=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the comparison. Returns 0, or 1 if a cell failed."""
     # Imported here: `trl-cmdp --help` should not wait for torch and TRL.
+    import torch
     from filelock import FileLock, Timeout
 
     from ._experiment import load_experiment
     from ._run import set_up_process
 
+    num_threads = torch.get_num_threads() // arguments.jobs or 1
     set_up_process()
     with mistakes():
         experiment = load_experiment(arguments.experiment).select(arguments.methods, arguments.seeds)
-    if arguments.quick:
-        experiment = replace(experiment, steps=QUICK_STEPS, held_out=QUICK_HELD_OUT, seeds=experiment.seeds[:1])
+        if arguments.quick:
+            steps, held_out = min(experiment.steps, QUICK_STEPS), min(experiment.held_out, QUICK_HELD_OUT)
+            experiment = replace(experiment, steps=steps, held_out=held_out, seeds=experiment.seeds[:1])
+        experiment = experiment.checked()
+    if "task" in experiment.sources:
+        num_threads = 1  # the models are so small that a second one costs more in waiting than it gives
     name = f"compare-{experiment.name}{'-quick' if arguments.quick else ''}"
     output_dir = arguments.output_dir or Path("outputs") / name
     with mistakes():
         output_dir.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(output_dir / ".lock", timeout=0):  # released however this process ends
-            return _compare(experiment, output_dir, arguments.workers)
+            return _compare(experiment, output_dir, arguments, num_threads)
     except Timeout as error:
         raise Mistake(f"another run is writing to {output_dir}: wait for it, or take another --output-dir.") from error
 
 
-def _compare(experiment: "Experiment", output_dir: Path, workers: int) -> int:
+def _compare(experiment: "Experiment", output_dir: Path, arguments: argparse.Namespace, num_threads: int) -> int:
     from ._cells import load_records, missing_cells
 
     cells = experiment.cells()
@@ -78,17 +94,17 @@ def _compare(experiment: "Experiment", output_dir: Path, workers: int) -> int:
         say("The last record was cut while it was written: its cell is run again.")
     if len(missing) < len(cells):
         say(f"{len(cells) - len(missing)} of {len(cells)} cells are recorded already.")
-    new, num_failed = _run_with_progress(missing, len(cells), output_dir, workers)
+    new, num_failed = _run_with_progress(missing, len(cells), output_dir, arguments.jobs, num_threads)
     records += new
     if records:
-        _report(experiment, records, output_dir)
+        _report(experiment, records, output_dir, arguments.show)
     if num_failed:
         say(f"{num_failed} of {len(cells)} cells failed, see {output_dir}/logs/.", error=True)
     return 1 if num_failed else 0
 
 
 def _run_with_progress(
-    missing: "list[Cell]", total: int, output_dir: Path, workers: int
+    missing: "list[Cell]", total: int, output_dir: Path, jobs: int, num_threads: int
 ) -> "tuple[list[CellRecord], int]":
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -109,7 +125,13 @@ def _run_with_progress(
             progress.update(task, completed=completed, description=", ".join(names))
 
         return run_cells(
-            missing, output_dir, workers=workers, num_done=done, report=report, running_changed=running_changed
+            missing,
+            output_dir,
+            jobs=jobs,
+            num_threads=num_threads,
+            num_done=done,
+            report=report,
+            running_changed=running_changed,
         )
 
 
@@ -119,7 +141,7 @@ def in_order(records: "list[CellRecord]", experiment: "Experiment") -> "list[Cel
     return sorted(records, key=lambda record: (order.get(record.method, len(order)), record.method, record.seed))
 
 
-def _report(experiment: "Experiment", records: "list[CellRecord]", output_dir: Path) -> None:
+def _report(experiment: "Experiment", records: "list[CellRecord]", output_dir: Path, show: Show) -> None:
     from ..evaluation import compare_methods
     from ..reports import comparison_table, plot_comparison_curves, plot_pareto
 
@@ -134,4 +156,5 @@ def _report(experiment: "Experiment", records: "list[CellRecord]", output_dir: P
     write_whole(output_dir / "table.md", table)
     plot_pareto(comparison, output_dir / "pareto.png", f"{experiment.name}: correct answers against cost")
     plot_comparison_curves(records, output_dir / "curves.png", f"{experiment.name}: training, mean over seeds")
-    say(f"\n{table}\nrecords.jsonl, summary.json, table.md, pareto.png and curves.png are in {output_dir}/.")
+    show(f"\n{table}", summary)
+    say(f"records.jsonl, summary.json, table.md, pareto.png and curves.png are in {output_dir}/.")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from .._files import write_whole
 from .._messages import say
-from ._arguments import positive_float, positive_int
-from ._run import LEARNING_RATE, NUM_GENERATIONS, PROMPTS_PER_STEP
+from ._arguments import positive_float, positive_int, writable_folder
+from ._results import add_json_option
+from ._setup import LEARNING_RATE, NUM_GENERATIONS, PROMPTS_PER_STEP
 
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ._run import Answer
+    from ._setup import Setup
 
 TASK = "arithmetic"
 # What the records call the embedded models.
@@ -39,8 +41,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the problems, the rollouts and the evaluation")
     parser.add_argument("--steps", type=positive_int, default=STEPS, help="optimizer steps")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo"), help="where everything is written")
-    parser.add_argument("--cost-limit", type=positive_float, default=COST_LIMIT, help="limit, in nats per token")
+    parser.add_argument(
+        "--output_dir", type=writable_folder, default=Path("outputs/demo"), help="where everything is written"
+    )
+    parser.add_argument("--cost_limit", type=positive_float, default=COST_LIMIT, help="limit, in nats per token")
     parser.add_argument(
         "--method",
         choices=["constrained", "grpo"],
@@ -52,6 +56,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         help=f"a smoke run: {QUICK_STEPS} steps and {QUICK_HELD_OUT} held-out problems, with no promise",
     )
+    add_json_option(parser)
     parser.add_argument("--verbose", action="store_true", help="show the warnings and progress of the libraries too")
     parser.set_defaults(run=run)
 
@@ -59,43 +64,50 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo."""
     # Imported here: `trl-cmdp --help` should not wait for torch and TRL.
-    from ..reports import plot_training_curves, read_runs, write_report
-    from ..tasks.arithmetic import MAX_COMPLETION_LENGTH, load_problems
     from ._run import load_models, set_up_process, train_student, training_args
+    from ._setup import embedded_setup
 
-    set_up_process(arguments.verbose)
+    set_up_process(verbose=arguments.verbose)
+    from ..reports import plot_training_curves, read_runs, write_report
+
     start = time.monotonic()
     steps = QUICK_STEPS if arguments.quick else arguments.steps
     num_held_out = QUICK_HELD_OUT if arguments.quick else HELD_OUT
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
 
-    tokenizer, student, teacher = load_models(TASK)
-    bed = _Bed(tokenizer, teacher, load_problems(num_held_out, "test", arguments.seed), arguments)
+    setup = embedded_setup(TASK)
+    tokenizer, student, teacher = load_models(setup)
+    bed = _Bed(setup, tokenizer, teacher, setup.test_dataset.draw(num_held_out, arguments.seed), arguments)
 
     print(f"Evaluating teacher and student on {num_held_out} held-out problems ...", flush=True)
     teacher_metrics = evaluate(teacher, "teacher", TEACHER, bed)
     before = evaluate(student, "student before", STUDENT, bed)
     shared = {"steps": steps, "seed": arguments.seed, "cost_limit": arguments.cost_limit}
-    args = training_args(arguments.method, TASK, {}, output_dir=arguments.output_dir / "trainer", **shared)
-    trainer = train_student(student, tokenizer, teacher, args, arguments.method, TASK)
+    args = training_args(
+        arguments.method, setup.config_fields, {}, output_dir=arguments.output_dir / "trainer", **shared
+    )
+    trainer = train_student(student, tokenizer, teacher, args, arguments.method, setup)
     trainer.save_model(str(arguments.output_dir / "student"))
     trainer.state.save_to_json(str(arguments.output_dir / "trainer_state.json"))  # what `trl-cmdp report` reads
     print("Evaluating the trained student on the same problems ...", flush=True)
     after = evaluate(student, arguments.method, str(arguments.output_dir / "student"), bed)
 
-    print(f"\n{arguments.method}, held-out problems, temperature 1, limit {arguments.cost_limit:g}\n")
-    print(_table({"student before": before, "student after": after, "teacher": teacher_metrics}))
     config = {
         "method": arguments.method,
         **shared,
         "prompts_per_step": PROMPTS_PER_STEP,
         "num_generations": NUM_GENERATIONS,
         "learning_rate": LEARNING_RATE,
-        "max_completion_length": MAX_COMPLETION_LENGTH,
+        "max_completion_length": args.max_completion_length,
         "quick": arguments.quick,
         "seconds": round(time.monotonic() - start, 1),
     }
     metrics = {"before": before, "after": after, "teacher": teacher_metrics, "config": config}
+    heading = (
+        f"\n{arguments.method}, held-out problems, temperature 1, limit {arguments.cost_limit:g} nats per token\n\n"
+    )
+    rows = {"student before": before, "student after": after, "teacher": teacher_metrics}
+    arguments.show(heading + _table(rows), metrics)
     write_whole(arguments.output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     title = f"trl-cmdp demo: {arguments.method}, seed {arguments.seed}"
     plot_training_curves(trainer.state.log_history, arguments.output_dir / "curves.png", title)
@@ -113,6 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
 class _Bed:
     """What every model of the demo is measured on."""
 
+    setup: "Setup"
     tokenizer: "PreTrainedTokenizerBase"
     teacher: "PreTrainedModel"
     problems: "Dataset"
@@ -128,7 +141,9 @@ def evaluate(model: "PreTrainedModel", name: str, source: str, bed: _Bed) -> dic
 
     arguments = bed.arguments
     answers = {
-        greedy: evaluate_student(model, bed.tokenizer, bed.teacher, bed.problems, TASK, arguments.seed, greedy=greedy)
+        greedy: evaluate_student(
+            model, bed.tokenizer, bed.teacher, bed.problems, bed.setup, arguments.seed, greedy=greedy
+        )
         for greedy in (False, True)
     }
     path = arguments.output_dir / f"{name.replace(' ', '-')}.jsonl"
@@ -146,8 +161,6 @@ def _record_lines(
     from ..evaluation.evaluator import make_record
     from ..evaluation.provenance import tokenizer_fingerprint
     from ..evaluation.rollouts import eos_ids
-    from ..tasks.arithmetic import MAX_COMPLETION_LENGTH
-    from ._run import EVALUATION_BATCH_SIZE
 
     settings = EvaluationSettings(
         name=name,
@@ -162,8 +175,8 @@ def _record_lines(
         num_problems=len(bed.problems),
         greedy=True,
         seed=bed.arguments.seed,
-        max_new_tokens=MAX_COMPLETION_LENGTH,
-        batch_size=EVALUATION_BATCH_SIZE,
+        max_new_tokens=bed.setup.config_fields["max_completion_length"],
+        batch_size=bed.setup.batch_size,
         cost_limit=bed.arguments.cost_limit,
     )
     stops = eos_ids(model, bed.tokenizer)
@@ -175,7 +188,7 @@ def _record_lines(
             answer.correct,
             answer.costs,
             bed.tokenizer,
-            MAX_COMPLETION_LENGTH,
+            settings.max_new_tokens,
             stops,
         )
         for greedy, of_kind in answers.items()
@@ -210,7 +223,7 @@ def _table(rows: dict[str, dict[str, Any]]) -> str:
     from ..evaluation.rates import ValueWithInterval
     from ..reports.tables import markdown_table
 
-    columns = ("", "correct", "steps valid", "satisfaction [95%]", "nats per token")
+    columns = ("", "correct", "steps valid", "satisfaction [95%]", "mean cost")
     lines = [
         (
             name,

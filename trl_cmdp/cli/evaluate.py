@@ -12,6 +12,8 @@ from .._messages import message, say
 from ._arguments import mistakes, positive_float
 from ._evaluation import add_evaluation_arguments, output_folder, read_evaluation, roll_out
 from ._judge import add_judge_arguments, check_judge_arguments, judge_evaluations
+from ._results import add_json_option
+from ._student_run import with_run_settings
 
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--cost_limit", type=positive_float, help=f"limit (default: {COST_LIMIT}, or the records')")
     rollouts.add_argument("--greedy", action="store_true", help="a greedy rollout of each problem too")
     add_judge_arguments(parser)
+    add_json_option(parser)
     parser.set_defaults(run=run, resumes=True)
 
 
@@ -46,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.records:
         output_dir, evaluations = arguments.output_dir, [read_evaluation(path) for path in arguments.records]
     else:
+        arguments = with_run_settings(arguments)
         output_dir = output_folder("evaluate", arguments)
         evaluations = [roll_out(arguments, output_dir / RECORDS_FILE)]
     with mistakes():
@@ -73,12 +77,12 @@ def _report(evaluations: "Sequence[Evaluation]", arguments: argparse.Namespace, 
     parts = [evaluation_table(summaries), strata_table(summaries), difference_table(differences)]
     parts.append(win_rate_table(win_rates))
     table = message("\n".join(part for part in parts if part))
-    say(f"\n{table}")
-    if output_dir is None:
-        return
     summary = {"evaluations": list(map(asdict, summaries)), "differences": list(map(asdict, differences))}
     if win_rates:
         summary["win_rates"] = win_rates
+    arguments.show(f"\n{table}", summary)
+    if output_dir is None:
+        return
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
     output_dir.mkdir(parents=True, exist_ok=True)
     write_whole(output_dir / "summary.json", text)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .._messages import say
-from ._arguments import mistakes, positive_int
+from ._arguments import existing_path, mistakes, positive_int, writable_folder
 
 
 _SECONDS = 10
@@ -28,11 +28,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="a file (records, the state of a trainer), or a folder with some: of checkpoints the newest counts",
     )
     parser.add_argument(
-        "--output-dir", "--output_dir", type=Path, default=Path("outputs/report"), help="default: outputs/report"
+        "--output_dir", type=writable_folder, default=Path("outputs/report"), help="default: outputs/report"
     )
     parser.add_argument("--title", help="title of the page (default: the task, or the names of the runs)")
     parser.add_argument(
-        "--max-rollouts",
         "--max_rollouts",
         type=positive_int,
         default=1000,
@@ -53,7 +52,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(arguments: argparse.Namespace) -> int:
     """Write the report, once or for as long as it is watched."""
     if arguments.watch is not None:
-        _watch(arguments)
+        _watch(arguments)  # it waits for what is not there yet
+    for path in arguments.runs:
+        existing_path(str(path))
     with mistakes():
         _write(arguments, None)
     return 0

@@ -3,7 +3,10 @@
 import argparse
 from functools import partial
 
+from ._arguments import Mistake
 from ._run import distill_class
+from ._settings import print_short_help
+from ._training_arguments import LAUNCHED, as_options, check_training_arguments, separate_files
 
 
 COMMANDS = {
@@ -22,7 +25,18 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    # Imported here: `trl-cmdp --help` should not wait for torch and TRL.
-    from ._train import run_training
+    arguments = separate_files(arguments)
+    if "--help_all" in arguments:
+        arguments = ["--help"]
+    elif {"-h", "--help"} & set(arguments):
+        print_short_help(command, COMMANDS[command])
+        return 0
+    try:
+        if arguments[:1] != [LAUNCHED] and arguments != ["--help"]:  # the process that launched this one has checked
+            check_training_arguments(command, arguments)
+        # Imported here: neither the help nor what is wrong should wait for torch and TRL.
+        from ._train import run_training
 
-    return run_training(command, distill_class(command, "Trainer"), arguments)
+        return run_training(command, distill_class(command, "Trainer"), arguments)
+    except Mistake as error:
+        raise Mistake(as_options(str(error), command)) from error

@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 
 Record = TypeVar("Record")
@@ -40,7 +40,7 @@ def from_line(record: Any, line: str) -> dict[str, Any]:
         wrong = (required - values.keys()) | (values.keys() - types.keys())
         raise ValueError(f"it has the wrong keys: {', '.join(sorted(wrong))}.")
     for name, value in values.items():
-        if not _has_type(value, types[name]):
+        if not has_type(value, types[name]):
             raise ValueError(f"`{name}` or an element of it has the wrong type: {reprlib.repr(value)}.")
     return values
 
@@ -84,26 +84,28 @@ def _types(record: Any) -> dict[str, Any]:
     return get_type_hints(record)
 
 
-def _has_type(value: Any, declared: Any) -> bool:
+def has_type(value: Any, declared: Any) -> bool:
+    """Whether a value, of JSON, is of a declared type."""
     # `type`, not `isinstance`: a bool is not a number.
     if declared is Any:
         return _is_shallow(value, _DEEPEST)
     if type(value) is declared or (declared is float and type(value) is int):
         return True
     origin, arguments = get_origin(declared), get_args(declared)
-    if origin is UnionType:
-        return any(_has_type(value, option) for option in arguments)
+    if origin in (UnionType, Union):  # of a `Literal` and None the latter
+        return any(has_type(value, option) for option in arguments)
     if origin is Literal:
         return value in arguments
     if origin is list:
         if type(value) is list and arguments[0] in _SCALARS:  # of a rollout's tokens, of which there are millions
             return set(map(type, value)) <= _SCALARS[arguments[0]]
-        return type(value) is list and all(_has_type(element, arguments[0]) for element in value)
+        return type(value) is list and all(has_type(element, arguments[0]) for element in value)
     if origin is dict:
-        return type(value) is dict and all(_has_type(element, arguments[1]) for element in value.values())
+        return type(value) is dict and all(has_type(element, arguments[1]) for element in value.values())
     if is_dataclass(declared):  # one of thousands: its values alone, in the order of its fields
         types = list(_types(cast(type, declared)).values())
-        return type(value) is list and len(value) == len(types) and all(map(_has_type, value, types))
+        num_required = sum(field.default is MISSING for field in fields(declared))
+        return type(value) is list and num_required <= len(value) <= len(types) and all(map(has_type, value, types))
     return False
 
 

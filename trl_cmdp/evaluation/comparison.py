@@ -7,13 +7,14 @@ from statistics import mean
 
 import torch
 
-from .._defaults import FEASIBLE_SATISFACTION
+from .._defaults import COST_SCOPE, FEASIBLE_SATISFACTION, CostScope
 from ..core import two_level_bootstrap_interval
 from .rates import ValueWithInterval
 from .records import CellRecord, Outcome
 
 
 _SATISFACTION_WINDOW = 5
+_Value = Callable[[Outcome], float]  # what is estimated of an outcome
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,12 @@ class MethodSummary:
     rank: int | None
     feasible: bool  # whether satisfaction reaches 0.95
     right: Estimate  # share of correct final answers
-    valid: Estimate  # share of answers of which every step is valid
+    valid: Estimate | None  # share of answers of which every step is valid. `None` where nothing checks the steps
     satisfaction: Estimate  # share of rollouts whose cost is within the limit
-    cost: Estimate  # mean cost, in nats per token
+    cost: Estimate  # mean cost, in the unit of the scope
+    reward: Estimate | None  # mean task reward. `None` where it only says which answers are correct
     # Method minus reference method, paired by seed and problem. `None` for the reference method itself, without a
-    # trainer, and where they have no seed in common
+    # trainer, where they have no seed in common, and of what either lacks
     right_difference: Estimate | None
     valid_difference: Estimate | None
     satisfaction_difference: Estimate | None
@@ -58,11 +60,12 @@ class Comparison:
     """The whole table."""
 
     task: str  # task of all cells
-    cost_limit: float  # limit of the evaluation, in nats per token
+    cost_limit: float  # limit of the evaluation, in the unit of the scope
     num_problems: int  # held-out problems of each seed
     # Method that the differences are to: `"constrained"` where it is there, else the first trained one
     reference: str | None
     methods: list[MethodSummary]  # rows, by rank; those without a trainer at the end
+    cost_scope: CostScope = COST_SCOPE  # scope of the limit and the costs
 
 
 def compare_methods(records: Sequence[CellRecord]) -> Comparison:
@@ -71,7 +74,7 @@ def compare_methods(records: Sequence[CellRecord]) -> Comparison:
 
     Args:
         records (`Sequence[CellRecord]`):
-            Cells of one task, one limit and one number of held-out problems.
+            Cells of one task, one limit and scope, and one number of held-out problems.
 
     Returns:
         `Comparison`: The table.
@@ -81,33 +84,51 @@ def compare_methods(records: Sequence[CellRecord]) -> Comparison:
     """
     if not records:
         raise ValueError("There are no records to compare.")
-    shared = {(record.task, record.cost_limit, len(record.outcomes)) for record in records}
+    shared = {(record.task, record.cost_limit, record.cost_scope, len(record.outcomes)) for record in records}
     if len(shared) > 1:
-        raise ValueError(f"The records have more than one (task, cost limit, held-out problems): {sorted(shared)}.")
-    task, limit, num_problems = shared.pop()
+        raise ValueError(
+            f"The records have more than one (task, cost limit, scope, held-out problems): {sorted(shared)}."
+        )
+    task, limit, scope, num_problems = shared.pop()
     cells: dict[str, dict[int, CellRecord]] = {}
     for record in records:
         cells.setdefault(record.method, {})[record.seed] = record
     trained = [record.method for record in records if record.trainer != "none"]
     reference = "constrained" if "constrained" in trained else trained[0] if trained else None
 
-    rows = [_summary(by_seed, cells.get(reference or ""), limit) for by_seed in cells.values()]
-    rows.sort(key=lambda row: (row.trainer == "none", not row.feasible, -row.right.value))
+    values = _figures(records, limit)
+    rows = [_summary(by_seed, cells.get(reference or ""), values) for by_seed in cells.values()]
+    # Where no answer is right, as none has a reward of 1, the reward decides.
+    rows.sort(
+        key=lambda row: (row.trainer == "none", not row.feasible, -row.right.value, -(row.reward or row.right).value)
+    )
     ranked = [replace(row, rank=None if row.trainer == "none" else rank) for rank, row in enumerate(rows, start=1)]
-    return Comparison(task, limit, num_problems, reference, ranked)
+    return Comparison(task, limit, num_problems, reference, ranked, scope)
 
 
-def _summary(cells: dict[int, CellRecord], reference: dict[int, CellRecord] | None, limit: float) -> MethodSummary:
-    values: dict[str, Callable[[Outcome], float]] = {
+def _figures(records: Sequence[CellRecord], limit: float) -> dict[str, _Value]:
+    """What is estimated, by its name in a summary: valid steps where all are checked, rewards where any is recorded."""
+    values: dict[str, _Value] = {
         "right": lambda outcome: outcome.right,
-        "valid": lambda outcome: outcome.valid,
         "satisfaction": lambda outcome: outcome.cost <= limit,
         "cost": lambda outcome: outcome.cost,
     }
+    outcomes = [outcome for record in records for outcome in record.outcomes]
+    if all(outcome.valid is not None for outcome in outcomes):
+        values["valid"] = lambda outcome: outcome.valid or 0
+    if any(outcome.reward is not None for outcome in outcomes):
+        values["reward"] = lambda outcome: outcome.task_reward
+    return values
+
+
+def _summary(
+    cells: dict[int, CellRecord], reference: dict[int, CellRecord] | None, values: dict[str, _Value]
+) -> MethodSummary:
     first = next(iter(cells.values()))
     # Not against itself, and an untrained model is not a method.
     paired = {} if reference is None or reference is cells or first.trainer == "none" else reference
     estimates = {name: _estimate(cells, value) for name, value in values.items()}
+    differences = {name: _difference(cells, paired, value) for name, value in values.items()}
     reached = [steps_to_satisfaction(cell.history) for cell in cells.values()]
     steps = [step for step in reached if step is not None]
     violations = [_violations(cell.history) for cell in cells.values()]
@@ -124,10 +145,14 @@ def _summary(cells: dict[int, CellRecord], reference: dict[int, CellRecord] | No
         wall_s=mean(cell.wall_s for cell in cells.values()),
         cpu_s=mean(cell.cpu_s for cell in cells.values()),
         peak_memory_mb=mean(cell.peak_memory_mb for cell in cells.values()),
-        right_difference=_difference(cells, paired, values["right"]),
-        valid_difference=_difference(cells, paired, values["valid"]),
-        satisfaction_difference=_difference(cells, paired, values["satisfaction"]),
-        **estimates,
+        right=estimates["right"],
+        valid=estimates.get("valid"),
+        satisfaction=estimates["satisfaction"],
+        cost=estimates["cost"],
+        reward=estimates.get("reward"),
+        right_difference=differences["right"],
+        valid_difference=differences.get("valid"),
+        satisfaction_difference=differences["satisfaction"],
     )
 
 
@@ -150,13 +175,11 @@ def _violations(history: Sequence[dict[str, float]]) -> tuple[float, float] | No
     return mean(rates), mean(rates[-math.ceil(len(rates) / 4) :])
 
 
-def _estimate(cells: dict[int, CellRecord], value: Callable[[Outcome], float]) -> Estimate:
+def _estimate(cells: dict[int, CellRecord], value: _Value) -> Estimate:
     return _bootstrap({seed: _values(cell, value) for seed, cell in sorted(cells.items())})
 
 
-def _difference(
-    cells: dict[int, CellRecord], reference: dict[int, CellRecord], value: Callable[[Outcome], float]
-) -> Estimate | None:
+def _difference(cells: dict[int, CellRecord], reference: dict[int, CellRecord], value: _Value) -> Estimate | None:
     seeds = sorted(cells.keys() & reference.keys())
     if not seeds:
         return None
@@ -164,7 +187,7 @@ def _difference(
     return _bootstrap({seed: _values(cells[seed], value) - _values(reference[seed], value) for seed in seeds})
 
 
-def _values(cell: CellRecord, value: Callable[[Outcome], float]) -> torch.Tensor:
+def _values(cell: CellRecord, value: _Value) -> torch.Tensor:
     return torch.tensor([float(value(outcome)) for outcome in cell.outcomes])
 
 

@@ -127,7 +127,7 @@ def evaluate(
                     batch_size=scoring_batch_size,
                     ends=ends,
                 )
-            correct = _correct(reward, batch_rows, rollouts)
+            correct = [value == 1.0 for value in call_reward(reward, batch_rows, rollouts)]
             new = [
                 make_record(key, row, rollout, is_correct, cost, tokenizer, settings.max_new_tokens, stops)
                 for key, row, rollout, cost, is_correct in zip(
@@ -233,10 +233,10 @@ def _batch_seed(seed: int, number: int) -> int:
     return random.Random(f"{seed}/{number}").getrandbits(31)  # far from the seeds of other batches and evaluations
 
 
-def _correct(
+def call_reward(
     reward: Callable[..., Sequence[float | None]], rows: Sequence[dict[str, Any]], rollouts: Sequence[Rollout]
-) -> list[bool]:
-    """Whether the final answers are correct, by a reward function that is called as TRL calls it."""
+) -> Sequence[float | None]:
+    """The rewards of rollouts of the problems in `rows`, by a function that is called as TRL calls it."""
     prompts = [row["prompt"] for row in rows]
     columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
     completions = [
@@ -249,7 +249,7 @@ def _correct(
     rewards = reward(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
     if len(rewards) != len(rollouts):
         raise ValueError(f"The reward function gave {len(rewards)} rewards for {len(rollouts)} completions.")
-    return [value == 1.0 for value in rewards]
+    return rewards
 
 
 @contextmanager

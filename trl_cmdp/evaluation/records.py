@@ -2,8 +2,9 @@
 
 import io
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+from .._defaults import COST_SCOPE, COST_UNITS, CostScope
 from ._lines import from_line, read_lines, to_line
 
 
@@ -12,9 +13,17 @@ class Outcome:
     """What a model did with one held-out problem."""
 
     right: Literal[0, 1]  # 1 if the final answer is correct, else 0
-    valid: Literal[0, 1]  # 1 if every step of the answer is valid, else 0
-    cost: float  # mean divergence from the teacher, in nats per token
+    valid: (
+        Literal[0, 1] | None
+    )  # 1 if every step of the answer is valid, else 0; `None` where nothing checks the steps
+    cost: float  # cost in the unit of the record's scope: mean divergence from the teacher, in nats per token
     length: int  # number of completion tokens
+    reward: float | None = None  # task reward; `None` where in the whole cell it is 1 if the answer is right, else 0
+
+    @property
+    def task_reward(self) -> float:
+        """The reward, recorded or not."""
+        return self.right if self.reward is None else self.reward
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,7 @@ class CellRecord:
     method: str  # name of the method in the table
     trainer: str  # its trainer, or `"none"` for a reference
     seed: int  # seed of the problems, of the rollouts and of the evaluation
-    task: str  # task, a module of `trl_cmdp.tasks`
+    task: str  # task, a module of `trl_cmdp.tasks`, or the experiment's test dataset
     # What the cell was asked for: a cell with equal settings need not be run again. Holds `cost_limit`
     settings: dict[str, Any]
     config: dict[str, Any]  # all arguments of the training, without its output folder. Empty for a reference
@@ -42,13 +51,19 @@ class CellRecord:
 
     @property
     def cost_limit(self) -> float:
-        """Limit that satisfaction is measured against, in nats per token."""
+        """Limit that satisfaction is measured against, in the unit of the scope."""
         return float(self.settings["cost_limit"])
+
+    @property
+    def cost_scope(self) -> CostScope:
+        """Scope of the limit and of the outcomes' costs."""
+        return cast(CostScope, self.settings.get("cost_scope", COST_SCOPE))
 
     def to_json(self) -> str:
         """The record on one line."""
-        # A thousand outcomes: values alone, in the fields' order.
-        return to_line({**asdict(self), "outcomes": [list(asdict(outcome).values()) for outcome in self.outcomes]})
+        # A thousand outcomes: values alone, in the fields' order, and a reward where there is one.
+        values = [list(asdict(outcome).values()) for outcome in self.outcomes]
+        return to_line({**asdict(self), "outcomes": [row[:-1] if row[-1] is None else row for row in values]})
 
     @classmethod
     def from_json(cls, line: str) -> "CellRecord":
@@ -58,6 +73,8 @@ class CellRecord:
             raise ValueError("its `outcomes` are empty.")
         if type(record["settings"].get("cost_limit")) not in (int, float):
             raise ValueError("its `settings` hold no `cost_limit` that is a number.")
+        if record["settings"].get("cost_scope", COST_SCOPE) not in list(COST_UNITS):
+            raise ValueError("its `settings` hold a `cost_scope` that is none.")
         return cls(**{**record, "outcomes": [Outcome(*values) for values in record["outcomes"]]})
 
 

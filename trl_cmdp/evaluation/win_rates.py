@@ -75,7 +75,9 @@ def pair_rollouts(
             raise ValueError(
                 f"Problem {key[0]} differs between the two: compare evaluations of the same task, split and seed."
             )
-        pairs.append(Pair(*key, _text(mine[key].prompt), mine[key].completion, theirs[key].completion, students))
+        pairs.append(
+            Pair(*key, problem_text(mine[key].prompt), mine[key].completion, theirs[key].completion, students)
+        )
     return pairs
 
 
@@ -209,7 +211,7 @@ def _only_judge(judgements: Sequence[Judgement]) -> str:
     return judges.pop()
 
 
-def _text(prompt: str | list[dict[str, str]]) -> str:
+def problem_text(prompt: str | list[dict[str, str]]) -> str:
     """The problem: the prompt, or its last message of the user."""
     if isinstance(prompt, str):
         return prompt

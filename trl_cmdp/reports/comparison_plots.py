@@ -60,7 +60,7 @@ def draw_comparison_pareto(
         if row not in teachers
     ]
     teacher_correct = teachers[0].right.value if teachers else None
-    label = f"mean cost, {COST_UNITS['mean']}"
+    label = f"mean cost, {COST_UNITS[comparison.cost_scope]}"
     return draw_pareto(
         points, comparison.cost_limit, cost_label=label, title=title, teacher_correct=teacher_correct, size=size
     )
@@ -102,7 +102,8 @@ def draw_comparison_curve(axes: Axes, records: Sequence[CellRecord], key: str) -
             axes.axhline(records[0].cost_limit, label="limit", **LIMIT_LINE)
     if key == "satisfaction":
         axes.set_ylim(0, 1.02)
-    axes.set(xlabel="optimizer step", ylabel=CURVES[key][1])
+    unit = COST_UNITS[records[0].cost_scope] if key == "cost" and records else CURVES[key][1]
+    axes.set(xlabel="optimizer step", ylabel=unit)
     whole_numbers(axes.xaxis)
     style_axes(axes)
 

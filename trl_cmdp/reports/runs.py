@@ -97,9 +97,9 @@ def _read_folder(folder: Path) -> list[Run]:
 
 
 def _newest_state(folder: Path) -> Path | None:
-    for name in (TRAINER_STATE, LIVE_STATE):
-        if (folder / name).is_file():
-            return folder / name
+    beside = [folder / name for name in (TRAINER_STATE, LIVE_STATE) if (folder / name).is_file()]
+    if beside:
+        return max(beside, key=lambda path: path.stat().st_mtime_ns)
     # A checkpoint that was cut off while it was written may lack its state.
     states = {
         (_session_of(path), int(match[1])): path / TRAINER_STATE

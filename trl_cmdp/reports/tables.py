@@ -48,12 +48,13 @@ def comparison_table(comparison: Comparison) -> str:
     """Write a comparison as GitHub Markdown."""
     difference = f"correct minus {comparison.reference}'s [95%]" if comparison.reference else "difference"
     columns = (
-        *("rank", "method", "seeds", "correct [95%]", "valid [95%]", "satisfaction [95%]", "mean cost", difference),
+        *("rank", "method", "seeds", "correct [95%]", *(f"{name} [95%]" for name in _judged(comparison.methods[0]))),
+        *("satisfaction [95%]", "mean cost", difference),
         *("steps to 0.95", "violations in training (last quarter)", "CPU s"),
     )
     return markdown_table(columns, [_method_cells(row) for row in comparison.methods], left=(1,)) + (
         f"\nTask `{_one_line(comparison.task)}`, {comparison.num_problems} held-out problems a seed, sampled at temperature 1; "
-        f"limit {comparison.cost_limit:g} nats per token. Methods of which at least 95% of the rollouts satisfy the "
+        f"limit {comparison.cost_limit:g} {COST_UNITS[comparison.cost_scope]}. Methods of which at least 95% of the rollouts satisfy the "
         "limit rank first, then correct answers count. Intervals: two-level bootstrap over seeds and problems; "
         "differences are paired. Steps to 0.95: until 95% of the training rollouts of 5 steps satisfy the method's "
         "limit, mean over the seeds that reached it.\n"
@@ -138,6 +139,12 @@ def win_rate_table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _judged(row: MethodSummary) -> dict[str, ValueWithInterval]:
+    """What is known of answers beside their correctness, by the names of the columns."""
+    figures = {"reward": row.reward, "valid": row.valid}
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
 def _method_cells(row: MethodSummary) -> tuple[str, ...]:
     violations = steps = "–"
     if row.violations is not None and row.late_violations is not None:
@@ -150,7 +157,7 @@ def _method_cells(row: MethodSummary) -> tuple[str, ...]:
         method_label(row),
         str(len(row.right.by_seed)),
         row.right.text(),
-        row.valid.text(),
+        *(figure.text() for figure in _judged(row).values()),
         row.satisfaction.text(),
         f"{row.cost.value:.3f}",
         "–" if row.right_difference is None else row.right_difference.text("+.3f"),

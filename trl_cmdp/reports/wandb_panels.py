@@ -36,8 +36,11 @@ def wandb_workspace(entity: str, project: str) -> "Workspace":
     """
     Lay the panels out for a project. `.save()` on what is returned puts it there, as a view beside those of others.
     """
-    import wandb_workspaces.reports.v2 as panels  # an optional dependency
-    import wandb_workspaces.workspaces as workspaces
+    try:
+        import wandb_workspaces.reports.v2 as panels
+        import wandb_workspaces.workspaces as workspaces
+    except ImportError as error:
+        raise ImportError('The panels are made by wandb-workspaces: pip install "trl-cmdp[tracking]"') from error
 
     sections = []
     for name, lines in PANELS.items():

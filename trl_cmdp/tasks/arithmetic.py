@@ -26,6 +26,8 @@ __all__ = [
 ]
 
 NUM_OPERANDS = 5
+# A problem and its answer, for `trl-cmdp tasks`.
+SAMPLE_PROBLEM = ("7+5+9+3+8=", "32")
 # The longest correct completion has 33 tokens and its EOS; the rest lets a wrong one come to its end.
 MAX_COMPLETION_LENGTH = 40
 _PROMPT = re.compile(r"[1-9](\+[1-9])+=")

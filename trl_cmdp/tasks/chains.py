@@ -23,6 +23,8 @@ __all__ = [
     "worked_solution",
 ]
 
+# A problem and its answer, for `trl-cmdp tasks`.
+SAMPLE_PROBLEM = ("7+5+9+3+8+2+4=", "38")
 # The longest correct completion has 57 tokens and its EOS; the rest lets a wrong one come to its end.
 MAX_COMPLETION_LENGTH = 64
 _NUM_OPERANDS = {"train": range(3, 6), "test": range(6, 9), "pretrain": range(3, 9)}

@@ -12,6 +12,12 @@ from .table import check_columns, check_text, draw, open_split
 __all__ = ["INSTRUCTION", "MAX_COMPLETION_LENGTH", "final_answer_reward", "load_problems"]
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
+# A problem and its answer, for `trl-cmdp tasks`.
+SAMPLE_PROBLEM = (
+    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips did "
+    "Natalia sell altogether in April and May?",
+    "72",
+)
 MAX_COMPLETION_LENGTH = 512
 _PATH = "openai/gsm8k"
 _ANNOTATION = re.compile(r"<<[^<>]*>>")

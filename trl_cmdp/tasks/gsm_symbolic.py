@@ -24,6 +24,12 @@ __all__ = [
     "template_split",
 ]
 
+# A problem and its answer, for `trl-cmdp tasks`.
+SAMPLE_PROBLEM = (
+    "Emma buys 18 shares of a stock for $72 each. The stock price increases 25% the first year Emma holds it, then "
+    "decreases 25% in the second year. What is the final value of all Emma's shares?",
+    "1215",
+)
 MAX_COMPLETION_LENGTH = 256
 INSTRUCTION = "Solve the problem step by step. End with a line '#### ' and the answer as a number."
 _SUFFIX = " Give the result as your final answer. Do not include units."  # of reasoning-gym, on every question

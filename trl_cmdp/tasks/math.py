@@ -16,6 +16,12 @@ from .table import check_columns, check_text, draw, open_split
 __all__ = ["INSTRUCTION", "MAX_COMPLETION_LENGTH", "final_answer_reward", "load_problems"]
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
+# A problem and its answer, for `trl-cmdp tasks`.
+SAMPLE_PROBLEM = (
+    r"Convert the point $(0,3)$ in rectangular coordinates to polar coordinates. Enter your answer in the form "
+    r"$(r,\theta),$ where $r > 0$ and $0 \le \theta < 2 \pi.$",
+    r"\left( 3, \frac{\pi}{2} \right)",
+)
 MAX_COMPLETION_LENGTH = 1024
 # Dataset on the Hub, its split, and its column of subjects.
 _SOURCES = {

@@ -27,6 +27,8 @@ __all__ = [
     "worked_solution",
 ]
 
+# A problem and its answer, for `trl-cmdp tasks`.
+SAMPLE_PROBLEM = ("(3+4)*(2+5)=", "49")
 # The longest correct completion has 25 tokens and its EOS; the rest lets a wrong one come to its end.
 MAX_COMPLETION_LENGTH = 32
 _NUM_OPERANDS = 4

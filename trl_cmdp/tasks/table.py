@@ -13,6 +13,8 @@ from ._verify import answer_text, final_answer_reward
 
 __all__ = ["MAX_COMPLETION_LENGTH", "final_answer_reward", "load_problems", "load_splits"]
 
+# A problem and its answer, for `trl-cmdp tasks`.
+SAMPLE_PROBLEM = ('a row of your own: {"prompt": "What is 1 + 2?", "answer": "3"}', "3")
 MAX_COMPLETION_LENGTH = 1024
 _FLOAT_DIGITS = {"float16": 3, "float32": 7}  # significant digits that survive
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -193,8 +195,21 @@ def check_text(rows: Dataset, column: str, path: str) -> None:
             )
 
 
+class FewerProblems(ValueError):
+    """A split holds fewer problems than were asked for."""
+
+    def __init__(self, n: int, available: int):
+        super().__init__(f"`n` must be None, or from 1 to the {available} problems of the split, got {n}.")
+        self.available = available
+
+
+def is_file(path: str) -> bool:
+    """Whether the path of a dataset is one of a single file, whose rows are the split `"train"`."""
+    return Path(path).suffix in _FILE_FORMATS
+
+
 def draw(rows: Dataset, n: int | None, seed: int) -> Dataset:
     """The first `n` rows in the order of the seed, all of them if `None`."""
     if n is not None and not 1 <= n <= len(rows):
-        raise ValueError(f"`n` must be None, or from 1 to the {len(rows)} problems of the split, got {n}.")
+        raise FewerProblems(n, len(rows))
     return rows.shuffle(seed=seed).select(range(len(rows) if n is None else n))

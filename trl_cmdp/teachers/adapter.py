@@ -41,7 +41,12 @@ class AdapterTeacher:
         self.vocab_size, self.max_length = self._local.vocab_size, self._local.max_length
 
     def _check(self) -> None:
-        from peft import PeftModel  # an optional dependency
+        try:
+            from peft import PeftModel
+        except ImportError as error:
+            raise ImportError(
+                'A student\'s own base is a teacher by its adapter: pip install "trl-cmdp[peft]"'
+            ) from error
 
         if not isinstance(self.model, PeftModel):
             raise ValueError(

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from .._defaults import COST_LIMIT, VIOLATION_PENALTY
+from .._defaults import AUTO, COST_LIMIT, VIOLATION_PENALTY, check_auto_limit, parse_cost_limit
 from .engine.config import DistillConfig, help_from_docstring
-from .engine.limit import LimitPlan, parse_cost_limit
+from .engine.limit import LimitPlan
 
 
 @help_from_docstring
@@ -86,6 +86,8 @@ class ConstrainedDistillConfig(DistillConfig):
                 "`reward_weights`."
             )
         self.limit_plan  # noqa: B018  # refuses what cannot be planned
+        if self.cost_limit == AUTO:
+            check_auto_limit(self.max_steps, self.auto_limit_steps)
 
     @property
     def limit_plan(self) -> LimitPlan:

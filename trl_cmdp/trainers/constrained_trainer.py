@@ -62,6 +62,8 @@ class ConstrainedDistillTrainer(DistillTrainer):
         "citation": CONSTRAINED_CITATION,
     }
 
+    _keeps_limit = True
+
     @property
     def _token_cost(self) -> str:
         return self.args.cost

@@ -44,6 +44,7 @@ class GKDDistillTrainer(DistillTrainer):
                 booktitle = {ICLR},
             }"""),
     }
+    _imitates = True
 
     @property
     def _samples_from_teacher(self) -> bool:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from .._defaults import check_not_zero
 from .engine.config import DistillConfig, help_from_docstring
 
 
@@ -53,3 +54,7 @@ class LagrangianDistillConfig(DistillConfig):
             raise ValueError(
                 f"`multiplier_init` ({self.multiplier_init}) is above `multiplier_max` ({self.multiplier_max})."
             )
+
+    def _check_cost_limit(self) -> None:
+        check_not_zero(self.cost_limit)
+        super()._check_cost_limit()

@@ -59,6 +59,10 @@ class LagrangianDistillTrainer(DistillTrainer):
         self._window = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
 
     @property
+    def _keeps_limit(self) -> bool:
+        return self.args.multiplier != "fixed"
+
+    @property
     def _divergence_coefficient(self) -> float:
         return self._multiplier.value
 

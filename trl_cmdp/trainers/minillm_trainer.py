@@ -41,6 +41,7 @@ class MiniLLMDistillTrainer(DistillTrainer):
             }"""),
     }
     _needs_log_probs = True
+    _imitates = True
 
     @property
     def _teacher_mixed_alpha(self) -> float:

@@ -69,6 +69,17 @@ def newest_first(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: (sessions[path] or last, step_of(path)), reverse=True)
 
 
+def newest_written(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint that was written to its end. What was damaged since is not looked for."""
+    return next((path for path in newest_first(output_dir) if (path / TRAINER_STATE_NAME).exists()), None)
+
+
+def saved_step(checkpoint: str | Path) -> int:
+    """Optimizer step that a whole checkpoint was saved at, whatever its folder is called."""
+    step: int = _read_object(Path(checkpoint) / TRAINER_STATE_NAME)["global_step"]
+    return step
+
+
 def next_session(output_dir: str | Path) -> int:
     """Number of a training that begins now: above that of each that has left a checkpoint in the folder."""
     return 1 + max(map(_session_of, newest_first(output_dir)), default=0)

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
@@ -31,6 +32,8 @@ IMAGES_REFUSED = (
     "messages), or train without a teacher."
 )
 
+_logger = logging.getLogger(__name__)
+
 
 def has_teacher(teacher_model: Any, args: GRPOConfig) -> bool:
     """Whether the arguments of a trainer name a teacher."""
@@ -50,18 +53,30 @@ def has_teacher(teacher_model: Any, args: GRPOConfig) -> bool:
     return by_server or by_adapter or teacher_model is not None
 
 
-def check_arguments(config_class: type[DistillConfig], args: GRPOConfig, with_teacher: bool, has_reward: bool) -> None:
-    """Check what a trainer is given, as far as the arguments alone decide."""
+def check_arguments(
+    config_class: type[DistillConfig], args: GRPOConfig, with_teacher: bool, has_reward: bool, imitates: bool
+) -> None:
+    """Check what a trainer is given, as far as the arguments alone decide. A method that `imitates` needs a teacher."""
+    trainer = f"{config_class.__name__.removesuffix('Config')}Trainer"
     if not with_teacher:
+        if imitates:
+            raise ValueError(
+                f"{trainer} learns from a teacher alone: pass `teacher_model`, or set `teacher_model_server_url` or "
+                "`teacher_adapter_name` of its config."
+            )
         if not has_reward:
             raise ValueError(
                 "There is neither a reward nor a teacher to learn from. Pass `reward_funcs`, `teacher_model`, or both."
             )
+        if args.process_index == 0:
+            _logger.warning(
+                f"{trainer} has no teacher, so it trains as `GRPOTrainer` does. Pass `teacher_model` for distillation."
+            )
         return
     if not isinstance(args, config_class):
         raise TypeError(
-            f"{config_class.__name__.removesuffix('Config')}Trainer with a teacher needs a `{config_class.__name__}` as "
-            f"`args`, got `{type(args).__name__}`. It takes every argument of `GRPOConfig`: change the class name alone."
+            f"{trainer} with a teacher needs a `{config_class.__name__}` as `args`, got `{type(args).__name__}`. It takes "
+            "every argument of `GRPOConfig`: change the class name alone."
         )
 
 

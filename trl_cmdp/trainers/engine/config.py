@@ -1,15 +1,18 @@
 """Configuration fields that every trainer with a teacher shares."""
 
 import copy
+import logging
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
+import torch
+from transformers.utils import is_torch_xla_available
 from trl import GRPOConfig
 
 from ..._defaults import COST_LIMIT, COST_SCOPE, CostScope
+from ..._docstrings import help_of_fields
 from ..._messages import without_secrets
 from ...core import Comparison
 
@@ -17,6 +20,8 @@ from ...core import Comparison
 _MAY_BE_INFINITE = {"max_grad_norm", "delta", "epsilon_high", "off_policy_mask_threshold"} | {
     f"vllm_importance_sampling_{bound}" for bound in ("cap", "clip_max")
 }
+
+_logger = logging.getLogger(__name__)
 
 
 def _floats(value: Any) -> Iterator[float]:
@@ -30,11 +35,10 @@ def _floats(value: Any) -> Iterator[float]:
 
 def help_from_docstring(config: type) -> type:
     """Gives each field of a config class, as its help on the command line, what the class's docstring says of it."""
-    described = re.findall(r"^ {8}(\w+) \(.*\):\n((?: {12}.*\n)+)", config.__doc__ or "", re.MULTILINE)
-    for name, text in described:
+    for name, text in help_of_fields(config.__doc__).items():
         if name in config.__annotations__:
             own = config.__dataclass_fields__[name]
-            own.metadata = {**own.metadata, "help": " ".join(text.split()).replace("%", "%%")}
+            own.metadata = {**own.metadata, "help": text.replace("%", "%%")}
     return config
 
 
@@ -92,6 +96,9 @@ class DistillConfig(GRPOConfig):
         tolerated_violation_rate (`float`, *optional*, defaults to `0.05`):
             Share of rollouts above the limit with which a student counts as feasible, where checkpoints are chosen by
             `metric_for_best_model="constraint/feasible_reward"`.
+        hub_license (`str`, *optional*):
+            Licence of the student, for its model card (`"apache-2.0"`). By default the one that the card of the model names
+            which the student began as, and none where there is no such card.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Delete the checkpoints that another run has left in `output_dir` when this one begins anew. Otherwise such a
             folder is refused.
@@ -121,11 +128,19 @@ class DistillConfig(GRPOConfig):
     cost_scope: CostScope = COST_SCOPE
     tolerated_violation_rate: float = 0.05
 
+    hub_license: str | None = None
     overwrite_output_dir: bool = False
     resume_with_changes: list[str] | None = None
 
     def __post_init__(self):
+        without_gpu = not (self.use_cpu or torch.accelerator.is_available() or is_torch_xla_available())
+        if without_gpu:
+            self.use_cpu = True
+            self.bf16 = bool(self.bf16)  # TRL's default is for GPUs
         super().__post_init__()
+        if without_gpu and self.process_index == 0:
+            dtype = "float16" if self.fp16 else "bfloat16" if self.bf16 else "float32"
+            _logger.warning(f"No GPU was found: this run uses the CPU, in {dtype}.")
         self._check_choices()
         self._check_cost_limit()
         self._check_finite()

@@ -16,11 +16,12 @@ from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
 from ...core.signal import Rollouts, Signal
 from ...teachers import base_model
-from ..telemetry.card import DistillationFacts, describe_cost, describe_limit, describe_teacher, write_model_card
-from ..telemetry.hub import warn_if_failed
+from ..telemetry.card import distillation_facts, write_model_card
 from ..telemetry.metrics import DistillMetrics
+from ..telemetry.run_settings import of_limit, of_teachers
 from ..telemetry.selection import asks_for_feasible_reward
 from ..telemetry.shading import ShadedCompletions
+from ..telemetry.symptoms import Symptoms
 from .checks import (
     IMAGES_REFUSED,
     check_arguments,
@@ -64,6 +65,8 @@ class DistillTrainer(OffPolicyGRPOTrainer):
     _needs_divergence = True  # over the full vocabulary; what a teacher of log-probabilities alone lacks
     _needs_log_probs = False  # of the sampled tokens, in its `Rollouts`
     _token_cost = "divergence"  # what costs a token, as `ConstrainedDistillConfig.cost` names it
+    _imitates = False  # learns from the teacher alone: rewards are logged, and a limit is only measured against
+    _keeps_limit = False  # the limit steers training
     _distill_cross_entropy = False  # differentiate E_π[−log μ] in place of the divergence
 
     def __init__(
@@ -89,13 +92,12 @@ class DistillTrainer(OffPolicyGRPOTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self._config_class(f"{model_name.split('/')[-1]}-{self._name.replace(' ', '-')}")
         with_teacher = has_teacher(teacher_model, args)
-        check_arguments(
-            self._config_class, args, with_teacher, reward_funcs is not None or environment_factory is not None
-        )
+        has_reward = reward_funcs is not None or environment_factory is not None
+        check_arguments(self._config_class, args, with_teacher, has_reward, self._imitates)
         check_trackers(args.report_to)
         if with_teacher:
             check_no_images(train_dataset, eval_dataset)
-            if reward_funcs is None and environment_factory is None:
+            if not has_reward:
                 reward_funcs = no_reward
             if rollout_func is not None:
                 rollout_func = checked_rollout_func(rollout_func)
@@ -125,6 +127,7 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         if with_teacher:
             check_trl_hooks(self)
         self.command = sys.argv  # what the model card says that made the run; secrets are hidden there
+        self._given_teacher = teacher_model
         self._ends = common_end(self) if with_teacher else None  # an error of these before a teacher is loaded
         self.teachers: dict[str, Teacher] = make_teachers(self, teacher_model) if with_teacher else {}
         if not self.teachers:
@@ -144,6 +147,7 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         shades = args.log_completions and "wandb" in args.report_to
         self._shaded = ShadedCompletions(self._tokenizer) if shades else None
         self._set_up_method()
+        self.add_callback(Symptoms(has_reward and not self._imitates, self._keeps_limit))
         # Loading a teacher may draw random numbers; rollouts must not depend on that.
         set_seed(args.seed, device_specific=True)
 
@@ -324,6 +328,13 @@ class DistillTrainer(OffPolicyGRPOTrainer):
             identity["teacher"] = {name: teacher.fingerprint() for name, teacher in self.teachers.items()}
         return identity
 
+    def _run_settings(self) -> dict[str, Any]:
+        settings = super()._run_settings()
+        if self.teachers:
+            settings |= of_limit(self.args, self._token_cost, self.state.log_history)
+            settings |= of_teachers(self.teachers, self._given_teacher, self.args, self.accelerator)
+        return settings
+
     def _saved_state(self) -> dict[str, Any]:
         return self._method_state() if self.teachers else {}
 
@@ -365,32 +376,8 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         model_name = model_name or Path(self.args.output_dir).name
         super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero():
-            write_model_card(self, self.command, self._facts(), dataset_name, evaluation)
-
-    def _facts(self) -> DistillationFacts | None:
-        """What the card says of distillation."""
-        if not self.teachers:
-            return None
-        args = self.args
-        return DistillationFacts(
-            teachers=[
-                describe_teacher(name, teacher, self.accelerator, args.teacher_model_revision)
-                for name, teacher in self.teachers.items()
-            ],
-            cost=describe_cost(self._token_cost, args.teacher_beta, args.temperature, args.cost_scope),
-            limit=describe_limit(args.cost_limit, args.cost_scope, self.state.log_history),
-            satisfaction=self._distill_metrics.satisfaction.all_measured(),
-            secrets=[args.teacher_model_server_api_key],
-        )
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        if not self.is_world_process_zero():
-            return
-        earlier = [] if self.push_in_progress is None else [*self.push_in_progress.jobs]
-        super()._push_from_checkpoint(checkpoint_folder)
-        for push in [] if self.push_in_progress is None else self.push_in_progress.jobs:
-            if push not in earlier:
-                push.add_done_callback(warn_if_failed)
+            licence = self.args.hub_license if isinstance(self.args, DistillConfig) else None
+            write_model_card(self, self.command, distillation_facts(self), dataset_name, evaluation, licence)
 
     # ---------------------------------------------------------------------------------------------------------- helpers
 

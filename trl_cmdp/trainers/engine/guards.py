@@ -1,21 +1,27 @@
-"""What stands guard over a run while it trains: its folder is its own, and SIGTERM ends it with a checkpoint."""
+"""What stands guard over a run while it trains: its folder is its own, and a signal ends it with a checkpoint."""
 
 import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from transformers import TrainerCallback
+from transformers.utils import is_in_notebook
 
 from .processes import on_any_process
 
 
 _LOCK_FILE = "_run.lock"  # the Hub's uploads leave out what begins with an underscore
+_STOPPING = b"\nStopping: the step under way ends, then a checkpoint is saved. Ctrl-C again stops at once.\n"
+_SAME_SIGNAL = 1.0  # seconds in which a launcher passes on to its processes the Ctrl-C that they have had themselves
 
 
 class RefusedRun(ValueError, RuntimeError):
@@ -58,11 +64,14 @@ def named_failure(what: str, folder: Path, advice: str) -> Iterator[None]:
         ) from error
 
 
-class CheckpointOnSigterm(TrainerCallback):
+class CheckpointOnSignal(TrainerCallback):
     """
-    SIGTERM, with which schedulers announce the end of a job, ends training after the optimizer step under way, with a
-    checkpoint. Then the signal is delivered as it would have been at once, so the process ends as one that was told
-    to.
+    SIGTERM, with which schedulers announce the end of a job, and Ctrl-C (SIGINT) end training after the optimizer step
+    under way, with a checkpoint. Then the signal is delivered as it would have been at once. Ctrl-C once more is delivered
+    at once.
+
+    Where a signal is ignored it stays ignored. In a notebook Ctrl-C, its button to interrupt, is left alone: a cell is
+    interrupted to try something else, which neither waits for a step nor wants a checkpoint.
 
     transformers' `enable_jit_checkpoint` saves between micro-steps too, from where a resumed run does not repeat the
     same rollouts.
@@ -71,31 +80,46 @@ class CheckpointOnSigterm(TrainerCallback):
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
         self._process_id = os.getpid()
-        self._told = False
+        self._told_at = 0.0
+        self._previous: dict[int, Any] = {}  # handlers outside training, by signal
+        self.told: int | None = None  # signal that ends the run
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self, to_ctrl_c: bool) -> Iterator[None]:
         """While training. Only the main thread may handle signals: in another this does nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self._told = False
-        previous = signal.signal(signal.SIGTERM, self._note)
+        self.told = None
+        signals = [signal.SIGTERM, *([signal.SIGINT] if to_ctrl_c and not is_in_notebook() else [])]
+        self._previous = {
+            number: signal.signal(number, self._note)
+            for number in signals
+            if signal.getsignal(number) not in (signal.SIG_IGN, None)
+        }
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, previous)
-        if self._told:
-            signal.raise_signal(signal.SIGTERM)
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+        if self.told is not None:
+            signal.raise_signal(self.told)
 
-    def _note(self, signum, frame):
-        if os.getpid() == self._process_id:
-            self._told = True
-        else:  # a process forked from this one, which has inherited the handler, and should end
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGTERM)
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process_id:  # a process forked from this one, which has inherited the handler
+            if signum == signal.SIGTERM:
+                signal.signal(signum, signal.SIG_DFL)
+                signal.raise_signal(signum)
+            # Ctrl-C reaches all: a worker that the step under way still needs waits for what this process decides.
+        elif self.told is None:
+            self.told, self._told_at = signum, time.monotonic()
+            if self._accelerator.is_main_process:
+                os.write(2, _STOPPING)  # `print` may not be called while it runs
+        elif signum == signal.SIGINT and time.monotonic() - self._told_at > _SAME_SIGNAL:
+            signal.signal(signum, self._previous[signum])
+            signal.raise_signal(signum)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self._told = on_any_process(self._accelerator, self._told)
-        if self._told:
+        if on_any_process(self._accelerator, self.told is not None):
+            self.told = self.told or signal.SIGTERM
             control.should_save = control.should_training_stop = True

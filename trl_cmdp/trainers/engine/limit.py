@@ -1,6 +1,5 @@
 """The limit of the constrained method: parsed once from what `cost_limit` may be, and as training goes."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,31 +7,13 @@ from typing import Any
 
 import torch
 
+from ..._defaults import AUTO, check_auto_limit
 from ...core import AutoLimit, rollout_cost, scheduled_limit
 from ...core.signal import Rollouts
+from .guards import RefusedRun
 
-
-AUTO = "auto"
 
 _logger = logging.getLogger(__name__)
-
-
-def parse_cost_limit(value: Any) -> float | str | dict[str, float]:
-    """A positive number, `"auto"`, or a number for each teacher, from what Python, YAML or the command line gives."""
-    if value == AUTO:
-        return AUTO
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        value = json.loads(value)
-    limits = value if isinstance(value, dict) else {"": value}
-    try:
-        numbers = {name: float(limit) for name, limit in limits.items()}
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"`cost_limit` must be a number, 'auto', or a number for each teacher, got {value!r}."
-        ) from None
-    if not numbers or not all(number > 0 for number in numbers.values()):
-        raise ValueError(f"`cost_limit` must be positive, got {value!r}.")
-    return numbers if isinstance(value, dict) else numbers[""]
 
 
 @dataclass(frozen=True)
@@ -83,11 +64,10 @@ class CostLimit:
 
     def imitate(self, rollouts: Rollouts, cost_scope: str, step: int, max_steps: int) -> None:
         """Keep what the rollouts of the imitation phase cost."""
-        if max_steps <= self._plan.imitation_steps:
-            raise ValueError(
-                f"The imitation phase of `cost_limit='auto'` ({self._plan.imitation_steps} steps) would be the whole "
-                f"run of {max_steps} steps. Train longer or lower `auto_limit_steps`."
-            )
+        try:
+            check_auto_limit(max_steps, self._plan.imitation_steps)
+        except ValueError as error:  # of a run whose steps come from its epochs
+            raise RefusedRun(str(error)) from None
         costs = rollout_cost(rollouts.costs, rollouts.mask, cost_scope)
         self._auto.record(step, costs[rollouts.mask.any(1)].tolist())
 

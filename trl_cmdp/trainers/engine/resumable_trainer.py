@@ -12,7 +12,10 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..._files import RUN_FILE
 from ...teachers import keep_differentiable
+from ..telemetry.hub import warn_if_failed
+from ..telemetry.run_settings import of_rollouts
 from .checkpoints import (
     METHOD_STATE_FILE,
     PROGRESS_FILE,
@@ -22,9 +25,11 @@ from .checkpoints import (
     last_whole_checkpoint,
     load_tree,
     make_room,
+    newest_written,
     next_session,
     read_progress,
     save_tree,
+    saved_step,
     start_checkpoint,
     step_of,
     write_progress,
@@ -33,7 +38,7 @@ from .config import DistillConfig
 from .final_save import written_beside
 from .finite_gradients import FiniteGRPOTrainer, nonfinite_weights
 from .gradient_check import GradientCheck
-from .guards import CheckpointOnSigterm, RefusedRun, named_failure, sole_run
+from .guards import CheckpointOnSignal, RefusedRun, named_failure, sole_run
 from .run_identity import REWARDS, RunIdentity, data_fingerprint, settings_of, student_fingerprint
 
 
@@ -44,7 +49,7 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
     """
     [`~trl.GRPOTrainer`] that resumes exactly, from any checkpoint. The only change is what a checkpoint holds: also the
     rollouts that the generation cycle still needs, the logging window, the state of the method, and what the run is
-    known by. SIGTERM ends a run with a checkpoint, and two runs cannot train into one folder.
+    known by. SIGTERM and Ctrl-C end a run with a checkpoint, and two runs cannot train into one folder.
 
     Takes the arguments of [`~trl.GRPOTrainer`].
     """
@@ -52,14 +57,17 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
     _train_sampler: Sampler | None = None  # of the dataset, unless it is iterable
     _session = 1  # number of this training among those that have left checkpoints in the folder
     _run: dict[str, Any]  # what this run is known by
+    # How a stopped run is resumed, for messages: on the command line by a command. A run that nobody resumes, `None`, is
+    # stopped by Ctrl-C at once.
+    how_to_resume: str | None = "`trainer.train(resume_from_checkpoint=True)`"
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._start = student_fingerprint(self.model)
         keep_differentiable(self.model)
         self.add_callback(GradientCheck(self.accelerator))
-        self._sigterm = CheckpointOnSigterm(self.accelerator)
-        self.add_callback(self._sigterm)
+        self._stop = CheckpointOnSignal(self.accelerator)
+        self.add_callback(self._stop)
 
     # ------------------------------------------------------------------------------------------------ for subclasses
 
@@ -81,6 +89,10 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
             **settings_of(self.args),
         }
 
+    def _run_settings(self) -> dict[str, Any]:
+        """What the folder of the student says of its run, see [`~telemetry.run_settings`]."""
+        return of_rollouts(self.args, self.train_dataset)
+
     def _logging_window(self) -> dict[str, Any]:
         """What has been counted in training since the last log."""
         return {"metrics": {name: list(map(float, values)) for name, values in self._metrics["train"].items()}}
@@ -92,8 +104,9 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """
-        [`~transformers.Trainer.train`], where a resumed run continues as if it had never stopped. SIGTERM
-        ends the step under way, saves a checkpoint, and then ends the process. A run that is complete stays as it is.
+        [`~transformers.Trainer.train`], where a resumed run continues as if it had never stopped. SIGTERM and, outside
+        notebooks, Ctrl-C let the step under way end, save a checkpoint, and then end the process, Ctrl-C by
+        `KeyboardInterrupt`. Ctrl-C once more ends it at once. A run that is complete stays as it is.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
@@ -104,11 +117,33 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
                 if `args.output_dir` holds another run.
             RuntimeError: If another run is training into `args.output_dir`, or if the weights are not finite at the end.
         """
-        with sole_run(self.args.output_dir, self.accelerator), self._sigterm.listening():
+        resumed = self.how_to_resume is not None
+        with sole_run(self.args.output_dir, self.accelerator), self._stop.listening(to_ctrl_c=resumed):
             checkpoint = self._starting_point(resume_from_checkpoint)
-            output = super().train(checkpoint, *args, **kwargs)
+            try:
+                output = super().train(checkpoint, *args, **kwargs)
+            finally:
+                if resumed and self._stop.told is not None and self.accelerator.is_main_process:
+                    self._say_how_to_resume()
             self._check_weights(Path(self.args.output_dir))
             return output
+
+    def latest_rollouts(self) -> dict[str, list[Any]]:
+        """The rollouts of the last generation: prompts, completions, rewards and what else a method says of each."""
+        columns = {name: self._logs[name] for name in ("prompt", "completion")}
+        return {
+            name: list(values) for name, values in {**columns, **self._logs["rewards"], **self._logs["extra"]}.items()
+        }
+
+    def _say_how_to_resume(self) -> None:
+        checkpoint = newest_written(self.args.output_dir)
+        if checkpoint is None:
+            _logger.warning(f"Stopped at step {self.state.global_step}, before its first checkpoint.")
+            return
+        _logger.warning(
+            f"Stopped at step {self.state.global_step}. {checkpoint} is the newest checkpoint. Continue with: "
+            f"{self.how_to_resume}"
+        )
 
     def _starting_point(self, asked: str | bool | None) -> str | None:
         """Checkpoint that training begins from. One process looks, for all."""
@@ -123,6 +158,8 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
         if isinstance(found[0], RefusedRun):
             raise found[0]
         checkpoint, self._session = found
+        if checkpoint is not None and self.accelerator.is_main_process:
+            _logger.warning(f"The run continues from step {saved_step(checkpoint)} ({checkpoint}).")
         return checkpoint
 
     def _choose_checkpoint(self, asked: str | bool | None) -> str | None:
@@ -164,16 +201,22 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
         folder = Path(output_dir or self.args.output_dir)
         if step_of(folder) is not None:  # a checkpoint is whole by its list of files
             super().save_model(output_dir, _internal_call)
+            self._save_run_settings(folder)
             return
         if names := nonfinite_weights(self.model):
             raise RuntimeError(f"The student's weights are not finite ({', '.join(names[:3])}): nothing is saved.")
         left = "What was there before is whole. Once the cause is gone (if the disk is full, make room), save again."
         with named_failure("The model", folder, left), written_beside(folder, self.args.should_save) as beside:
             super().save_model(str(beside), _internal_call=True)
+            self._save_run_settings(beside)
             if self.is_deepspeed_enabled:  # each process may write a part
                 self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_run_settings(self, folder: Path) -> None:
+        if self.args.should_save:
+            (folder / RUN_FILE).write_text(json.dumps(self._run_settings(), indent=2) + "\n")
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -194,6 +237,15 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
                 self.args.save_total_limit = limit
         if limit and self.args.should_save:
             delete_older(folder, limit, self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if not self.is_world_process_zero():
+            return
+        earlier = [] if self.push_in_progress is None else [*self.push_in_progress.jobs]
+        super()._push_from_checkpoint(checkpoint_folder)
+        for push in [] if self.push_in_progress is None else self.push_in_progress.jobs:
+            if push not in earlier:
+                push.add_done_callback(warn_if_failed)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)

@@ -1,9 +1,11 @@
 """The model card: what was trained, against which teacher and limit, how well the limit holds, and how to do it again."""
 
+import logging
 import platform
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from .satisfaction import MeasuredSatisfaction
 
 # Shown where it lies beside the card.
 CURVES_FILE = "training_curves.png"
+
+_logger = logging.getLogger(__name__)
 
 _TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
 _PACKAGES = ("trl-cmdp", "trl", "transformers", "torch", "accelerate", "datasets", "tokenizers", "huggingface_hub")
@@ -66,9 +70,11 @@ def write_model_card(
     facts: DistillationFacts | None,
     dataset_name: str | None,
     evaluation: Any | None,
+    licence: str | None,
 ) -> None:
     """
     Write `README.md` into the output folder anew: the metadata that TRL's card there has, and this library's text.
+    Without a `licence` the card names that of the model which the student began as.
     """
     args, path = trainer.args, Path(trainer.args.output_dir, "README.md")
     data = ModelCard.load(path).data
@@ -76,6 +82,9 @@ def write_model_card(
     if adapter:
         data.library_name = "peft"
     data.pipeline_tag = "text-generation"
+    vars(data).pop("licence", None)  # TRL's card says "license" there
+    base = get_config_model_id(trainer.model.config)
+    vars(data).update({"license": licence} if licence else _licence_of(base))
     satisfaction = [] if facts is None else facts.satisfaction
     data.eval_results = [
         *([] if evaluation is None else _evaluation_results(evaluation)),
@@ -95,7 +104,9 @@ def write_model_card(
         teachers=[] if facts is None else facts.teachers,
         cost=None if facts is None else facts.cost,
         limit=None if facts is None else facts.limit,
-        satisfaction=[{"name": _satisfaction_name(value), "text": _describe(value)} for value in satisfaction],
+        satisfaction=[
+            {"name": _satisfaction_name(value), "text": describe_satisfaction(value)} for value in satisfaction
+        ],
         step=trainer.state.global_step,
         hub_model_id=trainer.hub_model_id or data.model_name,
         prompt=_example_prompt(trainer),
@@ -112,6 +123,23 @@ def write_model_card(
     for secret in filter(None, known):
         content = content.replace(secret, "***")
     path.write_text(content, encoding="utf-8")
+
+
+def distillation_facts(trainer: Any) -> DistillationFacts | None:
+    """What a [`~engine.DistillTrainer`] can say of distillation, `None` without a teacher."""
+    if not trainer.teachers:
+        return None
+    args = trainer.args
+    return DistillationFacts(
+        teachers=[
+            describe_teacher(name, teacher, trainer.accelerator, args.teacher_model_revision)
+            for name, teacher in trainer.teachers.items()
+        ],
+        cost=describe_cost(trainer._token_cost, args.teacher_beta, args.temperature, args.cost_scope),
+        limit=describe_limit(args.cost_limit, args.cost_scope, trainer.state.log_history),
+        satisfaction=trainer._distill_metrics.satisfaction.all_measured(),
+        secrets=[args.teacher_model_server_api_key],
+    )
 
 
 def describe_teacher(name: str, teacher: Any, accelerator: Accelerator, revision: str | None) -> str:
@@ -155,6 +183,20 @@ def describe_limit(
     return f"{logged[-1]:.4g} {unit}, found from what imitation reaches" if logged else "not found yet"
 
 
+@cache
+def _licence_of(source: str | None) -> dict[str, str]:
+    """What the card of a model says of its licence. Without a card, or out of reach of it, nothing."""
+    path = Path(source or "", "README.md")
+    if not source or (Path(source).exists() and not path.is_file()):
+        return {}
+    try:
+        data = vars(ModelCard.load(path if path.is_file() else source).data)
+    except Exception as error:  # of many kinds, from the Hub's client
+        _logger.warning(f"The model card names no licence, as that of {source} could not be read ({error}).")
+        return {}
+    return {name: data[name] for name in ("license", "license_name", "license_link") if data.get(name)}
+
+
 def _satisfaction_name(value: MeasuredSatisfaction) -> str:
     if value.mode == "eval":
         return f"Satisfaction, evaluation at step {value.last_step}"
@@ -162,7 +204,8 @@ def _satisfaction_name(value: MeasuredSatisfaction) -> str:
     return f"Satisfaction, training rollouts of the last {steps}"
 
 
-def _describe(value: MeasuredSatisfaction) -> str:
+def describe_satisfaction(value: MeasuredSatisfaction) -> str:
+    """A satisfaction with its interval, and of what it is."""
     return (
         f"{100 * value.rate:.1f}% [{100 * value.low:.1f}, {100 * value.high:.1f}] of {value.rollouts} rollouts in "
         f"{value.groups} groups"
