@@ -162,7 +162,7 @@ print(f"{STEPS} steps, {STEPS * 128} rollouts")
 
 # %% [markdown]
 # The answers were mostly right from the start, so the reward has little room. The cost has: most rollouts begin outside
-# the limit, and there the student is taught to imitate. Once a rollout is inside, the reward leads.
+# the limit, and there the student is taught to imitate. Once a rollout is inside, the reward alone leads.
 #
 # ## Measure again
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from trl_cmdp.core import constrained_advantages, unrewarded_weights, violation_weights
@@ -13,8 +14,10 @@ from trl_cmdp.core import constrained_advantages, unrewarded_weights, violation_
 SCRIPT = Path(__file__).parents[2] / "examples" / "minimal_loop.py"
 
 
-def test_its_signal_is_the_librarys():
-    loop = runpy.run_path(str(SCRIPT))
+@pytest.mark.parametrize("unrewarded", [0.0, 1.0])
+def test_its_signal_is_the_librarys(unrewarded):
+    loop = runpy.run_path(str(SCRIPT))["advantages_and_weights"].__globals__
+    loop["UNREWARDED_COEF"] = unrewarded
     torch.manual_seed(0)
     costs = torch.rand(24, 6) * 2 * loop["COST_LIMIT"]
     mask = torch.arange(6) < torch.randint(1, 7, (24, 1))
@@ -24,7 +27,7 @@ def test_its_signal_is_the_librarys():
     assert 0 < weights.sum() < mask.sum()
     torch.testing.assert_close(advantages, expected)
     expected = loop["VIOLATION_COEF"] * violation_weights(costs, mask, loop["COST_LIMIT"])
-    expected += loop["UNREWARDED_COEF"] * unrewarded_weights(rewards, costs, mask, loop["GROUP"], loop["COST_LIMIT"])
+    expected += unrewarded * unrewarded_weights(rewards, costs, mask, loop["GROUP"], loop["COST_LIMIT"])
     torch.testing.assert_close(weights, expected)
 
 

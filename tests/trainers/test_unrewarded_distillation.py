@@ -6,7 +6,6 @@ from helpers import (
     assert_gradient_is_dense,
     capture_rollouts,
     history,
-    make_args,
     make_rows,
     make_scripted_trainer,
     make_teacher,
@@ -15,7 +14,6 @@ from helpers import (
     run,
 )
 
-from trl_cmdp import ConstrainedDistillConfig
 from trl_cmdp.core import RewardRange, unrewarded_weights, violation_weights
 
 
@@ -50,14 +48,6 @@ def test_advantages_are_grpos_inside_the_limit(tmp_path, monkeypatch):
     signal = trainer._signal(captured[0])
     assert torch.equal(signal.advantages, captured[0].grpo_advantages)
     assert signal.advantages.count_nonzero() > 0
-
-
-def test_nothing_is_differentiated_where_violations_are_not(tmp_path):
-    """Unless it is asked for: a teacher of log-probabilities alone has no divergence."""
-    for coefficient, default in ((0.1, 1.0), (2.0, 1.0), (0.0, 0.0)):
-        args = ConstrainedDistillConfig(str(tmp_path), violation_distill_coef=coefficient, bf16=False)
-        assert args.unrewarded_distill_coef == default
-    assert make_args(tmp_path, violation_distill_coef=0.0, unrewarded_distill_coef=0.3).unrewarded_distill_coef == 0.3
 
 
 def test_resumed_run_knows_the_rewards_it_has_seen(tmp_path):

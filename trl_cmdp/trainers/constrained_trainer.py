@@ -21,8 +21,9 @@ class ConstrainedDistillTrainer(DistillTrainer):
 
     A drop-in replacement for [`~trl.GRPOTrainer`]. The only change is the signal: the reward of a rollout whose cost
     (its divergence from the teacher) exceeds `args.cost_limit` is replaced by a penalty, and on such rollouts the
-    divergence is also differentiated, as it is where the reward is silent: the less a group of rollouts earns, the more
-    its teacher is asked. With `teacher_model=None` it is `GRPOTrainer`, bit for bit.
+    divergence is also differentiated. Inside the limit the student is trained by its reward alone, unless
+    `args.unrewarded_distill_coef` has the teacher speak where the reward is silent. With `teacher_model=None` it is
+    `GRPOTrainer`, bit for bit.
 
     Example:
 
@@ -120,11 +121,14 @@ class ConstrainedDistillTrainer(DistillTrainer):
             reward_weights,
         )
         weights = None
-        if args.violation_distill_coef > 0 or args.unrewarded_distill_coef > 0:
+        if args.violation_distill_coef > 0:
             violating = violation_weights(costs, mask, limit, args.cost_scope, args.credit_assignment)
+            weights = args.violation_distill_coef * violating
+        if args.unrewarded_distill_coef > 0:
             success = self._reward_range.success(rollouts.rewards)
             unrewarded = unrewarded_weights(success, costs, mask, rollouts.num_generations, limit, args.cost_scope)
-            weights = args.violation_distill_coef * violating + args.unrewarded_distill_coef * unrewarded
+            unrewarded = args.unrewarded_distill_coef * unrewarded
+            weights = unrewarded if weights is None else weights + unrewarded
         return Signal(advantages, weights, columns)
 
     def _imitation_signal(self, rollouts: Rollouts, training: bool) -> Signal:
