@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from trl_cmdp.evaluation import judges
 from trl_cmdp.evaluation.judges import Pair, ProcessJudge, process_verdict
 from trl_cmdp.evaluation.judges.process import FREE_CONSTANTS, MAX_CHARACTERS, MAX_EQUATIONS, UNIT_CONSTANTS
 from trl_cmdp.tasks.arithmetic import valid_steps
@@ -33,6 +34,15 @@ def counts(problem, completion):
 def test_a_correct_solution():
     assert counts(PROBLEM, SOLUTION) == (5, 0, 0, True)
     assert process_verdict(PROBLEM, SOLUTION).valid
+    assert judges.valid_steps(PROBLEM, SOLUTION)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [("= $3,750.", "= $3,760."), ("3 x $1,250", "5 x $750"), ("#### 4540", "#### 4550"), (SOLUTION, "")],
+)
+def test_steps_are_valid_only_if_they_hold_and_follow_to_the_answer(right, wrong):
+    assert not judges.valid_steps(PROBLEM, SOLUTION.replace(right, wrong))
 
 
 # The numbers 2 to 9, 15, 20 and 50 and a share are given; what is written must be read as so many equations that hold.

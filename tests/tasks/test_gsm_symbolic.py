@@ -63,9 +63,27 @@ def test_max_number():
         assert max(map(float, numbers)) <= 50
 
 
+def test_templates():
+    problems = load_problems(60, "train", 0, templates=(10, 43))
+    assert set(problems["template"]) == {10, 43}
+    drawn, of_all = (
+        [row["prompt"] for row in rows if row["template"] == 43] for rows in (problems, load_problems(300, "train", 0))
+    )
+    assert of_all
+    assert drawn[: len(of_all)] == of_all  # the same draw
+
+
+@pytest.mark.parametrize(("templates", "named"), [([43, 100], r"\[100\]"), ([], r"\[\]")])
+def test_templates_that_the_split_has_not_are_refused(templates, named):
+    with pytest.raises(ValueError, match=rf"`templates` must be templates of the split 'train'.* got {named}"):
+        load_problems(1, "train", 0, templates=templates)
+    with pytest.raises(ValueError, match="of the split 'test'"):
+        load_problems(1, "test", 0, templates=[43])
+
+
 def test_more_problems_than_there_are_is_refused(monkeypatch):
     same = [("How many are 2 and 3?", "2 + 3 = 5\nSo 5.\n#### 5", 0)] * 20_000
-    monkeypatch.setattr(gsm_symbolic, "_generate", lambda seed: iter(same))
+    monkeypatch.setattr(gsm_symbolic, "_generate", lambda *_: iter(same))
     with pytest.raises(ValueError, match="Only 1 different problems of 2"):
         load_problems(2, gsm_symbolic._split(same[0][0], 0), 0)
 

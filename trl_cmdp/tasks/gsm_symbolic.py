@@ -8,7 +8,7 @@ the templates of `"train"`, with other names and numbers. The hub's own 100 x 50
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Literal
 
 from datasets import Dataset, load_dataset
@@ -56,6 +56,7 @@ def load_problems(
     conversational: bool = False,
     max_steps: int | None = None,
     max_number: float | None = None,
+    templates: Collection[int] | None = None,
 ) -> Dataset:
     """
     Generates different problems of one split.
@@ -77,6 +78,8 @@ def load_problems(
             Leave out problems whose worked solution has more steps.
         max_number (`float`, *optional*):
             Leave out problems with a larger number in question or solution. Small models calculate with small ones.
+        templates (`Collection[int]`, *optional*):
+            Only problems of these templates, by their numbers from 0 to 99. All must be templates of the split.
 
     Returns:
         `datasets.Dataset`: Dataset with the columns `prompt`, `answer`, `solution` (worked, its last line is `#### `
@@ -94,9 +97,11 @@ def load_problems(
         raise ValueError(f"`max_steps` must be at least 2, the fewest of any template, got {max_steps}.")
     if max_number is not None and max_number < 50:
         raise ValueError(f"`max_number` must be at least 50, or hardly any problem is left, got {max_number}.")
+    if templates is not None:
+        _check_templates(templates, split)
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
-    for tried, (question, solution, template) in enumerate(_generate(seed)):
+    for tried, (question, solution, template) in enumerate(_generate(seed, templates)):
         if tried > _MOST_TRIED * n + 10_000:
             raise ValueError(
                 f"Only {len(rows)} different problems of {n} were found: ask for fewer, or a wider range."
@@ -123,7 +128,16 @@ def load_hub_problems(
     return Dataset.from_list([_row(row["question"], row["answer"], row["id"], conversational) for row in problems])
 
 
-def _generate(seed: int) -> Iterator[tuple[str, str, int]]:
+def _check_templates(templates: Collection[int], split: str) -> None:
+    of_split = [template for template in range(100) if (template_split(template) == "test") == (split == "test")]
+    others = sorted(set(templates) - set(of_split))
+    if others or not templates:
+        raise ValueError(
+            f"`templates` must be templates of the split {split!r}, some of {of_split}; got {others or templates!r}."
+        )
+
+
+def _generate(seed: int, templates: Collection[int] | None) -> Iterator[tuple[str, str, int]]:
     """Question, worked solution and template of one problem after the other, without end."""
     try:
         import reasoning_gym
@@ -135,6 +149,8 @@ def _generate(seed: int) -> Iterator[tuple[str, str, int]]:
     while True:
         problems = reasoning_gym.create_dataset("gsm_symbolic", seed=start, size=size)
         for index in range(size):
+            if templates is not None and problems.task_indices[index] not in templates:
+                continue  # before it is made, which takes longer than the draw of its template
             problem = problems[index]
             question = problem["question"].removesuffix(_SUFFIX)
             yield question, problem["metadata"]["answer_cot"], problems.task_indices[index]

@@ -2,7 +2,7 @@
 
 from ._client import ChatEndpoint, JudgeError, NoReplyError
 from .llm import LLMJudge
-from .process import ProcessJudge, ProcessVerdict, process_verdict
+from .process import ProcessJudge, ProcessVerdict, process_verdict, valid_steps
 from .records import Judge, Judgement, Pair, read_judgements, write_judgements
 
 
@@ -18,5 +18,6 @@ __all__ = [
     "ProcessVerdict",
     "process_verdict",
     "read_judgements",
+    "valid_steps",
     "write_judgements",
 ]

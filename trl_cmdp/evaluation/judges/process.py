@@ -123,6 +123,11 @@ def process_verdict(problem: str, completion: str) -> ProcessVerdict:
     )
 
 
+def valid_steps(problem: str, completion: str) -> bool:
+    """Whether [`process_verdict`] finds nothing wrong with a solution: the check of steps for word problems."""
+    return process_verdict(problem, completion).valid
+
+
 def _given(problem: str) -> Iterator[Fraction]:
     """Numbers that an equation may use at the start."""
     text = normalise(problem)
