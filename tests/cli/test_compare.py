@@ -286,9 +286,11 @@ def test_aliases_that_stand_for_billions_of_values_are_refused(tmp_path, capsys)
     write(tmp_path, BOMB)
     assert compare(tmp_path) == 2
     (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "config.json").write_text("{}")  # a folder of a model, as far as the command line looks
     for options in (["--config"], ["--accelerate_config"]):
         path = str(tmp_path / "mine.yaml")
-        assert main(["constrained", *options, path, "--model_name_or_path", str(tmp_path / "student")]) == 2
+        models = [f"--{who}={tmp_path / 'student'}" for who in ("model_name_or_path", "teacher_model")]
+        assert main(["constrained", *options, path, *models, "--task", "arithmetic"]) == 2
     assert capsys.readouterr().err.count("with its aliases written out it has more than") == 3
 
 

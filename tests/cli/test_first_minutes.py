@@ -69,7 +69,7 @@ MISTAKES = [
     ("gkd --config mine.yaml --dataset_name ./dat", "'./dat' is neither a file, a folder nor a Hub id"),
     ("gkd --config mine.yaml --task aritmetic", "no task 'aritmetic'"),
     ("gkd --config mine.yaml --reward_funcs acuracy_reward", "Did you mean accuracy_reward?"),
-    ("gkd --config mine.yaml --reward_funcs my_reward.final_answer", "No module named 'my_reward'. Did you mean my_rewards?"),
+    ("gkd --config mine.yaml --reward_funcs my_rewardz.final_answer", "No module named 'my_rewardz'. Did you mean my_rewards?"),
     ("gkd --config mine.yaml --reward_funcs my_rewards.finl_answer", "Did you mean my_rewards.final_answer?"),
     ("gkd --config mine.yaml --reward_funcs broken_rewards.final_answer", "broken_rewards.py, line 1: "),
     ("gkd --config mine.yaml --cost_scope meen", "must be one of mean, sum, worst_prefix, got 'meen'. Did you mean mean?"),

@@ -75,6 +75,7 @@ def test_the_command_line_wins(folder, tmp_path, capsys):
 def test_a_damaged_file_is_one_line(content, message, folder, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / RUN_FILE).write_text(content)
+    (tmp_path / "out" / "config.json").write_text("{}")  # a folder of a model, as far as the command line looks
     shutil.copy(folder / "rows.jsonl", tmp_path)
     assert evaluate(tmp_path, tmp_path / "evaluation") == 2
     assert message in error_line(capsys)

@@ -1,6 +1,7 @@
 """No code of a model folder runs unasked, not even if somebody answers "y": student, teacher, judge, commands."""
 
 import io
+import re
 
 import pytest
 from helpers import MINUTE_RUN, flags, make_dataset, make_model, make_teacher, make_tokenizer, make_trainer, save_model
@@ -93,4 +94,4 @@ def test_commands_refuse_it(command, who, model_type, tmp_path, trace, capfd):
     else:
         assert code == 2
         error = capfd.readouterr().err
-        assert "trust_remote_code=True" in error or "Can't instantiate a processor" in error
+        assert re.search("trust_remote_code[ =]True", error) or "Can't instantiate a processor" in error

@@ -237,7 +237,11 @@ class TestBadInput:
         [
             (ConstrainedDistillTrainer, {}, "needs the divergence"),
             (ConstrainedDistillTrainer, {"cost": "log_ratio"}, "needs the divergence"),
-            (ConstrainedDistillTrainer, {**LOG_PROBS_ONLY, "cost_limit": "auto"}, "needs the divergence"),
+            (
+                ConstrainedDistillTrainer,
+                {**LOG_PROBS_ONLY, "cost_limit": "auto", "auto_limit_steps": 1},
+                "needs the divergence",
+            ),
             (LagrangianDistillTrainer, {}, "needs the divergence"),
             (GKDDistillTrainer, {}, "needs the divergence"),
             (MiniLLMDistillTrainer, {"teacher_mixed_alpha": 0.0}, "needs the divergence"),
