@@ -178,7 +178,7 @@ def test_other_settings_need_another_folder(copied, capsys, old, new, named):
     assert compare(copied, *METHODS) == 2
     error = capsys.readouterr().err
     assert named in error
-    assert "take another --output-dir" in error
+    assert "take another --output_dir" in error
 
 
 def test_an_interrupted_run_keeps_its_records(copied, capsys, monkeypatch):
@@ -286,9 +286,11 @@ def test_aliases_that_stand_for_billions_of_values_are_refused(tmp_path, capsys)
     write(tmp_path, BOMB)
     assert compare(tmp_path) == 2
     (tmp_path / "student").mkdir()
-    for options in (["--config"], ["--accelerate_config"]):
-        path = str(tmp_path / "mine.yaml")
-        assert main(["constrained", *options, path, "--model_name_or_path", str(tmp_path / "student")]) == 2
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1+1="}\n')
+    student, data = str(tmp_path / "student"), str(tmp_path / "train.jsonl")
+    named = ["--model_name_or_path", student, "--teacher_model", student, "--dataset_name", data]
+    for option in ("--config", "--accelerate_config"):
+        assert main(["constrained", option, str(tmp_path / "mine.yaml"), *named]) == 2
     assert capsys.readouterr().err.count("with its aliases written out it has more than") == 3
 
 
