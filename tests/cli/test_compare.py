@@ -16,6 +16,7 @@ from trl_cmdp.cli import main
 from trl_cmdp.cli._cell import _history
 from trl_cmdp.cli._cells import load_records, missing_cells
 from trl_cmdp.cli._experiment import load_experiment, preset_names
+from trl_cmdp.tasks.arithmetic import demo_model_path
 
 
 EXPERIMENT = """
@@ -285,10 +286,10 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 def test_aliases_that_stand_for_billions_of_values_are_refused(tmp_path, capsys):
     write(tmp_path, BOMB)
     assert compare(tmp_path) == 2
-    (tmp_path / "student").mkdir()
     (tmp_path / "train.jsonl").write_text('{"prompt": "1+1="}\n')
-    student, data = str(tmp_path / "student"), str(tmp_path / "train.jsonl")
-    named = ["--model_name_or_path", student, "--teacher_model", student, "--dataset_name", data]
+    student, teacher = demo_model_path("student"), demo_model_path("teacher")
+    models = ["--model_name_or_path", student, "--teacher_model", teacher]
+    named = [*models, "--dataset_name", str(tmp_path / "train.jsonl")]
     for option in ("--config", "--accelerate_config"):
         assert main(["constrained", option, str(tmp_path / "mine.yaml"), *named]) == 2
     assert capsys.readouterr().err.count("with its aliases written out it has more than") == 3
