@@ -18,7 +18,8 @@ from trl_cmdp.tasks.arithmetic import demo_model_path, final_answer_reward, load
 
 COST_LIMIT = 0.25  # d, in nats per token
 PENALTY = 20.0  # n
-DISTILL_COEF = 0.1
+VIOLATION_COEF = 0.1  # of the differentiated divergence, on rollouts outside the limit
+UNREWARDED_COEF = 0.0  # and where the reward is silent; 1 where the teacher knows more than the student
 GROUP = 8  # G, rollouts per prompt
 
 
@@ -39,7 +40,7 @@ def completion_logps(model, input_ids, attention_mask, length):
 
 
 def advantages_and_weights(rewards, costs, mask):
-    """The signal: feasibility first, then reward. (B,), (B, T), (B, T) to advantages (B,) and weights (B, T)."""
+    """Feasibility first, then reward, then the teacher. (B,), (B, T), (B, T) to advantages (B,) and weights (B, T)."""
     cost = (costs * mask).sum(1) / mask.sum(1)  # C(y), the mean over the rollout
     feasible = (cost <= COST_LIMIT).view(-1, GROUP)
     grouped_rewards, grouped_cost = rewards.view(-1, GROUP), cost.view(-1, GROUP)
@@ -53,7 +54,10 @@ def advantages_and_weights(rewards, costs, mask):
         worst = z.min().clamp(max=0)
         utility[group] = torch.where(inside, z, worst - 1 - grouped_cost[group].clamp(max=PENALTY) / PENALTY)
     advantages = (utility - utility.mean(1, keepdim=True)).flatten()
-    weights = DISTILL_COEF * (~feasible).flatten().float().unsqueeze(1) * mask  # imitate, where outside the budget
+    # Imitate outside the budget, and as much as the group fails: all but what did better than it, inside the budget.
+    success = grouped_rewards.mean(1, keepdim=True)  # (B / G, 1), of rewards 0 and 1
+    silence = torch.where(feasible & (grouped_rewards > success), 0.0, 1 - success)
+    weights = (VIOLATION_COEF * ~feasible + UNREWARDED_COEF * silence).flatten().unsqueeze(1) * mask
     return advantages, weights
 
 

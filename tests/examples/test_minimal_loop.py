@@ -5,16 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
-from trl_cmdp.core import constrained_advantages, violation_weights
+from trl_cmdp.core import constrained_advantages, unrewarded_weights, violation_weights
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "minimal_loop.py"
 
 
-def test_its_signal_is_the_librarys():
-    loop = runpy.run_path(str(SCRIPT))
+@pytest.mark.parametrize("unrewarded", [0.0, 1.0])
+def test_its_signal_is_the_librarys(unrewarded):
+    loop = runpy.run_path(str(SCRIPT))["advantages_and_weights"].__globals__
+    loop["UNREWARDED_COEF"] = unrewarded
     torch.manual_seed(0)
     costs = torch.rand(24, 6) * 2 * loop["COST_LIMIT"]
     mask = torch.arange(6) < torch.randint(1, 7, (24, 1))
@@ -23,7 +26,8 @@ def test_its_signal_is_the_librarys():
     expected = constrained_advantages(rewards, costs, mask, loop["GROUP"], loop["COST_LIMIT"], loop["PENALTY"])
     assert 0 < weights.sum() < mask.sum()
     torch.testing.assert_close(advantages, expected)
-    expected = loop["DISTILL_COEF"] * violation_weights(costs, mask, loop["COST_LIMIT"])
+    expected = loop["VIOLATION_COEF"] * violation_weights(costs, mask, loop["COST_LIMIT"])
+    expected += unrewarded * unrewarded_weights(rewards, costs, mask, loop["GROUP"], loop["COST_LIMIT"])
     torch.testing.assert_close(weights, expected)
 
 

@@ -6,6 +6,7 @@ from report_runs import LIMIT, rollout, settings, teacher_rollouts
 
 from trl_cmdp.evaluation import compare_methods
 from trl_cmdp.evaluation.summary import summarize
+from trl_cmdp.reports.page_tables import comparison_page_table
 from trl_cmdp.reports.runs import TrainingRun
 from trl_cmdp.reports.verdict import comparison_verdict, evaluation_verdict, training_verdict
 
@@ -86,3 +87,13 @@ def test_a_comparison_names_the_best_inside_and_who_is_outside():
         "Most correct answers of these: constrained, 90.0%; teacher 80.0%; outside, with the share of their rollouts "
         "that is within: grpo (0.0%)."
     )
+
+
+def test_a_comparison_in_another_scope_with_rewards_and_unchecked_steps_says_so():
+    outcomes = [(1, None, 0.1, 3, 0.7)] * 4
+    cells = [make_cell(name, 0, outcomes, settings={"cost_limit": 2, "cost_scope": "sum"}) for name in ("a", "b")]
+    comparison = compare_methods(cells)
+    assert comparison_verdict("mine", comparison).state == "2 of 2 methods are inside the limit of 2 nats per rollout"
+    table = comparison_page_table(comparison)
+    assert table.columns[2:5] == ("correct answers", "reward", "within the limit")
+    assert table.rows[0][1][2].value == "0.700"

@@ -108,8 +108,19 @@ class Problem:
         weights = violation_weights(self.costs.detach(), MASK, self.cost_limit, self.scope, credit_assignment)
         return -(self.probabilities.detach() * (weights * self.costs).sum(1)).sum()
 
+    def closeness(self) -> torch.Tensor:
+        """−E over pairs of Σ_t w_t D_t where the reward is silent: w = 1 less the mean success of the pair, and 0 on
+        the better of the two within the limit."""
+        success = (REWARDS - REWARDS.min()) / (REWARDS.max() - REWARDS.min())
+        feasible = rollout_cost(self.costs.detach(), MASK, self.scope) <= self.cost_limit
+        mean = (success.unsqueeze(1) + success) / 2  # (S, S), of each sequence and its companion
+        better = (success.unsqueeze(1) > success) & feasible.unsqueeze(1)
+        weights = torch.where(better, 0.0, 1 - mean)
+        probabilities = self.probabilities.detach()
+        return -(probabilities * (MASK * self.costs).sum(1) * (weights @ probabilities)).sum()
 
-def trainer_gradient(tmp_path, student, teacher, problem, scope, credit_assignment, beta, coefficient):
+
+def trainer_gradient(tmp_path, student, teacher, problem, scope, credit_assignment, beta, coefficient, unrewarded=0.0):
     """−H·∇(the trainer's loss), averaged over all groups with their probabilities."""
     pairs = list(product(range(len(SEQUENCES)), repeat=2))
     rows = [index for pair in pairs for index in pair]
@@ -133,6 +144,7 @@ def trainer_gradient(tmp_path, student, teacher, problem, scope, credit_assignme
         cost_limit=problem.cost_limit,
         violation_penalty=PENALTY,
         violation_distill_coef=coefficient,
+        unrewarded_distill_coef=unrewarded,
         credit_assignment=credit_assignment,
         constraint_aggregation="sum_then_normalize",
     )
@@ -185,6 +197,21 @@ def test_gradient_is_that_of_the_enumerated_objective(tmp_path, models, scope, c
     # Neither part is so small that the test would not see it missing.
     assert relative_error(expected, surrogate) > 0.05
     assert relative_error(expected, add(score, dict.fromkeys(score, 0.0), 0.5)) > 0.05
+
+
+@pytest.mark.parametrize("credit_assignment", ["trajectory", "token"])
+def test_closeness_where_the_reward_is_silent(tmp_path, models, credit_assignment):
+    """The third place in the order adds its own gradient, and changes nothing in the two before it."""
+    student, teacher = models
+    problem = Problem(student, teacher, "mean", 1.0)
+    score = gradients_of(problem.score_part(credit_assignment), student)
+    surrogate = gradients_of(0.5 * problem.surrogate(credit_assignment), student)
+    closeness = gradients_of(0.8 * problem.closeness(), student)
+    without = add(score, surrogate, 0.5)
+    arguments = (tmp_path, student, teacher, problem, "mean", credit_assignment, 1.0)
+    ours = trainer_gradient(*arguments, coefficient=0.5, unrewarded=0.8)
+    assert relative_error(ours, add(without, closeness, 1.0)) < 1e-4
+    assert relative_error(ours, without) > 0.01
 
 
 @pytest.mark.parametrize("credit_assignment", ["trajectory", "token"])

@@ -62,6 +62,7 @@ OTHER_RUNS = {
     "teacher_beta": {"teacher_beta": 0.5},
     "violation_penalty": {"violation_penalty": 30.0},
     "violation_distill_coef": {"violation_distill_coef": 0.7},
+    "unrewarded_distill_coef": {"unrewarded_distill_coef": 0.7},
     "credit_assignment": {"credit_assignment": "token"},
     "seed": {"seed": 7},
     "temperature": {"temperature": 0.7},

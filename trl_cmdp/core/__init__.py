@@ -11,7 +11,6 @@ from .budget import (
     rollout_cost,
     scheduled_limit,
     suggested_limit_range,
-    violation_weights,
 )
 from .comparison import Comparison
 from .divergence import (
@@ -22,6 +21,7 @@ from .divergence import (
     chunked_scores,
     token_divergence,
 )
+from .divergence_weights import RewardRange, unrewarded_weights, violation_weights
 from .head import Head
 from .intervals import (
     bootstrap_interval,
@@ -44,6 +44,7 @@ __all__ = [
     "Head",
     "LimitRange",
     "PIDMultiplier",
+    "RewardRange",
     "Scores",
     "bootstrap_interval",
     "candidate_limits",
@@ -69,6 +70,7 @@ __all__ = [
     "token_modified_rewards",
     "top_k_divergence_lower_bound",
     "two_level_bootstrap_interval",
+    "unrewarded_weights",
     "violation_weights",
     "wilson_interval",
 ]

@@ -97,41 +97,6 @@ def infeasible_steps(
     return step_violated & (mask != 0)
 
 
-def violation_weights(
-    costs: torch.Tensor,
-    mask: torch.Tensor,
-    cost_limit: float | torch.Tensor,
-    scope: CostScope = "mean",
-    credit_assignment: CreditAssignment = "trajectory",
-) -> torch.Tensor:
-    """
-    Weights w_t of the differentiated divergence Σ_t w_t ∇D(π(.|s_t), μ(.|s_t)): the part of ∇J that comes from π
-    inside the penalty, up to the scope's 1/length (docs/math.md, "The two parts of the gradient").
-
-    Args:
-        costs (`torch.Tensor`):
-            Per-token costs of shape `(B, T)`, in nats.
-        mask (`torch.Tensor`):
-            Mask of shape `(B, T)`, nonzero on the completion tokens that count.
-        cost_limit (`float` or `torch.Tensor`):
-            Limit d, in the unit of the scope; one for all rollouts, or of shape `(B,)`.
-        scope (`str`, *optional*, defaults to `"mean"`):
-            As in [`rollout_cost`].
-        credit_assignment (`str`, *optional*, defaults to `"trajectory"`):
-            `"trajectory"`: 1 on every token of a rollout whose cost exceeds the limit. `"token"`: 1 on the
-            [`infeasible_steps`].
-
-    Returns:
-        `torch.Tensor`: Weights of shape `(B, T)`, 0 on masked positions.
-    """
-    _check_credit_assignment(credit_assignment)
-    if credit_assignment == "token":
-        weights = infeasible_steps(costs, mask, cost_limit, scope)
-    else:
-        weights = (rollout_cost(costs, mask, scope) > cost_limit).unsqueeze(-1) & (mask != 0)
-    return weights.to(costs.dtype)
-
-
 def scheduled_limit(start: float, end: float, progress: float, schedule: LimitSchedule) -> float:
     """
     Limit on its way from a start value to the one that is meant, in the manner of Simmer (2206.02675).

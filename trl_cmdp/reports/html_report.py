@@ -250,6 +250,7 @@ def _comparison_part(run: ComparisonRun, number: int, gallery: _Gallery) -> dict
         "name": run.name,
         "verdict": comparison_verdict(run.name, comparison),
         "comparison": comparison,
+        "unit": COST_UNITS[comparison.cost_scope],
         "table": comparison_page_table(comparison),
         "several": several,
         "plots": plots,

@@ -132,14 +132,16 @@ def comparison_page_table(comparison: Comparison) -> PageTable:
     """A row for each method, by rank."""
     reference = comparison.reference
     of_reference = (f"correct minus {reference}’s, points",) if reference else ()
-    steps = any(row.valid is not None for row in comparison.methods)
+    rewarded = any(row.reward is not None for row in comparison.methods)
+    checked = any(row.valid is not None for row in comparison.methods)
     rows = [
         (
             method_label(row),
             [
                 Cell("–" if row.rank is None else str(row.rank)),
                 share(row.right),
-                *((share(row.valid),) if steps else ()),
+                *((number(row.reward),) if rewarded else ()),
+                *((share(row.valid),) if checked else ()),
                 share(row.satisfaction),
                 number(row.cost),
                 *((points(row.right_difference),) if reference else ()),
@@ -149,8 +151,8 @@ def comparison_page_table(comparison: Comparison) -> PageTable:
         )
         for row in comparison.methods
     ]
-    of_steps = ("all steps valid",) if steps else ()
-    columns = ("method", "rank", "correct answers", *of_steps, "within the limit", "mean cost")
+    of_answers = (*(("reward",) if rewarded else ()), *(("all steps valid",) if checked else ()))
+    columns = ("method", "rank", "correct answers", *of_answers, "within the limit", "mean cost")
     several = max(len(row.right.by_seed) for row in comparison.methods) > 1
     caption = "Means over the seeds" if several else "One seed"
     return PageTable(caption, (*columns, *of_reference, "violations in training", "seeds"), rows)

@@ -87,7 +87,8 @@ def comparison_verdict(name: str, comparison: Comparison) -> Verdict:
     if outside := [row for row in trained if not row.feasible]:
         shown = ", ".join(f"{method_label(row)} ({_percent(row.satisfaction.value)})" for row in outside)
         facts.append(f"outside, with the share of their rollouts that is within: {shown}")
-    state = f"{len(inside)} of {len(trained)} methods are inside the limit of {comparison.cost_limit:g} nats per token"
+    unit = COST_UNITS[comparison.cost_scope]
+    state = f"{len(inside)} of {len(trained)} methods are inside the limit of {comparison.cost_limit:g} {unit}"
     return Verdict(name, bool(inside), state, _sentence(facts))
 
 

@@ -1,11 +1,11 @@
 """The constrained method."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from ..core import constrained_advantages, violation_weights
+from ..core import RewardRange, constrained_advantages, unrewarded_weights, violation_weights
 from ..core.signal import Rollouts, Signal
 from .constrained_config import ConstrainedDistillConfig
 from .engine.checks import check_violation_penalty
@@ -21,8 +21,9 @@ class ConstrainedDistillTrainer(DistillTrainer):
 
     A drop-in replacement for [`~trl.GRPOTrainer`]. The only change is the signal: the reward of a rollout whose cost
     (its divergence from the teacher) exceeds `args.cost_limit` is replaced by a penalty, and on such rollouts the
-    divergence is also differentiated. Inside the limit the student is trained by its reward alone. With
-    `teacher_model=None` it is `GRPOTrainer`, bit for bit.
+    divergence is also differentiated. Inside the limit the student is trained by its reward alone, unless
+    `args.unrewarded_distill_coef` has the teacher speak where the reward is silent. With `teacher_model=None` it is
+    `GRPOTrainer`, bit for bit.
 
     Example:
 
@@ -71,7 +72,8 @@ class ConstrainedDistillTrainer(DistillTrainer):
     @property
     def _needs_divergence(self) -> bool:
         args = self.args
-        return args.cost == "divergence" or args.violation_distill_coef > 0 or args.cost_limit == "auto"
+        distills = args.violation_distill_coef > 0 or args.unrewarded_distill_coef > 0
+        return distills or args.cost == "divergence" or args.cost_limit == "auto"
 
     @property
     def _needs_log_probs(self) -> bool:
@@ -83,6 +85,7 @@ class ConstrainedDistillTrainer(DistillTrainer):
 
     def _set_up_method(self) -> None:
         self._cost_limit = CostLimit(self.args.limit_plan, list(self.teachers))
+        self._reward_range = RewardRange()
 
     def _signal(self, rollouts: Rollouts) -> Signal:
         args, step, training = self.args, self.state.global_step, self._mode == "train"
@@ -93,6 +96,7 @@ class ConstrainedDistillTrainer(DistillTrainer):
         elif args.cost == "teacher_nll":
             rollouts = replace(rollouts, costs=-rollouts.teacher_logps)
         if training:
+            self._reward_range.update(rollouts.rewards)
             self._cost_limit.end_imitation(step)
         if not self._cost_limit.known:
             return self._imitation_signal(rollouts, training)
@@ -118,9 +122,13 @@ class ConstrainedDistillTrainer(DistillTrainer):
         )
         weights = None
         if args.violation_distill_coef > 0:
-            weights = args.violation_distill_coef * violation_weights(
-                costs, mask, limit, args.cost_scope, args.credit_assignment
-            )
+            violating = violation_weights(costs, mask, limit, args.cost_scope, args.credit_assignment)
+            weights = args.violation_distill_coef * violating
+        if args.unrewarded_distill_coef > 0:
+            success = self._reward_range.success(rollouts.rewards)
+            unrewarded = unrewarded_weights(success, costs, mask, rollouts.num_generations, limit, args.cost_scope)
+            unrewarded = args.unrewarded_distill_coef * unrewarded
+            weights = unrewarded if weights is None else weights + unrewarded
         return Signal(advantages, weights, columns)
 
     def _imitation_signal(self, rollouts: Rollouts, training: bool) -> Signal:
@@ -131,7 +139,8 @@ class ConstrainedDistillTrainer(DistillTrainer):
         return Signal(torch.zeros_like(rollouts.rewards), rollouts.mask.to(rollouts.costs.dtype), columns)
 
     def _method_state(self) -> dict[str, Any]:
-        return self._cost_limit.state()
+        return {**self._cost_limit.state(), "reward_range": asdict(self._reward_range)}
 
     def _load_method_state(self, state: dict[str, Any]) -> None:
         self._cost_limit.load_state(state)
+        self._reward_range = RewardRange(**state.get("reward_range", {}))

@@ -95,5 +95,7 @@ class CostLimit:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take what was learnt from a checkpoint; what was chosen comes from the arguments."""
-        for name in ("limit", "costs", "last_step"):
-            setattr(self._auto, name, state[name])
+        if self._auto is not None:
+            self._auto.limit, self._auto.costs, self._auto.last_step = (
+                state[name] for name in ("limit", "costs", "last_step")
+            )

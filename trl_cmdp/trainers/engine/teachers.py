@@ -135,7 +135,7 @@ def _server_teacher(trainer: GRPOTrainer, model: str | RemoteTeacher | None) -> 
             f"The teacher server at {remote.url} gives log-probabilities of tokens only, and {type(trainer).__name__} "
             "with these arguments needs the divergence over the full vocabulary. Start a server that gives it: "
             f"{EXACT_SERVER_COMMAND}. Or use `ConstrainedDistillTrainer` with `cost='log_ratio'` or 'teacher_nll', "
-            "`violation_distill_coef=0` and a `cost_limit` that is a number."
+            "`violation_distill_coef=0`, `unrewarded_distill_coef=0` and a `cost_limit` that is a number."
         )
     if args.temperature != 1.0 or args.teacher_prob_floor > 0:
         raise ValueError(
