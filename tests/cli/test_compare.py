@@ -16,6 +16,7 @@ from trl_cmdp.cli import main
 from trl_cmdp.cli._cell import _history
 from trl_cmdp.cli._cells import load_records, missing_cells
 from trl_cmdp.cli._experiment import load_experiment, preset_names
+from trl_cmdp.tasks.arithmetic import demo_model_path
 
 
 EXPERIMENT = """
@@ -178,7 +179,7 @@ def test_other_settings_need_another_folder(copied, capsys, old, new, named):
     assert compare(copied, *METHODS) == 2
     error = capsys.readouterr().err
     assert named in error
-    assert "take another --output-dir" in error
+    assert "take another --output_dir" in error
 
 
 def test_an_interrupted_run_keeps_its_records(copied, capsys, monkeypatch):
@@ -285,12 +286,12 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 def test_aliases_that_stand_for_billions_of_values_are_refused(tmp_path, capsys):
     write(tmp_path, BOMB)
     assert compare(tmp_path) == 2
-    (tmp_path / "student").mkdir()
-    (tmp_path / "student" / "config.json").write_text("{}")  # a folder of a model, as far as the command line looks
-    for options in (["--config"], ["--accelerate_config"]):
-        path = str(tmp_path / "mine.yaml")
-        models = [f"--{who}={tmp_path / 'student'}" for who in ("model_name_or_path", "teacher_model")]
-        assert main(["constrained", *options, path, *models, "--task", "arithmetic"]) == 2
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1+1="}\n')
+    student, teacher = demo_model_path("student"), demo_model_path("teacher")
+    models = ["--model_name_or_path", student, "--teacher_model", teacher]
+    named = [*models, "--dataset_name", str(tmp_path / "train.jsonl")]
+    for option in ("--config", "--accelerate_config"):
+        assert main(["constrained", option, str(tmp_path / "mine.yaml"), *named]) == 2
     assert capsys.readouterr().err.count("with its aliases written out it has more than") == 3
 
 

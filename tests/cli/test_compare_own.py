@@ -122,7 +122,7 @@ def test_a_changed_file_is_noticed(own, finished, capsys, changed):
     assert main(["compare", str(own / "sums.yaml"), *options]) == 2
     error = capsys.readouterr().err
     assert changed in error
-    assert "take another --output-dir" in error
+    assert "take another --output_dir" in error
 
 
 def test_a_trained_student_is_evaluated_as_the_untrained_one(own, monkeypatch):

@@ -38,7 +38,7 @@ def load_records(output_dir: Path) -> "tuple[list[CellRecord], bool]":
     try:
         records = read_records(content[:whole].decode())
     except ValueError as error:
-        raise ValueError(f"{path}: {error} Repair the file, or take another --output-dir.") from error
+        raise ValueError(f"{path}: {error} Repair the file, or take another --output_dir.") from error
     if whole < len(content):
         os.truncate(path, whole)
     return records, whole < len(content)
@@ -59,7 +59,7 @@ def missing_cells(cells: Sequence[Cell], records: "Sequence[CellRecord]", output
             key = other[0]
             raise ValueError(
                 f"{output_dir} holds {record.method!r} with seed {record.seed} and {key} {old.get(key)}, and now it "
-                f"is {new.get(key)}: take another --output-dir."
+                f"is {new.get(key)}: take another --output_dir."
             )
     done = {(record.method, record.seed) for record in records}
     return [cell for cell in cells if (cell.method, cell.seed) not in done]

@@ -32,7 +32,7 @@ _POSITIVE = {
     *("learning_rate", "temperature", "per_device_eval_batch_size"),
 }
 _FIXED_FIELDS = {
-    "output_dir": "it is the command's --output-dir",
+    "output_dir": "it is the command's --output_dir",
     "seed": "list it under `seeds`",
     "max_steps": "set `steps`, which holds for every method",
     "logging_steps": "every step is logged",

@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         with FileLock(output_dir / ".lock", timeout=0):  # released however this process ends
             return _compare(experiment, output_dir, arguments, num_threads)
     except Timeout as error:
-        raise Mistake(f"another run is writing to {output_dir}: wait for it, or take another --output-dir.") from error
+        raise Mistake(f"another run is writing to {output_dir}: wait for it, or take another --output_dir.") from error
 
 
 def _compare(experiment: "Experiment", output_dir: Path, arguments: argparse.Namespace, num_threads: int) -> int:
