@@ -70,6 +70,7 @@ def trained_args(output_dir):
 def check_what_is_said(command, folder, output_dir, out):
     """First what is trained on what, last how the limit held and what comes next."""
     rows = dict(re.findall(r"(?m)^\| ([\w ]+?) +\| (.*?) +\|$", out))
+    assert out.count("| rollouts a step") == 1
     assert command in rows["training"].lower()
     assert (rows["student"], rows["teacher"]) == (str(folder / "student"), str(folder / "teacher"))
     assert rows["data"] == f"32 rows, {folder / 'data.jsonl'}"

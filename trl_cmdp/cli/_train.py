@@ -156,7 +156,7 @@ def run_training(command: str, trainer_class: type[DistillTrainer], arguments: l
             return dry_run(trainer)
     trainer.command = ["trl-cmdp", command, *typed]
     trainer.how_to_resume = _resuming(trainer.command)
-    return _train(trainer, script_args, model_args)
+    return _train(trainer, script_args)
 
 
 def _mistakes() -> AbstractContextManager[None]:
@@ -305,10 +305,8 @@ class CurvesOnPush(TrainerCallback):
             plot_training_curves(state.log_history, Path(args.output_dir, CURVES_FILE), Path(args.output_dir).name)
 
 
-def _train(trainer: DistillTrainer, script_args: DistillScriptArguments, model_args: ModelConfig) -> int:
+def _train(trainer: DistillTrainer, script_args: DistillScriptArguments) -> int:
     args, progress, start = trainer.args, TrainingProgress(), time.monotonic()
-    if trainer.accelerator.is_main_process:
-        show_markdown(opening(trainer, script_args, model_args))
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
