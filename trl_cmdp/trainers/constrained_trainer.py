@@ -96,8 +96,9 @@ class ConstrainedDistillTrainer(DistillTrainer):
         elif args.cost == "teacher_nll":
             rollouts = replace(rollouts, costs=-rollouts.teacher_logps)
         if training:
-            self._reward_range.update(rollouts.rewards)
             self._cost_limit.end_imitation(step)
+            if args.unrewarded_distill_coef > 0:
+                self._reward_range.update(rollouts.rewards)
         if not self._cost_limit.known:
             return self._imitation_signal(rollouts, training)
         limit = self._cost_limit.of(rollouts, step, self.state.max_steps, training)
@@ -139,7 +140,8 @@ class ConstrainedDistillTrainer(DistillTrainer):
         return Signal(torch.zeros_like(rollouts.rewards), rollouts.mask.to(rollouts.costs.dtype), columns)
 
     def _method_state(self) -> dict[str, Any]:
-        return {**self._cost_limit.state(), "reward_range": asdict(self._reward_range)}
+        seen = {"reward_range": asdict(self._reward_range)} if self.args.unrewarded_distill_coef > 0 else {}
+        return self._cost_limit.state() | seen
 
     def _load_method_state(self, state: dict[str, Any]) -> None:
         self._cost_limit.load_state(state)
