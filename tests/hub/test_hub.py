@@ -280,13 +280,11 @@ def test_round_trip_of_the_command_and_of_an_adapter(hub, tmp_path, capsys):
 
 def test_the_command_says_why_a_push_failed(hub, tmp_path, capsys, monkeypatch):
     """Training is done by then: the model is saved, and the exit code is 1 without a traceback."""
-    from trl import ModelConfig
-
     from trl_cmdp.cli._train import DistillScriptArguments, _train
 
     trainer = make_pusher(tmp_path, save_strategy="no")
     hub.fault = FAULTS["500 in the large file"]
-    assert _train(trainer, DistillScriptArguments(), ModelConfig()) == 1
+    assert _train(trainer, DistillScriptArguments()) == 1
     assert equal(saved(tmp_path / "student"), trainer.model.state_dict())
     error = capsys.readouterr().err
     assert "500" in error
