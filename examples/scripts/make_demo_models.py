@@ -12,7 +12,6 @@ models do when sampled on held-out problems.
 
 import argparse
 import json
-import math
 import random
 import re
 import time
@@ -23,7 +22,8 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from small_llama import make_llama, make_optimizer
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -139,25 +139,8 @@ def train(
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = task.make_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=size.hidden_size,
-        intermediate_size=4 * size.hidden_size,
-        num_hidden_layers=size.num_layers,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    warmup = size.steps // 20
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / size.steps)) + 1e-3),
-    )
+    model = make_llama(tokenizer, size.hidden_size, size.num_layers, tie_word_embeddings=False)
+    optimizer, scheduler = make_optimizer(model, 3e-3, size.steps)
     problems = task.load_problems(size.steps * size.batch_size, recipe.split, seed)
     prompts, answers = list(problems["prompt"]), list(problems["answer"])
     start = time.perf_counter()

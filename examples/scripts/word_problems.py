@@ -23,7 +23,6 @@ Needs `pip install "trl-cmdp[math]"`. On two idle cores the script takes about a
 
 import argparse
 import json
-import math
 import random
 import re
 import shutil
@@ -40,10 +39,11 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from gsm_symbolic_run.processes import run_all
+from small_llama import make_llama, make_optimizer
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from trl_cmdp.evaluation import Rollout, sample_rollouts, score_rollouts
@@ -225,20 +225,7 @@ def make_teacher(folder: Path, build: Build) -> None:
     """A model trained from scratch on whole solutions."""
     torch.manual_seed(build.seed)
     shape, tokenizer = build.scale.teacher, AutoTokenizer.from_pretrained(build.folder / "tokenizer")
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=shape.hidden_size,
-            intermediate_size=4 * shape.hidden_size,
-            num_hidden_layers=shape.num_layers,
-            num_attention_heads=4,
-            max_position_embeddings=128,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    model = make_llama(tokenizer, shape.hidden_size, shape.num_layers, tie_word_embeddings=True)
     train_on_solutions(model, tokenizer, build, shape.steps, shape.learning_rate)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -275,12 +262,7 @@ def train_on_solutions(
     torch.set_num_threads(1)
     rng = random.Random(build.seed)
     solutions = [encode_solution(tokenizer, *_texts(row), results) for row in build.problems("solutions")]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    warmup = max(1, steps // 20)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)) + 1e-3),
-    )
+    optimizer, scheduler = make_optimizer(model, learning_rate, steps)
     start, waiting = time.monotonic(), []
     for step in range(1, steps + 1):
         if len(waiting) < BATCH_SIZE:
