@@ -12,7 +12,14 @@ import yaml
 # In the output folder of a training. The Hub's uploads leave out what begins with an underscore.
 RUN_FILE = "_run.json"  # beside a saved student: what its run was
 LIVE_STATE = "_trainer_state.json"  # the trainer's state while it trains
+# Files that a dataset is read from, and what `datasets` calls their formats.
+DATA_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 MAX_YAML_CHARACTERS, MAX_YAML_NODES = 2**18, 20_000  # parsing takes seconds for a megabyte
+
+
+def is_data_file(path: str | Path) -> bool:
+    """Whether the path of a dataset is one of a single file, whose rows are the split `"train"`."""
+    return Path(path).suffix in DATA_FORMATS
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:

@@ -14,11 +14,10 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from .._files import is_data_file
 from ._parser import Mistake, did_you_mean
 
 
-# Files that a dataset is read from by their suffix, as `tasks.table` has them.
-_DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
 _CHECKPOINT_FILES = ("config.json", "adapter_config.json")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -153,7 +152,7 @@ def data_source(text: str) -> str:
     path = Path(text)
     if "://" in text or path.exists() or any(letter in text for letter in "*?["):
         return text
-    is_file = path.suffix in _DATA_SUFFIXES
+    is_file = is_data_file(path)
     if is_file or not _HUB_ID.fullmatch(text):
         what = "no file" if is_file else "neither a file, a folder nor a Hub id"
         raise Mistake(f"{text!r} is {what}.{_question(path.parent, path.name, Path.exists)}")

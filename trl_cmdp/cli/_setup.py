@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._defaults import COST_SCOPE
+from .._files import is_data_file
 from ._tasks import load_problems, load_reward, load_task, task_names
 
 
@@ -19,7 +20,6 @@ PROMPTS_PER_STEP, NUM_GENERATIONS, LEARNING_RATE = 16, 8, 3e-4  # of the embedde
 _EMBEDDED_BATCH_SIZE, _BATCH_SIZE = 250, 32  # rollouts evaluated at a time: part of what a seed means
 _OWN = {"correct_func": None, "valid_steps": None, "batch_size": _BATCH_SIZE, "prompts_per_step": None}
 _DATASET_KEYS = ("path", "name", "split", "num_problems")
-_FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _problems(key: str, value: Any, folder: Path) -> Problems:
     value = dict(value)
     if isinstance(value.get("path"), str):
         value["path"] = _resolved(key, value["path"], folder)
-        if Path(value["path"]).suffix in _FILE_SUFFIXES:
+        if is_data_file(value["path"]):
             default_split = "train"  # what a single file's rows are
     split = str(value.pop("split", default_split))
     task = value.pop("task", None)
@@ -191,7 +191,7 @@ def _resolved(key: str, path: str, folder: Path) -> str:
     here = folder / Path(path).expanduser()
     if here.exists():
         return str(here)
-    is_hub_id = path.count("/") <= 1 and path[0] not in "./~" and Path(path).suffix not in _FILE_SUFFIXES
+    is_hub_id = path.count("/") <= 1 and path[0] not in "./~" and not is_data_file(path)
     if is_hub_id or "://" in path:
         return path
     raise ValueError(

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .._files import RUN_FILE
+from .._files import RUN_FILE, is_data_file
 from .._messages import say
 from ._arguments import Mistake
 from ._evaluation import replace_arguments
@@ -70,9 +70,7 @@ def _say_what_is_not_taken(found: dict[str, Any]) -> None:
 
 
 def _default_split(dataset: str | None) -> str:
-    from ..tasks.table import is_file
-
-    return "train" if dataset is not None and is_file(dataset) else "test"
+    return "train" if dataset is not None and is_data_file(dataset) else "test"
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from .._files import DATA_FORMATS, is_data_file
 from .._prompts import check_prompts
 from ._verify import answer_text, final_answer_reward
 
@@ -17,7 +18,6 @@ __all__ = ["MAX_COMPLETION_LENGTH", "final_answer_reward", "load_problems", "loa
 SAMPLE_PROBLEM = ('a row of your own: {"prompt": "What is 1 + 2?", "answer": "3"}', "3")
 MAX_COMPLETION_LENGTH = 1024
 _FLOAT_DIGITS = {"float16": 3, "float32": 7}  # significant digits that survive
-_FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 def load_splits(path: str, name: str | None = None, streaming: bool = False) -> Any:
@@ -39,7 +39,7 @@ def load_splits(path: str, name: str | None = None, streaming: bool = False) -> 
     Raises:
         ValueError: If a file is empty or damaged. Of lines of JSON the first damaged one is named.
     """
-    file_format = _FILE_FORMATS.get(Path(path).suffix)
+    file_format = DATA_FORMATS.get(Path(path).suffix)
     files = {} if file_format is None else {"data_files": path}
     try:
         splits = load_dataset(file_format or path, name=name, streaming=streaming, **files)
@@ -53,12 +53,12 @@ def load_splits(path: str, name: str | None = None, streaming: bool = False) -> 
 
 def _damage(path: Path) -> str | None:
     """Of a local file, or of those in a folder: which is empty, or which line of which is not JSON."""
-    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in _FILE_FORMATS)
+    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if is_data_file(file))
     for file in files:
         content = file.read_bytes()
         if b"\n" not in content.strip() and (not content.strip() or file.suffix == ".csv"):
             return f"{file.name} has no rows."
-        if _FILE_FORMATS.get(file.suffix) == "json" and (found := _damaged_line(content, file.suffix == ".jsonl")):
+        if DATA_FORMATS.get(file.suffix) == "json" and (found := _damaged_line(content, file.suffix == ".jsonl")):
             return f"{file.name}, {found}"
     return None
 
@@ -201,11 +201,6 @@ class FewerProblems(ValueError):
     def __init__(self, n: int, available: int):
         super().__init__(f"`n` must be None, or from 1 to the {available} problems of the split, got {n}.")
         self.available = available
-
-
-def is_file(path: str) -> bool:
-    """Whether the path of a dataset is one of a single file, whose rows are the split `"train"`."""
-    return Path(path).suffix in _FILE_FORMATS
 
 
 def draw(rows: Dataset, n: int | None, seed: int) -> Dataset:
