@@ -96,6 +96,5 @@ class CostLimit:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take what was learnt from a checkpoint; what was chosen comes from the arguments."""
         if self._auto is not None:
-            self._auto.limit, self._auto.costs, self._auto.last_step = (
-                state[name] for name in ("limit", "costs", "last_step")
-            )
+            for name in ("limit", "costs", "last_step"):
+                setattr(self._auto, name, state[name])
