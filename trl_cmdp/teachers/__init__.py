@@ -2,7 +2,7 @@
 
 from .adapter import AdapterTeacher
 from .agreement import check_vocabulary, end_ids, stop_ids, teacher_generation_config, warn_of_another_end
-from .local import LocalTeacher, load_teacher
+from .local import LocalTeacher, load_teacher, offloaded
 from .models import (
     LeftAligned,
     backbone,
@@ -13,6 +13,7 @@ from .models import (
     predicting,
     read_head,
 )
+from .offload import Offload
 from .one_stop import OneStopTeacher, swapped
 from .quantized import allow_fast_kernel, keep_differentiable
 from .readable import check_reading, differ, misfit, probe_rows
@@ -26,6 +27,7 @@ __all__ = [
     "AdapterTeacher",
     "LeftAligned",
     "LocalTeacher",
+    "Offload",
     "OneStopTeacher",
     "RemoteTeacher",
     "ServerTeacher",
@@ -44,6 +46,7 @@ __all__ = [
     "lm_head",
     "load_teacher",
     "misfit",
+    "offloaded",
     "predicting",
     "probe_rows",
     "read_head",

@@ -1,5 +1,6 @@
 """A teacher whose weights are in this process: loading it, and what it says."""
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,7 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..core import Head
 from ..core.fingerprint import fingerprint_of_weights
 from .models import base_model, embedding, is_plain_linear, last_hidden_state, lm_head, num_positions, predicting
+from .offload import Offload, check_can_be_offloaded
 from .quantized import allow_fast_kernel
+from .teacher import Teacher
 
 
 class LocalTeacher:
@@ -35,10 +38,12 @@ class LocalTeacher:
         self.vocab_size: int = embedding(self._model).num_embeddings
         self.max_length = num_positions(self._model.config)
         self._called_head: Head | None = None
+        self._offload = Offload()
 
     @torch.no_grad()
     def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Hidden states (N, H), see [`Teacher`]."""
+        self._offload.load(self.module)
         with nullcontext() if self._accelerator is None else self._accelerator.autocast():
             hidden = last_hidden_state(
                 self.module, self._model.get_output_embeddings(), input_ids=input_ids, attention_mask=attention_mask
@@ -53,9 +58,35 @@ class LocalTeacher:
             self._called_head = lm_head(self._model)
         return self._called_head
 
+    def leave_in(self, offload: Offload) -> None:
+        """
+        Have the weights on the device for [`~LocalTeacher.hidden_states`] alone; the head's, which losses read, always.
+
+        Args:
+            offload ([`Offload`]):
+                Shared by the teachers of which one at a time is on the device.
+
+        Raises:
+            ValueError: If they cannot be moved.
+        """
+        check_can_be_offloaded(self._model)
+        head = self.head()  # one that has to be called is called while the weights are there
+        offload.add(self.module, kept=(head.weight, head.bias))
+        self._offload = offload
+
     def fingerprint(self) -> str:
         """Of the weights."""
         return fingerprint_of_weights(self._unwrapped.named_parameters())
+
+
+def offloaded(teachers: Iterable[Teacher]) -> Offload:
+    """Have the weights of those teachers that are in this process in host memory while nothing is asked of them."""
+    offload = Offload()
+    for teacher in teachers:
+        if isinstance(teacher, LocalTeacher):
+            teacher.leave_in(offload)
+    offload.unload()
+    return offload
 
 
 def load_teacher(

@@ -16,6 +16,7 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
 
 from ..._prompts import check_chat_template, check_column, check_prompts
+from ...teachers import AdapterTeacher, RemoteTeacher
 from .config import DistillConfig
 
 
@@ -49,6 +50,13 @@ def has_teacher(teacher_model: Any, args: GRPOConfig) -> bool:
         raise ValueError(
             "With `teacher_model_server_url` the server runs the teacher: leave out `teacher_model`, or give the path "
             "or hub id of the checkpoint that the server runs."
+        )
+    given = teacher_model.values() if isinstance(teacher_model, dict) else [teacher_model]
+    elsewhere = by_server or by_adapter or all(isinstance(one, RemoteTeacher | AdapterTeacher) for one in given)
+    if args.teacher_offload and elsewhere:
+        raise ValueError(
+            "`teacher_offload` moves the weights of a teacher that is loaded beside the student, and here none is: a server "
+            "has its own memory, and the student's own base stays where the student is. Leave it out."
         )
     return by_server or by_adapter or teacher_model is not None
 

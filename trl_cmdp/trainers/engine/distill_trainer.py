@@ -15,7 +15,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
 from ...core.signal import Rollouts, Signal
-from ...teachers import base_model
+from ...teachers import base_model, offloaded
 from ..telemetry.card import distillation_facts, write_model_card
 from ..telemetry.metrics import DistillMetrics
 from ..telemetry.run_settings import of_limit, of_teachers
@@ -132,6 +132,7 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         self.teachers: dict[str, Teacher] = make_teachers(self, teacher_model) if with_teacher else {}
         if not self.teachers:
             return
+        self._offload = offloaded(self.teachers.values() if args.teacher_offload else ())
         if self._samples_from_teacher:
             self._sampling_teacher()  # refuse before training what cannot sample
         prepare_student(self)
@@ -247,7 +248,8 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         """Scores (b, T) of this process's rollouts, and the teachers' hidden states per rollout if they fit."""
         args, training = self.args, self._mode == "train"
         tokens_per_process = mask.sum(1).view(self.accelerator.num_processes, -1).sum(1)
-        with disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
+        checkpointing = disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs)
+        with checkpointing, self._offload.unloaded_afterwards():
             return self._scorer.score(
                 self.model,
                 output,
@@ -276,7 +278,8 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         mask = loss_mask(inputs)
         token_weight = policy_token_weight(self, mask, inputs["num_items_in_batch"])  # (B, 1) or ()
         weights = inputs["divergence_weights"] * token_weight * self._divergence_coefficient  # (B, T)
-        states = self._scorer.weighted_states(inputs, inputs["divergence_weights"] != 0)
+        with self._offload.unloaded_afterwards():  # the teachers run once more if their hidden states were not kept
+            states = self._scorer.weighted_states(inputs, inputs["divergence_weights"] != 0)
         request = DivergenceRequest(
             states,
             weights,

@@ -1,11 +1,11 @@
 """A `GRPOTrainer` whose completions need not be the student's own: how methods get others to train on."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from ...teachers import LocalTeacher
+from ...teachers import LocalTeacher, Offload
 from .forward import StudentForward
 from .resumable_trainer import ResumableGRPOTrainer
 from .teachers import Teacher
@@ -21,6 +21,7 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
 
     teachers: dict[str, Teacher]
     _student_forward: StudentForward
+    _offload: Offload
     _teacher_mixed_alpha = 0.0  # share of the teacher in what training rollouts are sampled from
     _samples_from_teacher = False
     _ends: tuple[int, int] | None = None  # of a turn, the student's and the teacher's, where both are one stop action
@@ -50,10 +51,12 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
         if completions is not None:
             return completions, None
         alpha = self._teacher_mixed_alpha if training else 0.0
-        mixed = (
-            self._student_forward.mixing(alpha, self._sampling_teacher(), self._ends) if alpha > 0 else nullcontext()
-        )
-        with mixed:
+        with ExitStack() as mixed:
+            if alpha > 0:
+                teacher = self._sampling_teacher()
+                mixed.enter_context(self._offload.unloaded_afterwards())
+                self._offload.load(teacher)
+                mixed.enter_context(self._student_forward.mixing(alpha, teacher, self._ends))
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
             )
@@ -77,7 +80,9 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
         if self._ends is not None:
             self.eos_token_ids = self.generation_config.eos_token_id = [*stops, self._ends[1]]
         try:
-            completions, _ = super()._generate_single_turn(prompt_ids, None, {}, self.num_generations)
+            with self._offload.unloaded_afterwards():
+                self._offload.load(self.model_wrapped)
+                completions, _ = super()._generate_single_turn(prompt_ids, None, {}, self.num_generations)
         finally:
             self.model_wrapped = student
             self.use_vllm, self.use_transformers_continuous_batching = backends

@@ -87,6 +87,11 @@ def _adapter_teacher(trainer: GRPOTrainer, name: str) -> AdapterTeacher:
 
 def _local_teacher(trainer: GRPOTrainer, model: str | torch.nn.Module) -> LocalTeacher:
     args, accelerator = trainer.args, trainer.accelerator
+    if args.teacher_offload and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        raise ValueError(
+            "`teacher_offload` moves whole teachers, and FSDP and DeepSpeed shard them: use what they have themselves, "
+            "`fsdp_offload_params: true` or ZeRO-3's `offload_param_device: cpu` in accelerate's configuration."
+        )
     # Before the teacher is frozen, which would freeze what it shares with the student.
     trained = {id(parameter) for parameter in trainer.model.parameters()}
     if isinstance(model, torch.nn.Module) and any(id(shared) in trained for shared in model.parameters()):
