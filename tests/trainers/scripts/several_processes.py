@@ -1,6 +1,7 @@
 """
 Trains the same global batch in one process or in several, on rollouts that depend on nothing but the prompt and the
-place in the group, and saves what came of it. Started by test_processes.py.
+place in the group, and saves what came of it; then runs the scripts of this folder that need several processes. One
+launch serves all, as importing takes longer than training. Started by test_processes.py.
 
     torchrun --nproc_per_node 2 several_processes.py OUTPUT
 """
@@ -204,4 +205,9 @@ def main(output: str) -> None:
 
 
 if __name__ == "__main__":
+    import nonfinite_processes
+    import resume_processes
+
     main(sys.argv[1])
+    resume_processes.main(Path(sys.argv[1], "resume"))
+    nonfinite_processes.main(Path(sys.argv[1], "nonfinite"))
