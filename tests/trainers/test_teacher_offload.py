@@ -142,6 +142,25 @@ def test_training_is_the_same(tmp_path, monkeypatch, trainer_class, teacher, set
         assert all(waiting["generating"])
 
 
+def test_beside_the_students_own_base(tmp_path):
+    """Of several teachers those that have weights of their own are moved, and the others left as they are."""
+    student, teacher = get_peft_model(make_model(), make_lora()), make_teacher()
+    trainer = make_trainer(
+        tmp_path,
+        model=student,
+        teacher_model={"near": AdapterTeacher(student, None, "base"), "far": teacher},
+        train_dataset=data_of_two(),
+        teacher_offload=True,
+        max_steps=2,
+    )
+    watched = Watched(teacher)
+    before = {name: one.data_ptr() for name, one in student.named_parameters()}
+    trainer.train()
+    assert watched.forwards
+    assert not watched.on_device
+    assert {name: one.data_ptr() for name, one in student.named_parameters()} == before
+
+
 def test_weights_can_be_read_while_they_wait(tmp_path):
     """As a checkpoint's identity does: a run may be resumed with and without `teacher_offload`."""
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "teacher_offload": True, "cost_limit": 1e-3}
