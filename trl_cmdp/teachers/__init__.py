@@ -14,6 +14,7 @@ from .models import (
     read_head,
 )
 from .one_stop import OneStopTeacher, swapped
+from .prompts import check_teacher_template, template_tokenizer
 from .quantized import allow_fast_kernel, keep_differentiable
 from .readable import check_reading, differ, misfit, probe_rows
 from .remote import EXACT_SERVER_COMMAND, RemoteTeacher, TeacherServerError
@@ -35,6 +36,7 @@ __all__ = [
     "backbone",
     "base_model",
     "check_reading",
+    "check_teacher_template",
     "check_vocabulary",
     "differ",
     "end_ids",
@@ -50,5 +52,6 @@ __all__ = [
     "stop_ids",
     "swapped",
     "teacher_generation_config",
+    "template_tokenizer",
     "warn_of_another_end",
 ]

@@ -30,6 +30,7 @@ from .checks import (
     check_reward_columns,
     check_reward_templates,
     check_rewards_finite,
+    check_teacher_prompts,
     check_trackers,
     checked_rollout_func,
     has_teacher,
@@ -42,6 +43,7 @@ from .policy_loss import loss_mask, policy_token_weight
 from .processes import gather_rows, on_any_process
 from .scoring import RolloutScorer
 from .student import prepare_student
+from .teacher_prompts import TeacherPrompts
 from .teachers import Teacher, TeacherModel, common_end, make_teachers, teacher_index, with_common_end
 from .trl_hooks import check_trl_hooks
 
@@ -97,6 +99,7 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         check_trackers(args.report_to)
         if with_teacher:
             check_no_images(train_dataset, eval_dataset)
+            check_teacher_prompts(train_dataset, eval_dataset, environment_factory)
             if not has_reward:
                 reward_funcs = no_reward
             if rollout_func is not None:
@@ -132,6 +135,7 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         self.teachers: dict[str, Teacher] = make_teachers(self, teacher_model) if with_teacher else {}
         if not self.teachers:
             return
+        self._teacher_prompts = TeacherPrompts(self)
         if self._samples_from_teacher:
             self._sampling_teacher()  # refuse before training what cannot sample
         prepare_student(self)

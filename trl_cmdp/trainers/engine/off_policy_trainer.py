@@ -6,8 +6,11 @@ from typing import Any
 import torch
 
 from ...teachers import LocalTeacher
+from .checks import TEACHER_PROMPT_IMAGES
 from .forward import StudentForward
+from .processes import on_any_process
 from .resumable_trainer import ResumableGRPOTrainer
+from .teacher_prompts import TeacherPrompts
 from .teachers import Teacher
 
 
@@ -25,6 +28,8 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
     _samples_from_teacher = False
     _ends: tuple[int, int] | None = None  # of a turn, the student's and the teacher's, where both are one stop action
     _rows: list[dict[str, Any]]  # of the dataset, that are being generated for
+    _teacher_prompts: TeacherPrompts
+    _teacher_prompt_ids: list[list[int]] | None  # of these rows, where the teacher has prompts of its own
 
     @property
     def teacher_model(self) -> torch.nn.Module | None:
@@ -42,17 +47,25 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         self._rows = inputs
-        return super()._generate_and_score_completions(inputs)
+        self._teacher_prompt_ids = self._teacher_prompts.token_ids(inputs) if self.teachers else None
+        output = super()._generate_and_score_completions(inputs)
+        if self._teacher_prompt_ids is None:
+            return output
+        if on_any_process(self.accelerator, "pixel_values" in output):
+            raise ValueError(TEACHER_PROMPT_IMAGES)
+        ids, mask = self._teacher_prompts.padded(self._teacher_prompt_ids)
+        return {**output, "teacher_prompt_ids": ids, "teacher_prompt_mask": mask}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
         training = bool(self.teachers) and self._mode == "train"
         completions = self._off_policy_completions(prompt_ids) if training else None
         if completions is not None:
             return completions, None
-        alpha = self._teacher_mixed_alpha if training else 0.0
-        mixed = (
-            self._student_forward.mixing(alpha, self._sampling_teacher(), self._ends) if alpha > 0 else nullcontext()
-        )
+        alpha, mixed = self._teacher_mixed_alpha if training else 0.0, nullcontext()
+        if alpha > 0:
+            own = self._teacher_prompt_ids
+            prompts = None if own is None else self._teacher_prompts.padded(own)
+            mixed = self._student_forward.mixing(alpha, self._sampling_teacher(), self._ends, prompts)
         with mixed:
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
@@ -70,6 +83,7 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
 
     def _teacher_completions(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """Completions sampled from the teacher: TRL's own generation, with the teacher in the student's place."""
+        prompt_ids = prompt_ids if self._teacher_prompt_ids is None else self._teacher_prompt_ids
         student, stops = self.model_wrapped, self.eos_token_ids
         backends = self.use_vllm, self.use_transformers_continuous_batching
         self.model_wrapped = self._sampling_teacher()
