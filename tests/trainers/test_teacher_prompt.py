@@ -191,6 +191,7 @@ class TestSampledFromTheTeacher:
         """At this temperature the likeliest token of either model has all of its probability: one draw in 1000 is the
         student's."""
         expected = {prompt: greedy(make_teacher(), hint, 6) for prompt, hint in HINTS.items()}
+        assert expected["1+2="] != greedy(make_teacher(), "1+2=", 6)
         found = self.completions(tmp_path, MiniLLMDistillTrainer, teacher_mixed_alpha=0.999)
         assert sum(completion == expected[prompt] for prompt, completion in found) >= 7
 
@@ -211,6 +212,7 @@ class TestMessages:
         (batch,) = micro_batches(trainer, rows(data, 4))
         assert TOKENIZER.decode(batch["prompt_ids"][0]) == "1+2="
         assert TOKENIZER.decode(batch["teacher_prompt_ids"][0]) == f"#{HINTS['1+2=']}#="
+        assert trainer.latest_teacher_prompts() == [f"#{HINTS['1+2=']}#="] * 4
 
     @pytest.mark.parametrize("saved", [True, False], ids=["equal", "unknown"])
     def test_of_the_students_template(self, tmp_path, saved):

@@ -41,6 +41,10 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
+    def latest_teacher_prompts(self) -> list[str]:
+        """What the teachers read before this process's latest rollouts, where they have prompts of their own."""
+        return [self._tokenizer.decode(ids) for ids in self._teacher_prompt_ids or []]
+
     def _off_policy_completions(self, prompt_ids: list[list[int]]) -> list[list[int]] | None:
         """Token ids of the training completions that are not sampled from the student, `None` if all are."""
         return None

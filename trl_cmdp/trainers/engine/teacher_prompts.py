@@ -7,7 +7,7 @@ from datasets import Dataset
 from trl import GRPOTrainer
 
 from ..._prompts import encode_prompt, prompt_fault
-from ...teachers import ServerTeacher, Teacher, check_teacher_template, template_tokenizer
+from ...teachers import check_room, check_teacher_template, max_length, template_tokenizer
 from .checks import named_datasets
 from .teachers import teacher_index
 
@@ -28,6 +28,7 @@ class TeacherPrompts:
 
     def __init__(self, trainer: GRPOTrainer):
         self._trainer, self._names = trainer, list(trainer.teachers)
+        self._teachers = list(trainer.teachers.values())
         datasets = {
             name: dataset
             for name, dataset in named_datasets(trainer.train_dataset, trainer.eval_dataset).items()
@@ -41,9 +42,7 @@ class TeacherPrompts:
                 "With tools a teacher that has prompts of its own (column 'teacher_prompt') cannot be mixed in: set "
                 "`teacher_mixed_alpha=0`."
             )
-        teachers = trainer.teachers.values()
-        self._tokenizers = [template_tokenizer(teacher, trainer.processing_class) for teacher in teachers]
-        self._max_lengths = [_max_length(teacher) for teacher in teachers]
+        self._tokenizers = [template_tokenizer(teacher, trainer.processing_class) for teacher in self._teachers]
         for name, dataset in datasets.items():
             self._check(name, dataset)
 
@@ -55,7 +54,7 @@ class TeacherPrompts:
                 check_teacher_template(
                     tokenizer, trainer.processing_class, first, trainer.chat_template, trainer.chat_template_kwargs
                 )
-        if isinstance(dataset, Dataset) and any(length is not None for length in self._max_lengths):
+        if isinstance(dataset, Dataset) and any(max_length(one) is not None for one in self._teachers):
             for index, row in enumerate(dataset):
                 self._encode(row, f"Row {index} of the {name} dataset")
 
@@ -86,20 +85,5 @@ class TeacherPrompts:
         else:
             kwargs = {"tools": trainer.tools or None, **trainer.chat_template_kwargs}
             ids = encode_prompt(self._tokenizers[index], prompt, chat_template_kwargs=kwargs)
-        room, needed = self._max_lengths[index], len(ids) + trainer.max_completion_length
-        if room is not None and needed > room:
-            raise ValueError(
-                f"{what}: its `teacher_prompt` of {len(ids)} tokens and a completion of "
-                f"`max_completion_length={trainer.max_completion_length}` are {needed} tokens, and the teacher reads {room} "
-                "at most. Shorten them, leave the row out, or use a teacher with more positions (of a server, a larger "
-                "`--max-model-len`)."
-            )
+        check_room(self._teachers[index], len(ids), trainer.max_completion_length, what)
         return ids
-
-
-def _max_length(teacher: Teacher) -> int | None:
-    """Length of the longest sequence that a teacher can read."""
-    if isinstance(teacher, ServerTeacher):
-        # Its last token is not sent for hidden states; for log-probabilities the server adds one.
-        return teacher.remote.max_model_len + (1 if teacher.exact else -1)
-    return teacher.max_length
