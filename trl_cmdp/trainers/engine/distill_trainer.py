@@ -56,7 +56,8 @@ class DistillTrainer(OffPolicyGRPOTrainer):
     Args:
         teacher_model (`str`, [`~transformers.PreTrainedModel`] or `dict`, *optional*):
             Teacher: path, hub id or instance. It is frozen, in eval mode, and keeps its own dtype. Several by name, in a
-            `dict`: the dataset's column `teacher` then names each prompt's.
+            `dict`: the dataset's column `teacher` then names each prompt's. With a column `teacher_prompt` a teacher reads that
+            in the place of `prompt`.
 
     All other arguments are [`~trl.GRPOTrainer`]'s, in its order. With a teacher, `reward_funcs` may be `None`.
     """
