@@ -1,5 +1,6 @@
 """A teacher that reads a prompt of its own, the dataset's `teacher_prompt`, behind which it scores the student's tokens."""
 
+import json
 import shutil
 
 import pytest
@@ -247,6 +248,20 @@ class TestMessages:
             make_trainer(
                 tmp_path, train_dataset=messages(dataset()), tokenizer=tokenizer, teacher_model=make_teacher()
             )
+
+
+def test_what_the_run_says_of_itself(tmp_path):
+    """The model card, and the file that `trl-cmdp evaluate` reads."""
+    cards = {}
+    for name, data in (("own", dataset()), ("plain", make_dataset())):
+        trainer = make_trainer(tmp_path / name, train_dataset=data, teacher_model=make_teacher())
+        trainer.create_model_card("student")
+        trainer.save_model(tmp_path / name)
+        said = json.loads((tmp_path / name / "_run.json").read_text())
+        cards[name] = (tmp_path / name / "README.md").read_text(), said.get("teacher_prompt")
+    assert "given as an object, behind prompts of its own (`teacher_prompt`)" in cards["own"][0]
+    assert "`teacher_prompt`" not in cards["plain"][0]
+    assert (cards["own"][1], cards["plain"][1]) == (True, None)
 
 
 def test_resume_inside_a_generation_cycle(tmp_path):

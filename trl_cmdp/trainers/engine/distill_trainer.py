@@ -338,6 +338,8 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         if self.teachers:
             settings |= of_limit(self.args, self._token_cost, self.state.log_history)
             settings |= of_teachers(self.teachers, self._given_teacher, self.args, self.accelerator)
+            if self._teacher_prompts.used:
+                settings["teacher_prompt"] = True
         return settings
 
     def _saved_state(self) -> dict[str, Any]:

@@ -21,6 +21,9 @@ class TeacherPrompts:
         trainer ([`~trl.GRPOTrainer`]):
             Trainer, with its teachers.
 
+    Attributes:
+        used (`bool`): Whether the datasets have the column.
+
     Raises:
         ValueError: If messages cannot be rendered, a row leaves no room for the completion in the positions of its
             teacher, or the teacher is mixed into the turns between tools.
@@ -34,8 +37,8 @@ class TeacherPrompts:
             for name, dataset in named_datasets(trainer.train_dataset, trainer.eval_dataset).items()
             if "teacher_prompt" in next(iter(dataset or []), {})
         }
-        self._used = "training" in datasets
-        if not self._used:
+        self.used = "training" in datasets
+        if not self.used:
             return
         if trainer.tools and trainer._teacher_mixed_alpha > 0:
             raise ValueError(
@@ -60,12 +63,12 @@ class TeacherPrompts:
 
     def token_ids(self, rows: list[dict[str, Any]]) -> list[list[int]] | None:
         """Token ids of the teacher's prompt of each row, `None` where the datasets have no such column."""
-        if any(("teacher_prompt" in row) != self._used for row in rows):
+        if any(("teacher_prompt" in row) != self.used for row in rows):
             raise ValueError(
                 "Some rows of the datasets have a 'teacher_prompt' and some have none: the costs would be of teachers that "
                 "see more or less. Give every row one, in evaluation too, and leave `remove_unused_columns` at false."
             )
-        if not self._used:
+        if not self.used:
             return None
         return [self._encode(row, f"The row with the prompt {str(row.get('prompt'))[:60]!r}") for row in rows]
 
