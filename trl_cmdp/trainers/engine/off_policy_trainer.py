@@ -29,7 +29,7 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
     _ends: tuple[int, int] | None = None  # of a turn, the student's and the teacher's, where both are one stop action
     _rows: list[dict[str, Any]]  # of the dataset, that are being generated for
     _teacher_prompts: TeacherPrompts
-    _teacher_prompt_ids: list[list[int]] | None  # of these rows, where the teacher has prompts of its own
+    _teacher_prompt_ids: list[list[int]] | None = None  # of these rows, where the teacher has prompts of its own
 
     @property
     def teacher_model(self) -> torch.nn.Module | None:
