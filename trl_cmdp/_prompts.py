@@ -56,7 +56,12 @@ def encode_prompt(
 
 
 def check_prompts(
-    dataset: Dataset | IterableDataset, name: str, column: str = "prompt", *, one_kind: bool = True
+    dataset: Dataset | IterableDataset,
+    name: str,
+    column: str = "prompt",
+    *,
+    one_kind: bool = True,
+    text_only: bool = False,
 ) -> Prompt:
     """
     Check a column of prompts: all rows of a dataset, the first ones of a stream (and of a dataset whose rows are made,
@@ -71,6 +76,8 @@ def check_prompts(
             Column of the prompts.
         one_kind (`bool`, *optional*, defaults to `True`):
             Whether either all are text or all are messages.
+        text_only (`bool`, *optional*, defaults to `False`):
+            Whether messages with content other than text, such as images, are refused.
 
     Returns:
         `str` or `list[dict[str, Any]]`: The first prompt.
@@ -84,6 +91,8 @@ def check_prompts(
         if fault is None and one_kind and first is not None and isinstance(prompt, str) != isinstance(first, str):
             found, expected = ("text", "messages") if isinstance(prompt, str) else ("messages", "text")
             fault = f"is {found}, and that of row 0 is {expected}. Make all of one kind (`dataset.map`)."
+        if fault is None and text_only and not _is_text(prompt):
+            fault = "has content other than text. Leave it out (`dataset.map`)."
         if fault is not None:
             raise ValueError(f"Row {index} of {name}: the prompt (column {column!r}) {fault}")
         first = prompt if first is None else first
@@ -189,6 +198,11 @@ def _message_fault(number: int, message: Any) -> str | None:
             "such as `{'type': 'text', 'text': ...}`."
         )
     return None
+
+
+def _is_text(prompt: Prompt) -> bool:
+    contents = [] if isinstance(prompt, str) else [message.get("content") for message in prompt]
+    return all(part["type"] == "text" for content in contents if isinstance(content, list) for part in content)
 
 
 def _is_part(part: Any) -> bool:

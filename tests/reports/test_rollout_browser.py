@@ -54,6 +54,13 @@ def test_what_is_within_the_limit_is_what_the_summary_counts():
     assert all(one["first"] is not None for one in data["rollouts"] if not one["within"])
 
 
+def test_the_teachers_own_prompt_is_in_the_page():
+    data = browser_data(["constrained"], [(settings(), [rollout(0, 0, [0.1], teacher_prompt="hint")])], {0})
+    assert data["problems"][0]["teacher_prompt"] == "hint"
+    data = browser_data(["constrained"], [(settings(), rollouts(1))], {0})
+    assert data["problems"][0]["teacher_prompt"] is None
+
+
 def test_problems_are_chosen_at_even_distances_with_all_their_rollouts():
     evaluations = [(settings(name), rollouts(1)) for name in ("a", "b")]
     assert choose_problems(evaluations) == set(range(6))

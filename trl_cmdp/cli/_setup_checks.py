@@ -136,7 +136,7 @@ def _model_fingerprint(model: str, config: "PretrainedConfig") -> str:
 def _check_problems(setup: Setup, tokenizer: "PreTrainedTokenizerBase", held_out: int) -> "tuple[Dataset, Dataset]":
     """Problems to train on and held-out ones: of data every one, of a task those of seed 0."""
     from .._prompts import check_chat_template, check_prompts
-    from ..trainers.engine.checks import check_no_images
+    from ..trainers.engine.checks import check_no_images, check_teacher_prompts
 
     found = []
     for key, problems, n in (
@@ -152,6 +152,7 @@ def _check_problems(setup: Setup, tokenizer: "PreTrainedTokenizerBase", held_out
             check_no_images(rows, None)
         found.append(rows)
     train, test = found
+    check_teacher_prompts(train, {"test": test}, None)
     if held_out > len(test):
         raise ValueError(
             f"`held_out` is {held_out}, and `test_dataset` has {len(test)} problems: ask for fewer, or add problems."

@@ -1,10 +1,13 @@
 """Exact divergence of rollouts from the teacher, token by token."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .._prompts import Prompt
 from ..core import Comparison
 from ..teachers import (
     AdapterTeacher,
@@ -15,6 +18,7 @@ from ..teachers import (
     Teacher,
     allow_fast_kernel,
     check_reading,
+    encode_teacher_prompts,
     keep_differentiable,
     load_teacher,
     misfit,
@@ -77,10 +81,12 @@ def score_rollouts(
         costs: list[torch.Tensor] = []
         for start in range(0, len(rollouts), batch_size):
             batch = rollouts[start : start + batch_size]
-            input_ids, attention_mask, mask = _collate(batch, student.device)
-            if (problem := misfit(models[1], input_ids, attention_mask)) is not None:
+            student_inputs = _collate(batch, student.device)
+            teacher_inputs = _collate(list(map(_as_the_teacher_reads, batch)), student.device)
+            if (problem := misfit(models[1], *teacher_inputs[:2])) is not None:
                 raise ValueError(problem)
-            hidden = [model.hidden_states(input_ids, attention_mask, mask) for model in models]
+            inputs = (student_inputs, teacher_inputs)
+            hidden = [model.hidden_states(*own) for model, own in zip(models, inputs, strict=True)]
             scores = chunked_scores(hidden[0], student_head, hidden[1], teacher_head, comparison, memory_mb=memory_mb)
             costs.extend(scores.costs.cpu().split([len(rollout.completion_ids) for rollout in batch]))
     finally:
@@ -88,6 +94,45 @@ def score_rollouts(
     if not all(bool(cost.isfinite().all()) for cost in costs):
         raise ValueError("The divergence of a rollout is not finite: check student and teacher for NaN weights.")
     return costs
+
+
+def with_teacher_prompts(
+    rollouts: Sequence[Rollout],
+    prompts: Sequence[Prompt],
+    teacher: AnyTeacher,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[Rollout]:
+    """
+    Rollouts of which a teacher reads another prompt than the student did. [`score_rollouts`] then compares the two models
+    on the same completions, each behind its own prompt.
+
+    Args:
+        rollouts (`Sequence[Rollout]`):
+            Rollouts.
+        prompts (`Sequence[str | list[dict[str, Any]]]`):
+            The teacher's prompt of each: text, or messages for the chat template of the teacher's own tokenizer where that
+            has another than the student's, otherwise for the student's.
+        teacher (`str`, [`~transformers.PreTrainedModel`], [`~peft.PeftModel`], [`~teachers.AdapterTeacher`] or [`~teachers.RemoteTeacher`]):
+            Teacher, as [`score_rollouts`] takes it.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Student's tokenizer.
+        chat_template (`str`, *optional*):
+            Chat template in place of the student's own.
+        chat_template_kwargs (`Mapping[str, Any]`, *optional*):
+            Further arguments of either chat template.
+
+    Returns:
+        `list[Rollout]`: The rollouts, with `teacher_prompt_ids`.
+
+    Raises:
+        ValueError: If a prompt is neither text nor messages, or messages cannot be rendered.
+    """
+    model = as_teacher(teacher, torch.device("cpu"))
+    encoded = encode_teacher_prompts(prompts, model, tokenizer, chat_template, chat_template_kwargs)
+    return [replace(rollout, teacher_prompt_ids=ids) for rollout, ids in zip(rollouts, encoded, strict=True)]
 
 
 def as_teacher(teacher: AnyTeacher, device: torch.device) -> Teacher:
@@ -113,6 +158,11 @@ def _readers(
         with teacher.active():
             check_reading(f"adapter {teacher.adapter_name!r} as a teacher", teacher.model, teacher)
     return reader, teacher if ends is None else OneStopTeacher(teacher, ends)
+
+
+def _as_the_teacher_reads(rollout: Rollout) -> Rollout:
+    own = rollout.teacher_prompt_ids
+    return rollout if own is None else replace(rollout, prompt_ids=own)
 
 
 def _collate(batch: Sequence[Rollout], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

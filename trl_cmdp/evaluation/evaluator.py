@@ -5,7 +5,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._prompts import Prompt, check_chat_template, check_prompts
-from ..teachers import end_ids
+from ..teachers import Teacher, check_room, encode_teacher_prompts, end_ids
 from ._lines import read_text
 from .divergence import AnyTeacher, as_teacher, score_rollouts
 from .rollout_records import EvaluationSettings, RolloutRecord, read_rollout_records
@@ -55,7 +55,7 @@ def evaluate(
             Its tokenizer.
         problems ([`~datasets.Dataset`]):
             As many problems as the settings say, with the columns `prompt` and `answer`, and `difficulty` where there
-            are strata.
+            are strata. With a column `teacher_prompt` costs are of a teacher that reads it in the place of `prompt`.
         reward (`Callable`):
             Reward function as TRL calls it, with prompts, completions and all columns. A final answer is correct
             where it gives 1.
@@ -78,7 +78,8 @@ def evaluate(
 
     Raises:
         ValueError: If the arguments do not fit the settings, a prompt is neither text nor messages that the chat
-            template renders, or the file is of an evaluation with other settings.
+            template renders, a `teacher_prompt` leaves no room for the completion in the teacher's positions, or the file
+            is of an evaluation with other settings.
         filelock.Timeout: If another evaluation is writing to the file.
     """
     rows = [dict(row) for row in problems]
@@ -93,6 +94,7 @@ def evaluate(
     ends = end_ids(tokenizer, stops, settings.teacher_eos_token)
     if teacher is not None:
         teacher = as_teacher(teacher, student.device)
+    own_prompts = None if teacher is None else _teacher_prompt_ids(problems, teacher, tokenizer, settings)
     batches = _batches(settings)
     total = sum(map(len, batches))
     with _records_file(records_path, settings, batches) as (records, append):
@@ -116,6 +118,11 @@ def evaluate(
                 chat_template_kwargs=settings.chat_template_kwargs,
                 seed=_batch_seed(settings.seed, number),
             )
+            if own_prompts is not None:
+                rollouts = [
+                    replace(rollout, teacher_prompt_ids=own_prompts[problem])
+                    for rollout, (problem, _, _) in zip(rollouts, batch, strict=True)
+                ]
             costs: Sequence[torch.Tensor | None] = [None] * len(batch)
             if teacher is not None:
                 costs = score_rollouts(
@@ -165,6 +172,7 @@ def make_record(
         right=is_correct,
         # A cost of 0 comes as a number around it: no "-0.0".
         costs=None if costs is None else [round(value, 6) + 0.0 for value in costs.tolist()],
+        teacher_prompt=None if rollout.teacher_prompt_ids is None else _recorded(row["teacher_prompt"]),
     )
 
 
@@ -206,6 +214,22 @@ def _check_prompts(problems: Dataset, tokenizer: PreTrainedTokenizerBase, settin
         contents = [message["content"] for message in messages]
         if any(part["type"] != "text" for content in contents if isinstance(content, list) for part in content):
             raise ValueError(f"Row {index} of {name}: only text can be evaluated, and its prompt has other content.")
+
+
+def _teacher_prompt_ids(
+    problems: Dataset, teacher: Teacher, tokenizer: PreTrainedTokenizerBase, settings: EvaluationSettings
+) -> list[list[int]] | None:
+    """Tokens of the teacher's own prompt of each problem, `None` where they have none."""
+    if "teacher_prompt" not in problems.column_names:
+        return None
+    name = "the dataset of problems"
+    check_prompts(problems, name, "teacher_prompt", text_only=True)
+    encoded = encode_teacher_prompts(
+        problems["teacher_prompt"], teacher, tokenizer, settings.chat_template, settings.chat_template_kwargs
+    )
+    for index, ids in enumerate(encoded):
+        check_room(teacher, len(ids), settings.max_new_tokens, f"Row {index} of {name}")
+    return encoded
 
 
 def _recorded(prompt: Prompt) -> str | list[dict[str, str]]:

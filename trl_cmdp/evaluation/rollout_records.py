@@ -150,6 +150,8 @@ class RolloutRecord:
         costs (`list[float]`, *optional*):
             Exact divergence from the teacher at each token, in nats, of length L, `None` without a teacher. Rounded to
             six decimals: the figures are computed from what is written.
+        teacher_prompt (`str` or `list[dict[str, str]]`, *optional*):
+            What the teacher read in the place of the prompt, `None` where it read the prompt.
     """
 
     problem: int
@@ -164,6 +166,7 @@ class RolloutRecord:
     truncated: bool
     right: bool
     costs: list[float] | None
+    teacher_prompt: str | list[dict[str, str]] | None = None
 
     @property
     def key(self) -> tuple[int, bool, int]:

@@ -26,12 +26,15 @@ class Rollout:
             Tokens of the prompt.
         completion_ids (`list[int]`):
             Tokens of the completion, the end-of-sequence token included where there is one.
+        teacher_prompt_ids (`list[int]`, *optional*):
+            Tokens that the teacher reads in the place of `prompt_ids`, `None` where it reads these.
     """
 
     prompt: Prompt
     completion: str
     prompt_ids: list[int]
     completion_ids: list[int]
+    teacher_prompt_ids: list[int] | None = None
 
 
 def sample_rollouts(

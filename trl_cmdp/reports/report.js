@@ -107,8 +107,15 @@ function showSelected() {
   detail.replaceChildren(
     element("p", "facts", facts.join(" · ")),
     element("pre", "prompt", promptText(problem.prompt)),
+    ...(problem.teacher_prompt === null ? [] : [teacherPrompt(problem.teacher_prompt)]),
     columns
   );
+}
+
+function teacherPrompt(prompt) {
+  const block = element("details", "teacher-prompt");
+  block.append(element("summary", "", "What the teacher reads in its place"), element("pre", "prompt", promptText(prompt)));
+  return block;
 }
 
 function besideColumn(rollout, student) {

@@ -15,6 +15,7 @@ from .models import (
 )
 from .offload import Offload
 from .one_stop import OneStopTeacher, swapped
+from .prompts import check_room, check_teacher_template, encode_teacher_prompts, max_length, template_tokenizer
 from .quantized import allow_fast_kernel, keep_differentiable
 from .readable import check_reading, differ, misfit, probe_rows
 from .remote import EXACT_SERVER_COMMAND, RemoteTeacher, TeacherServerError
@@ -37,14 +38,18 @@ __all__ = [
     "backbone",
     "base_model",
     "check_reading",
+    "check_room",
+    "check_teacher_template",
     "check_vocabulary",
     "differ",
+    "encode_teacher_prompts",
     "end_ids",
     "is_plain_linear",
     "keep_differentiable",
     "last_hidden_state",
     "lm_head",
     "load_teacher",
+    "max_length",
     "misfit",
     "offloaded",
     "predicting",
@@ -53,5 +58,6 @@ __all__ = [
     "stop_ids",
     "swapped",
     "teacher_generation_config",
+    "template_tokenizer",
     "warn_of_another_end",
 ]

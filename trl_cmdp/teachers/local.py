@@ -35,6 +35,7 @@ class LocalTeacher:
         self._accelerator = accelerator
         self._unwrapped = module if accelerator is None else accelerator.unwrap_model(module)
         self._model = base_model(self._unwrapped)
+        self.config = self._model.config
         self.vocab_size: int = embedding(self._model).num_embeddings
         self.max_length = num_positions(self._model.config)
         self._called_head: Head | None = None

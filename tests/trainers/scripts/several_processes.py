@@ -42,6 +42,8 @@ SETTINGS = {
     # The first two prompts fill process 0, so each process has rollouts of one teacher alone.
     "several_teachers": {"several": True, "cost_limit": {"first": 1.5, "second": 2.5}},
     "several_recomputed": {"several": True, "teacher_hidden_memory_mb": 1e-6},
+    # Of unequal lengths, the longest on process 1.
+    "teacher_prompt": {"own_prompts": True, "teacher_hidden_memory_mb": 1e-6},
     "adapter": {"teacher_adapter_name": "base", "cost_limit": 0.5},
     # A limit on the sum, which the short rollouts of process 0 all keep: it has nothing to distil, and the other one
     # nothing that is feasible.
@@ -122,6 +124,10 @@ def name_teachers(dataset):
     return dataset.add_column("teacher", ["first" if prompt[0] in "13" else "second" for prompt in dataset["prompt"]])
 
 
+def give_teachers_prompts(dataset):
+    return dataset.add_column("teacher_prompt", [prompt * int(prompt[0]) for prompt in dataset["prompt"]])
+
+
 def with_adapter():
     model = get_peft_model(make_model(spread=0.4), make_lora(target_modules=["q_proj", "up_proj"]))
     for name, parameter in model.named_parameters():
@@ -137,6 +143,7 @@ def build(
     model=None,
     teacher=None,
     several=False,
+    own_prompts=False,
     rollout=rollout,
     callbacks=(),
     evaluated=(0, 1, 2, 3),
@@ -144,7 +151,8 @@ def build(
     **settings,
 ):
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    dataset = make_dataset(4)
+    with_prompts = give_teachers_prompts if own_prompts else lambda dataset: dataset
+    dataset = with_prompts(make_dataset(4))
     if processes == 1:  # what accelerate makes of it for several
         evaluated = [*evaluated, *evaluated][:4]
     if teacher is None and "teacher_adapter_name" not in settings:
@@ -160,7 +168,7 @@ def build(
         teacher_model=teacher,
         rollout_func=masked if rollout == "masked" else rollout,
         callbacks=list(callbacks),
-        eval_dataset=name_teachers(make_dataset(1).select(evaluated)),
+        eval_dataset=name_teachers(with_prompts(make_dataset(1).select(evaluated))),
         shuffle_dataset=False,
         per_device_train_batch_size=ROLLOUTS // processes,
         per_device_eval_batch_size=ROLLOUTS // processes,

@@ -32,6 +32,10 @@ IMAGES_REFUSED = (
     "can be student and teacher on text prompts. Remove the images (`dataset.remove_columns`, or the image parts of the "
     "messages), or train without a teacher."
 )
+TEACHER_PROMPT_IMAGES = (
+    "The column 'teacher_prompt' cannot be used together with images: the teacher's own prompts are text alone. Remove the "
+    "column, or the images (`dataset.remove_columns`)."
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -115,7 +119,7 @@ def check_data(
     Check the prompts of the datasets, and that the student's chat template renders messages. A `rollout_func` may take
     prompts of any kind, and an environment may bring them in place of the column.
     """
-    for name, dataset in _named(train_dataset, eval_dataset).items():
+    for name, dataset in named_datasets(train_dataset, eval_dataset).items():
         if not isinstance(dataset, Dataset | IterableDataset):
             continue
         columns = dataset.column_names or next(iter(dataset), {})
@@ -144,7 +148,7 @@ def no_reward(completions: list, **kwargs: Any) -> list[float]:
 
 def check_reward_columns(reward_funcs: list, names: list[str], train_dataset: Any, eval_dataset: Any) -> None:
     """A column that a reward function needs and a dataset lacks is an error now, not at the first step."""
-    for dataset_name, dataset in _named(train_dataset, eval_dataset).items():
+    for dataset_name, dataset in named_datasets(train_dataset, eval_dataset).items():
         if not isinstance(dataset, Dataset):
             continue
         for reward_func, name in zip(reward_funcs, names, strict=True):
@@ -208,7 +212,7 @@ def check_violation_penalty(rewards: torch.Tensor, penalty: float, step: int) ->
 
 def check_no_images(train_dataset: Any, eval_dataset: Any) -> None:
     """Refuse datasets with images, by their first rows."""
-    for name, dataset in _named(train_dataset, eval_dataset).items():
+    for name, dataset in named_datasets(train_dataset, eval_dataset).items():
         if dataset is None:
             continue
         for row in islice(dataset, 1):
@@ -224,7 +228,7 @@ def check_no_images(train_dataset: Any, eval_dataset: Any) -> None:
 
 def check_teacher_column(teachers: Sequence[str], train_dataset: Any, eval_dataset: Any) -> None:
     """With several teachers, check that each row of the data names one of them. A stream is checked as it comes."""
-    for dataset in _named(train_dataset, eval_dataset).values():
+    for dataset in named_datasets(train_dataset, eval_dataset).values():
         if isinstance(dataset, Dataset):
             names = dataset.unique("teacher") if "teacher" in dataset.column_names else [None]
             for name in names:
@@ -239,6 +243,31 @@ def check_teacher_name(name: str | None, teachers: Sequence[str]) -> None:
             "With several teachers the dataset's column `teacher` chooses one for each prompt, of "
             f"{', '.join(map(repr, teachers))}; found {found}. Add or correct the column."
         )
+
+
+def check_teacher_prompts(train_dataset: Any, eval_dataset: Any, environment_factory: Any) -> None:
+    """Check the datasets' column `teacher_prompt`, the teacher's own prompts, if they have one."""
+    named = named_datasets(train_dataset, eval_dataset).items()
+    rows = {name: next(iter(one), {}) for name, one in named if isinstance(one, Dataset | IterableDataset)}
+    having = [name for name, row in rows.items() if "teacher_prompt" in row]
+    if not having:
+        return
+    if lacking := [name for name in rows if name not in having]:
+        raise ValueError(
+            f"The {having[0]} dataset has the column 'teacher_prompt', and the {lacking[0]} dataset has not: its costs would "
+            "be of a teacher that sees less. Add the column there (where the teacher sees no more than the student, a copy "
+            "of 'prompt'), or remove it everywhere."
+        )
+    if environment_factory is not None:
+        raise ValueError(
+            "`environment_factory` cannot be used together with the column 'teacher_prompt': what an environment's `reset` "
+            "adds to the prompt would be missing from the teacher's. Remove the column, or use `tools` or a `rollout_func`."
+        )
+    for name, dataset in named:
+        if {"image", "images"} & rows.get(name, {}).keys():
+            raise ValueError(TEACHER_PROMPT_IMAGES)
+        if name in rows:
+            check_prompts(dataset, f"the {name} dataset", "teacher_prompt", text_only=True)
 
 
 def checked_rollout_func(rollout_func: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -267,7 +296,7 @@ def checked_rollout_func(rollout_func: Callable[..., dict[str, Any]]) -> Callabl
     return checked
 
 
-def _named(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
     """The datasets of a trainer by what messages call them."""
     evaluation = eval_dataset if isinstance(eval_dataset, dict) else {"evaluation": eval_dataset}
     return {"training": train_dataset, **evaluation}

@@ -30,6 +30,7 @@ from .checks import (
     check_reward_columns,
     check_reward_templates,
     check_rewards_finite,
+    check_teacher_prompts,
     check_trackers,
     checked_rollout_func,
     has_teacher,
@@ -42,6 +43,7 @@ from .policy_loss import loss_mask, policy_token_weight
 from .processes import gather_rows, on_any_process
 from .scoring import RolloutScorer
 from .student import prepare_student
+from .teacher_prompts import TeacherPrompts
 from .teachers import Teacher, TeacherModel, common_end, make_teachers, teacher_index, with_common_end
 from .trl_hooks import check_trl_hooks
 
@@ -54,7 +56,8 @@ class DistillTrainer(OffPolicyGRPOTrainer):
     Args:
         teacher_model (`str`, [`~transformers.PreTrainedModel`] or `dict`, *optional*):
             Teacher: path, hub id or instance. It is frozen, in eval mode, and keeps its own dtype. Several by name, in a
-            `dict`: the dataset's column `teacher` then names each prompt's.
+            `dict`: the dataset's column `teacher` then names each prompt's. With a column `teacher_prompt` a teacher reads that
+            in the place of `prompt`.
 
     All other arguments are [`~trl.GRPOTrainer`]'s, in its order. With a teacher, `reward_funcs` may be `None`.
     """
@@ -97,6 +100,7 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         check_trackers(args.report_to)
         if with_teacher:
             check_no_images(train_dataset, eval_dataset)
+            check_teacher_prompts(train_dataset, eval_dataset, environment_factory)
             if not has_reward:
                 reward_funcs = no_reward
             if rollout_func is not None:
@@ -133,6 +137,7 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         if not self.teachers:
             return
         self._offload = offloaded(self.teachers.values() if args.teacher_offload else ())
+        self._teacher_prompts = TeacherPrompts(self)
         if self._samples_from_teacher:
             self._sampling_teacher()  # refuse before training what cannot sample
         prepare_student(self)
@@ -336,6 +341,8 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         if self.teachers:
             settings |= of_limit(self.args, self._token_cost, self.state.log_history)
             settings |= of_teachers(self.teachers, self._given_teacher, self.args, self.accelerator)
+            if self._teacher_prompts.used:
+                settings["teacher_prompt"] = True
         return settings
 
     def _saved_state(self) -> dict[str, Any]:

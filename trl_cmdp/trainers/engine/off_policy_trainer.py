@@ -6,8 +6,11 @@ from typing import Any
 import torch
 
 from ...teachers import LocalTeacher, Offload
+from .checks import TEACHER_PROMPT_IMAGES
 from .forward import StudentForward
+from .processes import on_any_process
 from .resumable_trainer import ResumableGRPOTrainer
+from .teacher_prompts import TeacherPrompts
 from .teachers import Teacher
 
 
@@ -26,6 +29,8 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
     _samples_from_teacher = False
     _ends: tuple[int, int] | None = None  # of a turn, the student's and the teacher's, where both are one stop action
     _rows: list[dict[str, Any]]  # of the dataset, that are being generated for
+    _teacher_prompts: TeacherPrompts
+    _teacher_prompt_ids: list[list[int]] | None = None  # of these rows, where the teacher has prompts of its own
 
     @property
     def teacher_model(self) -> torch.nn.Module | None:
@@ -37,13 +42,24 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
+    def latest_teacher_prompts(self) -> list[str]:
+        """What the teachers read before this process's latest rollouts, where they have prompts of their own."""
+        return [self._tokenizer.decode(ids) for ids in self._teacher_prompt_ids or []]
+
     def _off_policy_completions(self, prompt_ids: list[list[int]]) -> list[list[int]] | None:
         """Token ids of the training completions that are not sampled from the student, `None` if all are."""
         return None
 
     def _generate_and_score_completions(self, inputs):
         self._rows = inputs
-        return super()._generate_and_score_completions(inputs)
+        self._teacher_prompt_ids = self._teacher_prompts.token_ids(inputs) if self.teachers else None
+        output = super()._generate_and_score_completions(inputs)
+        if self._teacher_prompt_ids is None:
+            return output
+        if on_any_process(self.accelerator, "pixel_values" in output):
+            raise ValueError(TEACHER_PROMPT_IMAGES)
+        ids, mask = self._teacher_prompts.padded(self._teacher_prompt_ids)
+        return {**output, "teacher_prompt_ids": ids, "teacher_prompt_mask": mask}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
         training = bool(self.teachers) and self._mode == "train"
@@ -53,10 +69,11 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
         alpha = self._teacher_mixed_alpha if training else 0.0
         with ExitStack() as mixed:
             if alpha > 0:
-                teacher = self._sampling_teacher()
+                teacher, own = self._sampling_teacher(), self._teacher_prompt_ids
+                prompts = None if own is None else self._teacher_prompts.padded(own)
                 mixed.enter_context(self._offload.unloaded_afterwards())
                 self._offload.load(teacher)
-                mixed.enter_context(self._student_forward.mixing(alpha, teacher, self._ends))
+                mixed.enter_context(self._student_forward.mixing(alpha, teacher, self._ends, prompts))
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
             )
@@ -73,6 +90,7 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
 
     def _teacher_completions(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """Completions sampled from the teacher: TRL's own generation, with the teacher in the student's place."""
+        prompt_ids = prompt_ids if self._teacher_prompt_ids is None else self._teacher_prompt_ids
         student, stops = self.model_wrapped, self.eos_token_ids
         backends = self.use_vllm, self.use_transformers_continuous_batching
         self.model_wrapped = self._sampling_teacher()

@@ -50,8 +50,9 @@ class RolloutScorer:
         for start in range(0, len(mask), batch_size):
             rows = slice(start, start + batch_size)
             row_inputs, row_mask, token_ids = _model_inputs(inputs, rows), mask[rows], inputs["completion_ids"][rows]
+            teacher_inputs = _teacher_inputs(inputs, rows)
             if exact:
-                states = self._states(row_inputs, row_mask, inputs["teacher_index"][rows])
+                states = self._states(teacher_inputs, row_mask, inputs["teacher_index"][rows])
                 teacher_is_finite = teacher_is_finite and all(bool(part.hidden.isfinite().all()) for part in states)
                 request = DivergenceRequest(states, scored_mask=row_mask, token_ids=token_ids if log_probs else None)
                 self._answer(student, request, row_inputs)
@@ -59,7 +60,7 @@ class RolloutScorer:
                 if keep:
                     kept.extend(self._per_rollout(states, row_mask))
             else:
-                answer = self._score_log_probs(student, teachers[0], row_inputs, row_mask, token_ids)
+                answer = self._score_log_probs(student, teachers[0], row_inputs, teacher_inputs, row_mask, token_ids)
             for name, values in answer.items():
                 scores.setdefault(name, torch.zeros(mask.shape, device=mask.device))[rows] = values
         teacher_failed = on_any_process(self._accelerator, not teacher_is_finite)
@@ -78,6 +79,7 @@ class RolloutScorer:
         student: torch.nn.Module,
         teacher: ServerTeacher | OneStopTeacher,
         inputs: dict[str, torch.Tensor],
+        teacher_inputs: dict[str, torch.Tensor],
         mask: torch.Tensor,
         token_ids: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
@@ -85,14 +87,14 @@ class RolloutScorer:
         k = self._args.teacher_model_server_top_k
         wanted = token_ids.unsqueeze(-1)  # (b, T, 1 + k)
         if k > 0:
-            likely_ids, teacher_top_k = teacher.top_k(**inputs, mask=mask, k=k)  # (N, k) each
+            likely_ids, teacher_top_k = teacher.top_k(**teacher_inputs, mask=mask, k=k)  # (N, k) each
             wanted = torch.cat([wanted, wanted.expand(*mask.shape, k)], -1)
             wanted[..., 1:][mask] = likely_ids
         request = DivergenceRequest([], scored_mask=mask, token_ids=wanted)
         self._answer(student, request, inputs)
         student_logps = request.scores["student_logps"]  # (b, T, 1 + k)
         teacher_logps = torch.zeros(mask.shape, device=mask.device)
-        teacher_logps[mask] = teacher.log_probs(**inputs, mask=mask)
+        teacher_logps[mask] = teacher.log_probs(**teacher_inputs, mask=mask)
         scores = {"student_logps": student_logps[..., 0], "teacher_logps": teacher_logps}
         if k > 0:
             bound = torch.zeros_like(teacher_logps)
@@ -118,7 +120,7 @@ class RolloutScorer:
     def weighted_states(self, inputs: dict[str, Any], mask: torch.Tensor) -> list[TeacherStates]:
         """Teachers' hidden states at the tokens (b, T) that the loss weights: those kept, or computed once more."""
         if "teacher_hidden" not in inputs:
-            return self._states(_model_inputs(inputs), mask, inputs["teacher_index"])
+            return self._states(_teacher_inputs(inputs), mask, inputs["teacher_index"])
         states = []
         for index, teacher in enumerate(self._teachers.values()):
             # Also a teacher that no rollout here has: gathering a sharded head takes all processes.
@@ -161,7 +163,7 @@ class RolloutScorer:
 
     def _check_fit(self, inputs: dict[str, Any], step: int) -> None:
         teachers = list(self._teachers.values())
-        model_inputs = _model_inputs(inputs)
+        model_inputs = _teacher_inputs(inputs)
         problem = next(filter(None, (misfit(teacher, **model_inputs) for teacher in teachers)), None)
         if on_any_process(self._accelerator, problem is not None):
             raise ValueError(
@@ -185,8 +187,15 @@ class RolloutScorer:
         )
 
 
-def _model_inputs(inputs: dict[str, Any], rows: slice = slice(None)) -> dict[str, torch.Tensor]:
+def _model_inputs(
+    inputs: dict[str, Any], rows: slice = slice(None), prompt: str = "prompt"
+) -> dict[str, torch.Tensor]:
     return {
-        "input_ids": torch.cat([inputs["prompt_ids"][rows], inputs["completion_ids"][rows]], dim=1),
-        "attention_mask": torch.cat([inputs["prompt_mask"][rows], inputs["completion_mask"][rows]], dim=1),
+        "input_ids": torch.cat([inputs[f"{prompt}_ids"][rows], inputs["completion_ids"][rows]], dim=1),
+        "attention_mask": torch.cat([inputs[f"{prompt}_mask"][rows], inputs["completion_mask"][rows]], dim=1),
     }
+
+
+def _teacher_inputs(inputs: dict[str, Any], rows: slice = slice(None)) -> dict[str, torch.Tensor]:
+    """The same completions, behind the teacher's own prompts where the dataset has them."""
+    return _model_inputs(inputs, rows, "teacher_prompt" if "teacher_prompt_ids" in inputs else "prompt")

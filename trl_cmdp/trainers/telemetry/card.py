@@ -133,6 +133,7 @@ def distillation_facts(trainer: Any) -> DistillationFacts | None:
     return DistillationFacts(
         teachers=[
             describe_teacher(name, teacher, trainer.accelerator, args.teacher_model_revision)
+            + ", behind prompts of its own (`teacher_prompt`)" * trainer._teacher_prompts.used
             for name, teacher in trainer.teachers.items()
         ],
         cost=describe_cost(trainer._token_cost, args.teacher_beta, args.temperature, args.cost_scope),
