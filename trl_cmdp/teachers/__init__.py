@@ -1,5 +1,6 @@
 """Teachers, one file per backend, and what is read of any model."""
 
+from ._server import TeacherServer, TeacherServerError
 from .adapter import AdapterTeacher
 from .agreement import check_vocabulary, end_ids, stop_ids, teacher_generation_config, warn_of_another_end
 from .local import LocalTeacher, load_teacher
@@ -16,26 +17,32 @@ from .models import (
 from .one_stop import OneStopTeacher, swapped
 from .quantized import allow_fast_kernel, keep_differentiable
 from .readable import check_reading, differ, misfit, probe_rows
-from .remote import EXACT_SERVER_COMMAND, RemoteTeacher, TeacherServerError
+from .remote import EXACT_SERVER_ARGUMENTS, EXACT_SERVER_COMMAND, RemoteTeacher
+from .server_check import SentenceScores, check_server, checkpoint_config, score_sentence
 from .server_teacher import ServerTeacher
 from .teacher import Teacher
 
 
 __all__ = [
+    "EXACT_SERVER_ARGUMENTS",
     "EXACT_SERVER_COMMAND",
     "AdapterTeacher",
     "LeftAligned",
     "LocalTeacher",
     "OneStopTeacher",
     "RemoteTeacher",
+    "SentenceScores",
     "ServerTeacher",
     "Teacher",
+    "TeacherServer",
     "TeacherServerError",
     "allow_fast_kernel",
     "backbone",
     "base_model",
     "check_reading",
+    "check_server",
     "check_vocabulary",
+    "checkpoint_config",
     "differ",
     "end_ids",
     "is_plain_linear",
@@ -47,6 +54,7 @@ __all__ = [
     "predicting",
     "probe_rows",
     "read_head",
+    "score_sentence",
     "stop_ids",
     "swapped",
     "teacher_generation_config",

@@ -1,5 +1,6 @@
 """A teacher behind a vLLM server: its hidden states, and so the exact divergence, or its log-probabilities alone."""
 
+import shlex
 import sys
 import threading
 from collections.abc import Sequence
@@ -12,10 +13,12 @@ from ._checkpoint import load_config, load_head
 from ._server import TeacherServer, TeacherServerError
 
 
-EXACT_SERVER_COMMAND = (
-    "vllm serve MODEL --runner pooling --convert embed --pooler-config "
-    """'{"task": "token_embed", "tok_pooling_type": "ALL", "use_activation": false}'"""
+# What makes a vLLM server an exact teacher.
+EXACT_SERVER_ARGUMENTS = (
+    *("--runner", "pooling", "--convert", "embed", "--pooler-config"),
+    '{"task": "token_embed", "tok_pooling_type": "ALL", "use_activation": false}',
 )
+EXACT_SERVER_COMMAND = f"trl-cmdp serve MODEL (or {shlex.join(['vllm', 'serve', 'MODEL', *EXACT_SERVER_ARGUMENTS])})"
 _PROBE = [0, 1, 2]  # token ids that every vocabulary has
 _WIRE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _ENTRY_BYTES = 512  # of one token's log-probability in JSON, its text included
