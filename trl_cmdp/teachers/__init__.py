@@ -1,6 +1,6 @@
 """Teachers, one file per backend, and what is read of any model."""
 
-from ._server import TeacherServer, TeacherServerError
+from ._server import EXACT_SERVER_ARGUMENTS, EXACT_SERVER_COMMAND, TeacherServer, TeacherServerError
 from .adapter import AdapterTeacher
 from .agreement import check_vocabulary, end_ids, stop_ids, teacher_generation_config, warn_of_another_end
 from .local import LocalTeacher, load_teacher
@@ -17,9 +17,9 @@ from .models import (
 from .one_stop import OneStopTeacher, swapped
 from .quantized import allow_fast_kernel, keep_differentiable
 from .readable import check_reading, differ, misfit, probe_rows
-from .remote import EXACT_SERVER_ARGUMENTS, EXACT_SERVER_COMMAND, RemoteTeacher
+from .remote import RemoteTeacher
 from .server_check import SentenceScores, check_server, checkpoint_config, score_sentence
-from .server_teacher import ServerTeacher
+from .server_teacher import ServerAnswer, ServerTeacher
 from .teacher import Teacher
 
 
@@ -32,6 +32,7 @@ __all__ = [
     "OneStopTeacher",
     "RemoteTeacher",
     "SentenceScores",
+    "ServerAnswer",
     "ServerTeacher",
     "Teacher",
     "TeacherServer",

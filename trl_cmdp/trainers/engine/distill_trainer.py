@@ -42,7 +42,7 @@ from .policy_loss import loss_mask, policy_token_weight
 from .processes import gather_rows, on_any_process
 from .scoring import RolloutScorer
 from .student import prepare_student
-from .teachers import Teacher, TeacherModel, common_end, make_teachers, teacher_index, with_common_end
+from .teachers import Teacher, TeacherModel, common_end, count_waiting, make_teachers, teacher_index, with_common_end
 from .trl_hooks import check_trl_hooks
 
 
@@ -268,6 +268,7 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         else:
             loss = super()._compute_loss(model, inputs)
             self._count("distill_loss", 0, 1)
+        count_waiting(self)
         if self._mode == "train":
             self._after_micro_step(inputs)
         return loss
