@@ -18,6 +18,7 @@ from fake_server import KEY
 from helpers import error_line, make_teacher, make_tokenizer, save_model
 
 from trl_cmdp.cli import main, serve
+from trl_cmdp.cli._server_process import ended_by_signals
 from trl_cmdp.cli.beside_vllm.trl_cmdp_key import RequireKey
 from trl_cmdp.teachers import score_sentence
 from trl_cmdp.teachers._checkpoint import load_config
@@ -113,7 +114,7 @@ def test_an_exact_teacher_from_start_to_end(stage, monkeypatch, capfd):
         f'In Python:    teacher_model_server_url="{url}", teacher_model_server_api_key=os.environ["TRL_CMDP_TEACHER_API_KEY"]'
         in said.out
     )
-    assert f"On the shell: --teacher_model_server_url {url}\n" in said.out
+    assert f"On the shell: --teacher_model_server_url {url} --config FILE\n" in said.out
     assert f"In a file:    teacher_model_server_url: {url}\n" in said.out
     assert "ended by itself" in said.err
     assert "of an earlier server" not in said.err
@@ -138,6 +139,7 @@ def test_log_probabilities(stage, capfd):
     assert stage.serve("--log_probs") == 1
     said = capfd.readouterr()
     assert "Ready: log-probabilities of tokens, float32" in said.out
+    assert f"On the shell: --teacher_model_server_url http://127.0.0.1:{stage.port}\n" in said.out
     assert "api_key" not in said.out
     assert "--runner" not in stage.called["arguments"]
 
@@ -194,6 +196,18 @@ def test_signals_stop_it(stage, number, code, ready):
     assert ended == code
     assert stage.is_over()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    """As `nohup` has it."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            with pytest.raises(SystemExit):
+                os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 def test_nothing_is_left_of_it_when_it_is_killed(stage):

@@ -78,12 +78,15 @@ class ServerProcess:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end this process as an exception does, so that what it has started is ended too."""
+    """SIGTERM and SIGHUP end this process as an exception does, so that what it has started is ended too. `nohup` holds."""
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
         sys.exit(128 + number)
 
-    previous = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    previous = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
+    for number in previous:
+        signal.signal(number, end)
     try:
         yield
     finally:

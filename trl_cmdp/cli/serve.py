@@ -257,12 +257,14 @@ def _announce(
         settings["teacher_model_revision"] = arguments.revision
     # Not by `say`, which would hide the name of the variable behind the key's. No value here is a secret.
     in_python = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+    on_the_shell = [f"--{name} {shlex.quote(value)}" for name, value in settings.items()]
     in_a_file = [f"{name}: {value}" for name, value in settings.items()]
     if key_variable is not None:
         in_python.append(f'teacher_model_server_api_key=os.environ["{key_variable}"]')
+        on_the_shell.append("--config FILE")  # every user of the machine can read a command line
         in_a_file.append("teacher_model_server_api_key: (the key)")
     print(f"In Python:    {', '.join(in_python)}")
-    print(f"On the shell: {' '.join(f'--{name} {shlex.quote(value)}' for name, value in settings.items())}")
+    print(f"On the shell: {' '.join(on_the_shell)}")
     print("In a file:    " + "\n              ".join(in_a_file))
     if arguments.log_probs:
         print('It serves cost="log_ratio" and "teacher_nll", with violation_distill_coef=0.')

@@ -65,7 +65,8 @@ def score_sentence(model: str, config: PretrainedConfig, revision: str | None = 
         ValueError: If it has no tokenizer or its values are not finite.
     """
     try:
-        token_ids = AutoTokenizer.from_pretrained(model, revision=revision)(_SENTENCE)["input_ids"]
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
+        token_ids = tokenizer(_SENTENCE)["input_ids"]
     except (OSError, ValueError) as error:
         raise ValueError(f"The tokenizer of {model!r} cannot be read ({error}). Save it beside the model.") from error
     with torch.device("meta"):
