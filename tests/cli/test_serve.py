@@ -253,6 +253,7 @@ class TestBadInput:
             (["--host", "0.0.0.0"], "Set TRL_CMDP_TEACHER_API_KEY"),
             (["--host", "::"], "Set TRL_CMDP_TEACHER_API_KEY"),
             (["--host", "no.such.host.invalid"], "cannot listen at --host no.such.host.invalid"),
+            (["--host", f"{'long' * 20}.name"], "cannot listen at --host long"),
             (["--host", "192.0.2.1"], "cannot listen at --host 192.0.2.1"),  # of documentation, no machine's
             (["--tensor_parallel_size", "64"], "64 GPUs are wanted"),
             (["--log_file", "no/such/folder.log"], "No such file"),

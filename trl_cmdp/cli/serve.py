@@ -153,10 +153,10 @@ def _check_address(host: str, port: int, key: str | None) -> None:
         with socket.socket(family) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM does
             listener.bind(address)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             raise Mistake(f"--port: {port} is taken. Stop what listens there, or give another --port.") from error
-        raise Mistake(f"A server cannot listen at --host {host} --port {port}: {error.strerror}.") from error
+        raise Mistake(f"A server cannot listen at --host {host} --port {port}: {error}.") from error
     if key is None and not ipaddress.ip_address(address[0]).is_loopback:
         raise Mistake(
             f"--host: {host} can be reached from other machines, and the server has no key. Set {TEACHER_KEY_VARIABLE} in the "
