@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -148,6 +149,16 @@ def test_half_precision(stage, capfd):
     stage.plan(dtype=torch.bfloat16)
     assert stage.serve("--dtype", "bfloat16") == 1
     assert "Ready: the exact divergence, bfloat16" in capfd.readouterr().out
+
+
+def test_a_quantised_checkpoint_is_not_compared_and_that_is_said(stage, capfd):
+    stage.plan(ends_after=[0, 1])
+    stage.model = str(shutil.copytree(stage.model, stage.folder / "quantised"))
+    config = Path(stage.model, "config.json")
+    quantised = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": quantised}))
+    assert stage.serve() == 1
+    assert "; not compared with its checkpoint, which is quantised.\n" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
