@@ -92,6 +92,9 @@ MISTAKES = [
     ("demo --output-dir a_file/out", "'a_file/out' cannot be a folder"),
     ("compare nested --metods constrained", "Did you mean --methods?"),
     ("report nowhere", "nowhere does not exist"),
+    ("serve models/techer/", "'models/techer/' is neither a folder nor a Hub id"),
+    ("serve models/teacher --prot 8001", "Did you mean --port?"),
+    ("serve models/teacher --port 80000", "must lie between 1 and 65535"),
     ("init constraint", "Did you mean constrained?"),
 ]  # fmt: skip
 

@@ -113,6 +113,7 @@ def test_one_process_had_masked_tokens_only(results):
     ("name", "message"),
     [
         ("poisoned", "The teacher returned NaN or infinite values at step 1"),
+        ("refused", "refused the request: HTTP 400|The teacher server failed another process"),
         (
             "beyond",
             "At step 0: (The student produced a token id beyond the teacher's 16|a rollout of another process does not)",

@@ -1,5 +1,6 @@
 """Teachers, one file per backend, and what is read of any model."""
 
+from ._server import EXACT_SERVER_ARGUMENTS, EXACT_SERVER_COMMAND, TeacherServer, TeacherServerError
 from .adapter import AdapterTeacher
 from .agreement import check_vocabulary, end_ids, stop_ids, teacher_generation_config, warn_of_another_end
 from .local import LocalTeacher, load_teacher, offloaded
@@ -18,12 +19,14 @@ from .one_stop import OneStopTeacher, swapped
 from .prompts import check_room, check_teacher_template, encode_teacher_prompts, max_length, template_tokenizer
 from .quantized import allow_fast_kernel, keep_differentiable
 from .readable import check_reading, differ, misfit, probe_rows
-from .remote import EXACT_SERVER_COMMAND, RemoteTeacher, TeacherServerError
-from .server_teacher import ServerTeacher
+from .remote import RemoteTeacher
+from .server_check import SentenceScores, check_server, checkpoint_config, score_sentence
+from .server_teacher import ServerAnswer, ServerTeacher
 from .teacher import Teacher
 
 
 __all__ = [
+    "EXACT_SERVER_ARGUMENTS",
     "EXACT_SERVER_COMMAND",
     "AdapterTeacher",
     "LeftAligned",
@@ -31,16 +34,21 @@ __all__ = [
     "Offload",
     "OneStopTeacher",
     "RemoteTeacher",
+    "SentenceScores",
+    "ServerAnswer",
     "ServerTeacher",
     "Teacher",
+    "TeacherServer",
     "TeacherServerError",
     "allow_fast_kernel",
     "backbone",
     "base_model",
     "check_reading",
     "check_room",
+    "check_server",
     "check_teacher_template",
     "check_vocabulary",
+    "checkpoint_config",
     "differ",
     "encode_teacher_prompts",
     "end_ids",
@@ -55,6 +63,7 @@ __all__ = [
     "predicting",
     "probe_rows",
     "read_head",
+    "score_sentence",
     "stop_ids",
     "swapped",
     "teacher_generation_config",

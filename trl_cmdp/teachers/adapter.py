@@ -32,6 +32,7 @@ class AdapterTeacher:
     """
 
     exact = True
+    ahead = 0
 
     def __init__(self, student: torch.nn.Module, accelerator: Accelerator | None, adapter_name: str):
         self.adapter_name = adapter_name

@@ -29,6 +29,7 @@ class LocalTeacher:
     """
 
     exact = True
+    ahead = 0
 
     def __init__(self, module: torch.nn.Module, accelerator: Accelerator | None = None):
         self.module = module

@@ -16,11 +16,14 @@ class Teacher(Protocol):
             is not knows log-probabilities alone.
         vocab_size (`int`): Number of token ids that it can read.
         max_length (`int` or `None`): Length of the longest sequence that it can read, `None` if nothing here bounds it.
+        ahead (`int`): Number of rollouts that it is asked for before they are needed: of a server ([`ServerTeacher.ask`]),
+            whose answers take their time, and 0 of a model in this process.
     """
 
     exact: bool
     vocab_size: int
     max_length: int | None
+    ahead: int
 
     def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """

@@ -44,7 +44,7 @@ from .processes import gather_rows, on_any_process
 from .scoring import RolloutScorer
 from .student import prepare_student
 from .teacher_prompts import TeacherPrompts
-from .teachers import Teacher, TeacherModel, common_end, make_teachers, teacher_index, with_common_end
+from .teachers import Teacher, TeacherModel, common_end, count_waiting, make_teachers, teacher_index, with_common_end
 from .trl_hooks import check_trl_hooks
 
 
@@ -275,6 +275,7 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         else:
             loss = super()._compute_loss(model, inputs)
             self._count("distill_loss", 0, 1)
+        count_waiting(self)
         if self._mode == "train":
             self._after_micro_step(inputs)
         return loss

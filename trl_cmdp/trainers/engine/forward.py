@@ -14,7 +14,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from ... import core
 from ...core import Head, chunked_log_probs, default_memory_mb
-from ...teachers import LeftAligned, backbone, predicting, read_head, swapped
+from ...teachers import LeftAligned, ServerAnswer, backbone, predicting, read_head, swapped
 from ...teachers.kernels import chunked_divergence, chunked_policy_divergence, chunked_scores
 from .config import DistillConfig
 
@@ -27,8 +27,18 @@ class TeacherStates:
     """What one teacher says of a batch."""
 
     mask: torch.Tensor  # booleans of shape `(B, T)`, the N positions that it was asked for
-    hidden: torch.Tensor  # its hidden states there, of shape `(N, H_t)`, in row-major order
+    answer: torch.Tensor | ServerAnswer  # its hidden states there, of shape `(N, H_t)`, in row-major order
     head: Head  # its head
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The hidden states. A server is waited for: read them only when the student's own are there."""
+        return self.answer if isinstance(self.answer, torch.Tensor) else self.answer.result()
+
+    def cancel(self) -> None:
+        """They are not read any more."""
+        if isinstance(self.answer, ServerAnswer):
+            self.answer.cancel()
 
 
 @dataclass
@@ -89,6 +99,8 @@ class StudentForward:
             yield
         finally:
             self._request = None
+            for states in request.teachers:
+                states.cancel()
 
     @contextmanager
     def mixing(

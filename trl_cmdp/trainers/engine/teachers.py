@@ -77,6 +77,17 @@ def teacher_index(rows: list[dict[str, Any]], teachers: list[str], device: torch
     return torch.tensor([teachers.index(row["teacher"]) for row in rows], device=device)
 
 
+def count_waiting(trainer: GRPOTrainer) -> None:
+    """Log how long the slowest process has waited for teacher servers: per optimizer step, in evaluation per batch."""
+    servers = [teacher for teacher in trainer.teachers.values() if isinstance(teacher, ServerTeacher)]
+    if servers:
+        seconds = torch.tensor(
+            sum(server.take_seconds_waited() for server in servers), device=trainer.accelerator.device
+        )
+        steps = 1 / trainer.current_gradient_accumulation_steps if trainer._mode == "train" else 1
+        trainer._count("teacher/wait_time", trainer.accelerator.gather(seconds).max(), steps)
+
+
 def _adapter_teacher(trainer: GRPOTrainer, name: str) -> AdapterTeacher:
     teacher = AdapterTeacher(trainer.model, trainer.accelerator, name)
     if not trainer.is_deepspeed_enabled and trainer.model.device == trainer.accelerator.device:
