@@ -106,6 +106,30 @@ def prompt_fault(prompt: Any) -> str | None:
     return next((fault for fault in faults if fault is not None), None)
 
 
+def images_of(row: Mapping[str, Any]) -> list[Any]:
+    """The images of a row of a dataset, as TRL reads them: of its columns `images` and `image`, and of its messages."""
+    if row.get("images") is not None:
+        return list(row["images"])
+    if row.get("image") is not None:
+        return [row["image"]]
+    prompt = row.get("prompt")
+    messages = [message for message in prompt if isinstance(message, dict)] if isinstance(prompt, list) else []
+    contents = [content for message in messages if isinstance(content := message.get("content"), list)]
+    parts = [part for content in contents for part in content if isinstance(part, dict)]
+    return [part.get("image") for part in parts if part.get("type") == "image"]
+
+
+def where_images(dataset: Dataset | IterableDataset | None, name: str) -> str | None:
+    """Where a dataset has images by its first row, in words; `None` if it has none there."""
+    for row in islice(dataset or [], 1):
+        columns = sorted({"image", "images"} & row.keys())
+        if columns:
+            return f"{name[0].upper()}{name[1:]} has the column {columns[0]!r}."
+        if images_of(row):
+            return f"A message of {name} has an image."
+    return None
+
+
 def check_chat_template(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     messages: list[dict[str, Any]],

@@ -2,6 +2,7 @@
 
 from .adapter import AdapterTeacher
 from .agreement import check_vocabulary, end_ids, stop_ids, teacher_generation_config, warn_of_another_end
+from .images import OF_IMAGES, OF_TOKENS, model_inputs, take_rows, without_no_images
 from .local import LocalTeacher, load_teacher
 from .models import (
     LeftAligned,
@@ -17,12 +18,16 @@ from .one_stop import OneStopTeacher, swapped
 from .quantized import allow_fast_kernel, keep_differentiable
 from .readable import check_reading, differ, misfit, probe_rows
 from .remote import EXACT_SERVER_COMMAND, RemoteTeacher, TeacherServerError
-from .server_teacher import ServerTeacher
+from .seeing import check_images
+from .server_teacher import SERVERS_READ_TEXT, ServerTeacher
 from .teacher import Teacher
 
 
 __all__ = [
     "EXACT_SERVER_COMMAND",
+    "OF_IMAGES",
+    "OF_TOKENS",
+    "SERVERS_READ_TEXT",
     "AdapterTeacher",
     "LeftAligned",
     "LocalTeacher",
@@ -34,6 +39,7 @@ __all__ = [
     "allow_fast_kernel",
     "backbone",
     "base_model",
+    "check_images",
     "check_reading",
     "check_vocabulary",
     "differ",
@@ -44,11 +50,14 @@ __all__ = [
     "lm_head",
     "load_teacher",
     "misfit",
+    "model_inputs",
     "predicting",
     "probe_rows",
     "read_head",
     "stop_ids",
     "swapped",
+    "take_rows",
     "teacher_generation_config",
     "warn_of_another_end",
+    "without_no_images",
 ]

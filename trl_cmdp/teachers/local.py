@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from ..core import Head
 from ..core.fingerprint import fingerprint_of_weights
@@ -32,17 +32,19 @@ class LocalTeacher:
         self._accelerator = accelerator
         self._unwrapped = module if accelerator is None else accelerator.unwrap_model(module)
         self._model = base_model(self._unwrapped)
+        self.config = self._model.config
         self.vocab_size: int = embedding(self._model).num_embeddings
-        self.max_length = num_positions(self._model.config)
+        self.max_length = num_positions(self.config)
         self._called_head: Head | None = None
 
     @torch.no_grad()
-    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def hidden_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, **images: torch.Tensor
+    ) -> torch.Tensor:
         """Hidden states (N, H), see [`Teacher`]."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **images}
         with nullcontext() if self._accelerator is None else self._accelerator.autocast():
-            hidden = last_hidden_state(
-                self.module, self._model.get_output_embeddings(), input_ids=input_ids, attention_mask=attention_mask
-            )
+            hidden = last_hidden_state(self.module, self._model.get_output_embeddings(), **inputs)
         return predicting(hidden, mask.size(1))[mask]
 
     def head(self) -> Head:
@@ -59,7 +61,10 @@ class LocalTeacher:
 
 
 def load_teacher(
-    teacher_model: str | PreTrainedModel, revision: str | None = None, init_kwargs: dict[str, Any] | None = None
+    teacher_model: str | PreTrainedModel,
+    revision: str | None = None,
+    init_kwargs: dict[str, Any] | None = None,
+    with_images: bool = False,
 ) -> PreTrainedModel:
     """
     Teacher from a path, a hub id or an instance: frozen, in eval mode, in its checkpoint's own dtype.
@@ -74,6 +79,9 @@ def load_teacher(
         init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments of `from_pretrained`. Unless given `dtype` is `"auto"`, `trust_remote_code` is `False` and
             `use_safetensors` is `True`: no pickle is read.
+        with_images (`bool`, *optional*, defaults to `False`):
+            Load the whole of a vision-language model. Otherwise of one that has a part for text alone (Llama 3.2 Vision)
+            that part is loaded.
 
     Returns:
         [`~transformers.PreTrainedModel`]: The teacher.
@@ -87,14 +95,15 @@ def load_teacher(
         kwargs = {"dtype": "auto", "trust_remote_code": False, "use_safetensors": True, **(init_kwargs or {})}
         if revision is not None:
             kwargs.setdefault("revision", revision)
+        first, second = AutoModelForCausalLM, AutoModelForImageTextToText
+        if with_images:
+            first, second = second, first
         try:
-            teacher_model = AutoModelForCausalLM.from_pretrained(teacher_model, **kwargs)
+            teacher_model = first.from_pretrained(teacher_model, **kwargs)
         except ValueError as error:
-            raise ValueError(
-                f"{error}\nOf a vision-language model that has no causal language model of its own in transformers "
-                "(Qwen2.5-VL) pass an instance, `AutoModelForImageTextToText.from_pretrained(...)`: it can be a teacher "
-                "on text."
-            ) from error
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            teacher_model = second.from_pretrained(teacher_model, **kwargs)
     elif init_kwargs is not None or revision is not None:
         raise ValueError(
             "`teacher_model_init_kwargs` and `teacher_model_revision` apply to a teacher given as a path or a hub id, "

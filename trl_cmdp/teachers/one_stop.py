@@ -28,9 +28,11 @@ class OneStopTeacher:
         self.exact, self.vocab_size, self.max_length = teacher.exact, teacher.vocab_size, teacher.max_length
         self._head: Head | None = None
 
-    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def hidden_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, **images: torch.Tensor
+    ) -> torch.Tensor:
         """Hidden states (N, H), see [`Teacher`]. The teacher reads the student's tokens as they are."""
-        return self._teacher.hidden_states(input_ids, attention_mask, mask)
+        return self._teacher.hidden_states(input_ids, attention_mask, mask, **images)
 
     def head(self) -> Head:
         """The teacher's head with two rows swapped: a copy, which is kept, as a teacher does not change."""

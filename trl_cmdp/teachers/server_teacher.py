@@ -10,6 +10,13 @@ from ._server import TeacherServerError
 from .remote import EXACT_SERVER_COMMAND, RemoteTeacher
 
 
+SERVERS_READ_TEXT = (
+    "A teacher server reads text alone: it is sent token ids, and no images. Take the teacher into this process "
+    "(`teacher_model` without `teacher_model_server_url`, quantised if memory is short), or remove the images from the "
+    "data (`dataset.remove_columns`, or the image parts of the messages)."
+)
+
+
 class ServerTeacher:
     """
     A [`RemoteTeacher`] as a [`Teacher`]. Each process asks the server for its own rollouts.
@@ -44,8 +51,12 @@ class ServerTeacher:
         """Of what the server names its model, and of the head."""
         return self.remote.fingerprint()
 
-    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def hidden_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, **images: torch.Tensor
+    ) -> torch.Tensor:
         """Hidden states (N, H), see [`Teacher`]."""
+        if images:
+            raise ValueError(SERVERS_READ_TEXT)
         return self._ask(self.remote.hidden_states, input_ids, attention_mask, mask)
 
     def log_probs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

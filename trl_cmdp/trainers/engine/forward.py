@@ -14,11 +14,13 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from ... import core
 from ...core import Head, chunked_log_probs, default_memory_mb
-from ...teachers import LeftAligned, backbone, predicting, read_head, swapped
+from ...teachers import OF_IMAGES, OF_TOKENS, LeftAligned, backbone, predicting, read_head, swapped, without_no_images
 from ...teachers.kernels import chunked_divergence, chunked_policy_divergence, chunked_scores
 from .config import DistillConfig
 
 
+# What a teacher that completions are sampled from reads of the student's inputs.
+_READ_BY_TEACHER = ("input_ids", "attention_mask", "position_ids", *OF_IMAGES, *OF_TOKENS)
 _logger = logging.getLogger(__name__)
 
 
@@ -104,6 +106,7 @@ class StudentForward:
 
     def _forward(self, *args, **kwargs):
         request = self._request
+        kwargs = without_no_images(kwargs)
         if request is None:
             outputs = self._fused_forward(*args, **kwargs)
             if self._mixture is not None:
@@ -286,7 +289,7 @@ class _TeacherMixture:
 
     def __call__(self, logits: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Logits (B, 1, V) that, divided by the temperature, are the mixture's log-probabilities."""
-        inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in kwargs}
+        inputs = {name: kwargs[name] for name in _READ_BY_TEACHER if kwargs.get(name) is not None}
         teacher_logits = self._teacher(**inputs, past_key_values=self._cache, use_cache=True).logits
         if self._ends is not None:
             tokens = torch.arange(teacher_logits.size(-1), device=teacher_logits.device)

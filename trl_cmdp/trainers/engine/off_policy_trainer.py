@@ -4,14 +4,16 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from trl.data_utils import prepare_multimodal_messages
 
-from ...teachers import LocalTeacher
+from ..._prompts import images_of
+from ...teachers import LocalTeacher, check_images
 from .forward import StudentForward
-from .resumable_trainer import ResumableGRPOTrainer
 from .teachers import Teacher
+from .vision_trainer import VisionGRPOTrainer
 
 
-class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
+class OffPolicyGRPOTrainer(VisionGRPOTrainer):
     """
     [`~trl.GRPOTrainer`] that with a teacher can also train on completions of the dataset, of the teacher, or of a
     mixture of student and teacher. The only change is where training completions come from.
@@ -25,6 +27,8 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
     _samples_from_teacher = False
     _ends: tuple[int, int] | None = None  # of a turn, the student's and the teacher's, where both are one stop action
     _rows: list[dict[str, Any]]  # of the dataset, that are being generated for
+    _multimodal_fields: dict[str, Any]  # what their images are to a model
+    _images_are_checked = False
 
     @property
     def teacher_model(self) -> torch.nn.Module | None:
@@ -36,6 +40,14 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
+    def _check_images(self) -> None:
+        """Once: before training or, where only a later row has an image or a tool returns one, with the first of them."""
+        if self._images_are_checked:
+            return
+        for teacher in self.teachers.values():
+            check_images(teacher, self.processing_class, self.accelerator.device)
+        self._images_are_checked = True
+
     def _off_policy_completions(self, prompt_ids: list[list[int]]) -> list[list[int]] | None:
         """Token ids of the training completions that are not sampled from the student, `None` if all are."""
         return None
@@ -46,6 +58,7 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
         training = bool(self.teachers) and self._mode == "train"
+        self._multimodal_fields = multimodal_fields
         completions = self._off_policy_completions(prompt_ids) if training else None
         if completions is not None:
             return completions, None
@@ -77,7 +90,9 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
         if self._ends is not None:
             self.eos_token_ids = self.generation_config.eos_token_id = [*stops, self._ends[1]]
         try:
-            completions, _ = super()._generate_single_turn(prompt_ids, None, {}, self.num_generations)
+            completions, _ = super()._generate_single_turn(
+                prompt_ids, None, self._multimodal_fields, self.num_generations
+            )
         finally:
             self.model_wrapped = student
             self.use_vllm, self.use_transformers_continuous_batching = backends
@@ -108,13 +123,16 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
                         "tokens are not the student's to learn. Give each assistant turn a row of its own, with what "
                         "came before in its `prompt`."
                     )
-                whole = tokenizer.apply_chat_template(
-                    [*row["prompt"], *completion],
+                messages = [*row["prompt"], *completion]
+                if self._is_vlm:
+                    messages = prepare_multimodal_messages(messages, images_of(row))
+                whole = self.processing_class.apply_chat_template(
+                    [messages],
                     chat_template=self.chat_template,
                     tokenize=True,
                     return_dict=True,
                     **self.chat_template_kwargs,
-                )["input_ids"]
+                )["input_ids"][0]
                 if whole[: len(ids)] != ids:
                     raise ValueError(
                         "The chat template does not continue its own prompt when the completion is added, so the "

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from ...core import top_k_divergence_lower_bound
-from ...teachers import OneStopTeacher, ServerTeacher, Teacher, misfit
+from ...teachers import OneStopTeacher, ServerTeacher, Teacher, misfit, model_inputs, take_rows
 from .config import DistillConfig
 from .forward import DivergenceRequest, StudentForward, TeacherStates
 from .processes import on_any_process
@@ -49,9 +49,10 @@ class RolloutScorer:
         teacher_is_finite = True
         for start in range(0, len(mask), batch_size):
             rows = slice(start, start + batch_size)
-            row_inputs, row_mask, token_ids = _model_inputs(inputs, rows), mask[rows], inputs["completion_ids"][rows]
+            batch = take_rows(inputs, range(len(mask))[rows])
+            row_inputs, row_mask, token_ids = model_inputs(batch), mask[rows], batch["completion_ids"]
             if exact:
-                states = self._states(row_inputs, row_mask, inputs["teacher_index"][rows])
+                states = self._states(batch, row_mask, inputs["teacher_index"][rows])
                 teacher_is_finite = teacher_is_finite and all(bool(part.hidden.isfinite().all()) for part in states)
                 request = DivergenceRequest(states, scored_mask=row_mask, token_ids=token_ids if log_probs else None)
                 self._answer(student, request, row_inputs)
@@ -118,7 +119,7 @@ class RolloutScorer:
     def weighted_states(self, inputs: dict[str, Any], mask: torch.Tensor) -> list[TeacherStates]:
         """Teachers' hidden states at the tokens (b, T) that the loss weights: those kept, or computed once more."""
         if "teacher_hidden" not in inputs:
-            return self._states(_model_inputs(inputs), mask, inputs["teacher_index"])
+            return self._states(inputs, mask, inputs["teacher_index"])
         states = []
         for index, teacher in enumerate(self._teachers.values()):
             # Also a teacher that no rollout here has: gathering a sharded head takes all processes.
@@ -132,9 +133,7 @@ class RolloutScorer:
             states.append(TeacherStates(mask & own.unsqueeze(1), hidden, head))
         return states
 
-    def _states(
-        self, model_inputs: dict[str, torch.Tensor], mask: torch.Tensor, teacher_index: torch.Tensor
-    ) -> list[TeacherStates]:
+    def _states(self, batch: dict[str, Any], mask: torch.Tensor, teacher_index: torch.Tensor) -> list[TeacherStates]:
         states = []
         for index, teacher in enumerate(self._teachers.values()):
             own = teacher_index == index  # (b,)
@@ -144,7 +143,7 @@ class RolloutScorer:
             # A sharded teacher runs on all processes or on none: where it has no rollout, it reads one for nothing.
             selected = own if own.any() else torch.arange(len(own), device=own.device) == 0
             own_mask = mask & own.unsqueeze(1)
-            own_inputs = {name: values[selected] for name, values in model_inputs.items()}
+            own_inputs = model_inputs(take_rows(batch, selected.nonzero().flatten().tolist()))
             hidden = teacher.hidden_states(**own_inputs, mask=own_mask[selected])
             states.append(TeacherStates(own_mask, hidden, teacher.head()))
         return states
@@ -161,8 +160,9 @@ class RolloutScorer:
 
     def _check_fit(self, inputs: dict[str, Any], step: int) -> None:
         teachers = list(self._teachers.values())
-        model_inputs = _model_inputs(inputs)
-        problem = next(filter(None, (misfit(teacher, **model_inputs) for teacher in teachers)), None)
+        read = model_inputs(inputs)
+        problems = (misfit(teacher, read["input_ids"], read["attention_mask"]) for teacher in teachers)
+        problem = next(filter(None, problems), None)
         if on_any_process(self._accelerator, problem is not None):
             raise ValueError(
                 f"At step {step}: {problem or 'a rollout of another process does not fit, see its error.'}"
@@ -183,10 +183,3 @@ class RolloutScorer:
             "0 to a token that the student can choose: set `teacher_prob_floor`, for example to 1e-6. The last "
             "checkpoint is untouched."
         )
-
-
-def _model_inputs(inputs: dict[str, Any], rows: slice = slice(None)) -> dict[str, torch.Tensor]:
-    return {
-        "input_ids": torch.cat([inputs["prompt_ids"][rows], inputs["completion_ids"][rows]], dim=1),
-        "attention_mask": torch.cat([inputs["prompt_mask"][rows], inputs["completion_mask"][rows]], dim=1),
-    }

@@ -1,0 +1,276 @@
+"""Prompts with images: costs and gradients are those of each row alone, with its own images."""
+
+import math
+
+import pytest
+import torch
+from datasets import IterableDataset
+from helpers import (
+    FIRST,
+    VOCAB,
+    gradients_of,
+    history,
+    loss_and_gradients,
+    make_lora,
+    make_model,
+    make_teacher,
+    make_tokenizer,
+    make_trainer,
+    micro_batches,
+    random_completions,
+    relative_error,
+    same_weights,
+    save_model,
+    weights,
+)
+from tiny_vision import FAMILIES, make_image, make_image_dataset, make_processor, make_vlm
+from trl import GRPOTrainer
+
+from trl_cmdp import (
+    ConstrainedDistillTrainer,
+    GKDDistillTrainer,
+    LagrangianDistillTrainer,
+    MiniLLMDistillTrainer,
+)
+from trl_cmdp.core import token_divergence
+
+
+NUM_IMAGES = (2, 0, 2, 0)  # of four prompts: as many images as rows, so that no number tells which are whose
+MINUTE = {"per_device_train_batch_size": 2, "num_generations": 2, "gradient_accumulation_steps": 4}
+LAST = 15  # id after those of the characters, where the tokens of images begin
+
+
+def make_seeing_teacher(family, seed=1):
+    """Teacher of another width."""
+    return make_vlm(family, seed, hidden_size=32, num_attention_heads=4)
+
+
+def make_vision_trainer(output_dir, family, trainer_class=ConstrainedDistillTrainer, **kwargs):
+    """Trainer of a student and a teacher of one family, on prompts with and without images."""
+    processor = make_processor(family)
+    defaults = {
+        "model": make_vlm(family),
+        "teacher_model": make_seeing_teacher(family),
+        "train_dataset": make_image_dataset(NUM_IMAGES, copies=1),
+        "reward_funcs": lambda completion_ids, **_: [float(sum(ids) % 5) for ids in completion_ids],
+        "tokenizer": processor,
+    }
+    if trainer_class is GRPOTrainer:
+        del defaults["teacher_model"]
+    return make_trainer(output_dir, trainer_class, **{**MINUTE, **defaults, **kwargs})
+
+
+def make_rows(trainer) -> list[dict]:
+    """Rows of a generation batch: each prompt twice."""
+    return [trainer.train_dataset[index // 2] for index in range(8)]
+
+
+def hand_out(completions):
+    """`rollout_func` that hands out completions in the order of the rows, with prompts as the processor expands them."""
+
+    def rollout(prompts, trainer):
+        encoded = trainer.processing_class.apply_chat_template(prompts, tokenize=True, return_dict=True)
+        return {"prompt_ids": encoded["input_ids"], "completion_ids": completions[: len(prompts)], "logprobs": None}
+
+    return rollout
+
+
+def dense_logits(model, processor, row: dict, completion: list[int]) -> torch.Tensor:
+    """Full logits (L, V) of one row alone, from its own images, at which the completion's tokens were sampled."""
+    parts = [*[{"type": "image"}] * len(row["images"]), {"type": "text", "text": row["prompt"][0]["content"]}]
+    text = processor.apply_chat_template([{"role": "user", "content": parts}])
+    inputs = dict(processor(images=[row["images"]] if row["images"] else None, text=[text], return_tensors="pt"))
+    ids = torch.tensor([completion])
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
+    for name in ("attention_mask", "token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            inputs[name] = torch.cat([inputs[name], torch.full_like(ids, name == "attention_mask")], 1)
+    return model(**inputs).logits[0, -(len(completion) + 1) : -1].double()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_costs_and_gradients_are_dense(tmp_path, family):
+    # By its first token each is found again after the shuffle.
+    completions = [
+        [FIRST + number, *ids] for number, ids in enumerate(random_completions(8, longest=5, vocab_size=LAST))
+    ]
+    trainer = make_vision_trainer(
+        tmp_path,
+        family,
+        rollout_func=hand_out(completions),
+        cost_limit=1e-9,
+        violation_distill_coef=1.0,
+        loss_type="dr_grpo",
+        scale_rewards="none",
+    )
+    student, teacher, processor = trainer.model, trainer.teacher_model, trainer.processing_class
+    rows = make_rows(trainer)
+    batches = micro_batches(trainer, rows)
+    if family != "idefics":  # whose rows TRL is to split one by one
+        assert {0, 2, 4} == {sum(batch["num_images"]) for batch in batches}
+
+    total = 0.0
+    for batch in batches:
+        for index, mask in enumerate(batch["completion_mask"].bool()):
+            found = batch["completion_ids"][index][mask].tolist()
+            row = rows[completions.index(found)]
+            logits = [dense_logits(model, processor, row, found) for model in (student, teacher)]
+            costs = token_divergence(*logits)
+            torch.testing.assert_close(batch["costs"][index][mask], costs.detach().float(), rtol=1e-4, atol=1e-5)
+            total = total + (batch["divergence_weights"][index][mask] * costs).sum()
+    expected_divergence = gradients_of(total / (2 * trainer.max_completion_length * 4), student)
+
+    loss, gradients = loss_and_gradients(trainer, batches)
+    without = [{name: values for name, values in batch.items() if name != "divergence_weights"} for batch in batches]
+    _, own = loss_and_gradients(trainer, without)
+    expected = {name: own[name] + expected_divergence[name] for name in own}
+    assert math.isfinite(loss)
+    assert relative_error(gradients, expected) < 1e-4
+    assert relative_error(own, expected) > 0.1  # the divergence weighs
+    towers = [name for name in expected_divergence if "vis" in name and expected_divergence[name].any()]
+    assert towers  # and reaches the eye
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_unreachable_limit_is_grpo(tmp_path, family):
+    """To the last bit, from generation to weights."""
+    settings = {"train_dataset": make_image_dataset((1, 2)), "gradient_accumulation_steps": 2}
+    ours = make_vision_trainer(tmp_path / "ours", family, cost_limit=1e9, **settings)
+    ours.train()
+    grpo = make_vision_trainer(tmp_path / "grpo", family, GRPOTrainer, **settings)
+    grpo.train()
+    assert same_weights(ours, grpo)
+    assert history(ours, "loss") == history(grpo, "loss")
+    assert any(history(ours, "grad_norm"))
+    assert history(ours, "teacher/divergence")[0] > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_text_among_rows_with_images(tmp_path, family):
+    trainer = make_vision_trainer(tmp_path, family)
+    before = weights(trainer)
+    trainer.train()
+    assert len(history(trainer, "constraint/cost")) == 2
+    changed = [name for name, values in weights(trainer).items() if not torch.equal(values, before[name])]
+    assert any("vis" in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "settings"),
+    [
+        (
+            ConstrainedDistillTrainer,
+            {"teacher_model": None, "teacher_adapter_name": "base", "peft_config": make_lora()},
+        ),
+        (GKDDistillTrainer, {"lmbda": 0.5, "teacher_hidden_memory_mb": 1e-6}),
+        (GKDDistillTrainer, {"lmbda": 0.0, "seq_kd": True}),
+        (MiniLLMDistillTrainer, {"teacher_mixed_alpha": 0.5}),
+        (LagrangianDistillTrainer, {"beta": 0.1, "multiplier": "dual", "peft_config": make_lora()}),
+    ],
+    ids=("adapter", "dataset", "teacher", "mixture", "reference"),
+)
+def test_resumes_in_the_middle_of_a_generation_cycle(tmp_path, trainer_class, settings):
+    """The images of the rollouts that are left are those that were saved, wherever completions and costs come from."""
+    dataset = make_image_dataset(NUM_IMAGES)
+    answers = [[{"role": "assistant", "content": f"{number}<eos>"}] for number in range(len(dataset))]
+    settings = {
+        **settings,
+        "train_dataset": dataset.add_column("completion", answers),
+        "gradient_accumulation_steps": 2,
+        "steps_per_generation": 4,
+        "learning_rate": 0.02,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    whole = make_vision_trainer(tmp_path / "whole", "qwen", trainer_class, **settings)
+    start = weights(whole)
+    whole.train()
+    assert any(not torch.equal(values, start[name]) for name, values in weights(whole).items())
+    resumed = make_vision_trainer(tmp_path / "whole", "qwen", trainer_class, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    assert same_weights(resumed, whole)
+
+
+def test_the_best_checkpoint_is_loaded(tmp_path):
+    """Also of a model that transformers saves under other names, which it does not find when it loads the best one."""
+    trainer = make_vision_trainer(
+        tmp_path,
+        "llava",
+        eval_dataset=make_image_dataset((1,), copies=1),
+        per_device_eval_batch_size=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")  # and not the last one
+    best = type(trainer.model).from_pretrained(trainer.state.best_model_checkpoint, dtype="auto")
+    torch.testing.assert_close(weights(trainer), dict(best.named_parameters()), rtol=0, atol=0)
+    assert "eval_constraint/cost" in trainer.state.log_history[0] | trainer.state.log_history[1]
+
+
+class TestWhatCannotBeRead:
+    """Refused before training, by what is wrong."""
+
+    def refused(self, tmp_path, message, **kwargs):
+        with pytest.raises(ValueError, match=message):
+            make_vision_trainer(tmp_path, kwargs.pop("family", "idefics"), **kwargs)
+
+    def test_by_a_teacher_of_text(self, tmp_path):
+        vocab_size = len(make_processor("idefics").tokenizer)
+        self.refused(tmp_path, "does not look at images", teacher_model=make_teacher(vocab_size=vocab_size))
+
+    def test_by_a_teacher_with_another_image_token(self, tmp_path):
+        teacher = make_seeing_teacher("idefics")
+        teacher.config.image_token_id -= 1
+        self.refused(tmp_path, "same image token", teacher_model=teacher)
+
+    def test_by_a_teacher_with_more_tokens_for_an_image(self, tmp_path):
+        teacher = make_seeing_teacher("qwen")
+        teacher.model.visual.spatial_merge_size = 2
+        self.refused(tmp_path, "cannot read images as the student's processor", family="qwen", teacher_model=teacher)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda processor: setattr(processor, "image_seq_len", 9), "make 11 and 16 tokens"),
+            (lambda processor: setattr(processor.image_processor, "image_mean", [0.1] * 3), "image_mean"),
+            (lambda processor: setattr(processor.image_processor, "max_image_size", {"longest_edge": 16}), "shapes"),
+        ],
+    )
+    def test_by_another_processor(self, tmp_path, change, message):
+        processor = make_processor("idefics")
+        change(processor)
+        path = save_model(tmp_path / "teacher", make_seeing_teacher("idefics"), processor)
+        self.refused(tmp_path, message, teacher_model=path)
+
+    def test_by_a_student_of_text(self, tmp_path):
+        student, tokenizer = make_model(vocab_size=VOCAB + 1), make_tokenizer("0123456789+=,#\n")
+        tokenizer.chat_template = "{{ messages[0].content }}"
+        teacher = make_teacher(vocab_size=VOCAB + 1)
+        self.refused(tmp_path, "reads text alone", model=student, tokenizer=tokenizer, teacher_model=teacher)
+
+    def test_by_a_server(self, tmp_path):
+        """Before it is asked for anything: there is none at this address."""
+        server = {"teacher_model": None, "teacher_model_server_url": "http://localhost:9"}
+        self.refused(tmp_path, "A teacher server reads text alone", **server)
+        dataset = make_image_dataset((1,), copies=1)
+        text = dataset.remove_columns("images")
+        self.refused(
+            tmp_path, "evaluation dataset has the column 'images'", train_dataset=text, eval_dataset=dataset, **server
+        )
+
+    def test_in_a_later_row(self, tmp_path):
+        """With the first batch that has an image: a stream is not read before."""
+        text = [{"type": "text", "text": "1+2="}]
+        contents = [text, [{"type": "image", "image": make_image(0)}, *text]] * 2
+        rows = [{"prompt": [{"role": "user", "content": content}]} for content in contents]
+        stream = IterableDataset.from_generator(lambda: iter(rows))
+        teacher = make_teacher(vocab_size=len(make_processor("idefics").tokenizer))
+        trainer = make_vision_trainer(tmp_path, "idefics", train_dataset=stream, teacher_model=teacher)
+        with pytest.raises(ValueError, match="does not look at images"):
+            trainer.train()
