@@ -186,6 +186,11 @@ def make_vlm(family: str, seed: int = 0, processor: ProcessorMixin | None = None
     return model.float()
 
 
+def make_seeing_teacher(family: str, seed: int = 1) -> PreTrainedModel:
+    """Teacher of another width."""
+    return make_vlm(family, seed, hidden_size=32, num_attention_heads=4)
+
+
 def make_image(seed: int, size: int = 8) -> Image.Image:
     """Image of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
@@ -200,3 +205,16 @@ def make_image_dataset(num_images: tuple[int, ...] = (1, 2, 1, 1), copies: int =
     return Dataset.from_dict(
         {"prompt": [[{"role": "user", "content": prompt}] for prompt in prompts], "images": images}
     )
+
+
+def dense_logits(model: PreTrainedModel, processor: ProcessorMixin, row: dict, completion: list[int]) -> torch.Tensor:
+    """Full logits (L, V) of one row alone, from its own images, at which the completion's tokens were sampled."""
+    parts = [*[{"type": "image"}] * len(row["images"]), {"type": "text", "text": row["prompt"][0]["content"]}]
+    text = processor.apply_chat_template([{"role": "user", "content": parts}])
+    inputs = dict(processor(images=[row["images"]] if row["images"] else None, text=[text], return_tensors="pt"))
+    ids = torch.tensor([completion])
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
+    for name in ("attention_mask", "token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            inputs[name] = torch.cat([inputs[name], torch.full_like(ids, name == "attention_mask")], 1)
+    return model(**inputs).logits[0, -(len(completion) + 1) : -1].double()

@@ -107,16 +107,27 @@ def prompt_fault(prompt: Any) -> str | None:
 
 
 def images_of(row: Mapping[str, Any]) -> list[Any]:
-    """The images of a row of a dataset, as TRL reads them: of its columns `images` and `image`, and of its messages."""
-    if row.get("images") is not None:
-        return list(row["images"])
-    if row.get("image") is not None:
-        return [row["image"]]
+    """The images of a row of a dataset, as TRL reads them: of its columns `images` and `image`, or of its messages."""
+    if in_columns := _images_in_columns(row):
+        return in_columns
     prompt = row.get("prompt")
     messages = [message for message in prompt if isinstance(message, dict)] if isinstance(prompt, list) else []
     contents = [content for message in messages if isinstance(content := message.get("content"), list)]
     parts = [part for content in contents for part in content if isinstance(part, dict)]
     return [part.get("image") for part in parts if part.get("type") == "image"]
+
+
+def with_images(row: Mapping[str, Any], *more: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages of a row, and more behind them, with its images where a processor looks for them, as TRL puts them."""
+    from trl.data_utils import prepare_multimodal_messages
+
+    return prepare_multimodal_messages([*row["prompt"], *more], _images_in_columns(row))
+
+
+def _images_in_columns(row: Mapping[str, Any]) -> list[Any]:
+    if row.get("images") is not None:
+        return list(row["images"])
+    return [] if row.get("image") is None else [row["image"]]
 
 
 def where_images(dataset: Dataset | IterableDataset | None, name: str) -> str | None:

@@ -23,7 +23,15 @@ from helpers import (
     save_model,
     weights,
 )
-from tiny_vision import FAMILIES, make_image, make_image_dataset, make_processor, make_vlm
+from tiny_vision import (
+    FAMILIES,
+    dense_logits,
+    make_image,
+    make_image_dataset,
+    make_processor,
+    make_seeing_teacher,
+    make_vlm,
+)
 from trl import GRPOTrainer
 
 from trl_cmdp import (
@@ -38,11 +46,6 @@ from trl_cmdp.core import token_divergence
 NUM_IMAGES = (2, 0, 2, 0)  # of four prompts: as many images as rows, so that no number tells which are whose
 MINUTE = {"per_device_train_batch_size": 2, "num_generations": 2, "gradient_accumulation_steps": 4}
 LAST = 15  # id after those of the characters, where the tokens of images begin
-
-
-def make_seeing_teacher(family, seed=1):
-    """Teacher of another width."""
-    return make_vlm(family, seed, hidden_size=32, num_attention_heads=4)
 
 
 def make_vision_trainer(output_dir, family, trainer_class=ConstrainedDistillTrainer, **kwargs):
@@ -73,19 +76,6 @@ def hand_out(completions):
         return {"prompt_ids": encoded["input_ids"], "completion_ids": completions[: len(prompts)], "logprobs": None}
 
     return rollout
-
-
-def dense_logits(model, processor, row: dict, completion: list[int]) -> torch.Tensor:
-    """Full logits (L, V) of one row alone, from its own images, at which the completion's tokens were sampled."""
-    parts = [*[{"type": "image"}] * len(row["images"]), {"type": "text", "text": row["prompt"][0]["content"]}]
-    text = processor.apply_chat_template([{"role": "user", "content": parts}])
-    inputs = dict(processor(images=[row["images"]] if row["images"] else None, text=[text], return_tensors="pt"))
-    ids = torch.tensor([completion])
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
-    for name in ("attention_mask", "token_type_ids", "mm_token_type_ids"):
-        if name in inputs:
-            inputs[name] = torch.cat([inputs[name], torch.full_like(ids, name == "attention_mask")], 1)
-    return model(**inputs).logits[0, -(len(completion) + 1) : -1].double()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

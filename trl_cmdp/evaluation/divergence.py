@@ -20,6 +20,7 @@ from ..teachers import (
     misfit,
 )
 from ..teachers.kernels import chunked_scores
+from .images import collate
 from .rollouts import Rollout
 
 
@@ -77,10 +78,10 @@ def score_rollouts(
         costs: list[torch.Tensor] = []
         for start in range(0, len(rollouts), batch_size):
             batch = rollouts[start : start + batch_size]
-            input_ids, attention_mask, mask = _collate(batch, student.device)
+            input_ids, attention_mask, mask, images = _collate(batch, student.device)
             if (problem := misfit(models[1], input_ids, attention_mask)) is not None:
                 raise ValueError(problem)
-            hidden = [model.hidden_states(input_ids, attention_mask, mask) for model in models]
+            hidden = [model.hidden_states(input_ids, attention_mask, mask, **images) for model in models]
             scores = chunked_scores(hidden[0], student_head, hidden[1], teacher_head, comparison, memory_mb=memory_mb)
             costs.extend(scores.costs.cpu().split([len(rollout.completion_ids) for rollout in batch]))
     finally:
@@ -115,8 +116,12 @@ def _readers(
     return reader, teacher if ends is None else OneStopTeacher(teacher, ends)
 
 
-def _collate(batch: Sequence[Rollout], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Input ids and attention mask (B, P + T), prompts padded on the left and completions on the right; mask (B, T)."""
+def _collate(
+    batch: Sequence[Rollout], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """
+    Input ids and attention mask (B, P + T), prompts padded on the left and completions on the right; mask (B, T); images.
+    """
     prompt_length = max(len(rollout.prompt_ids) for rollout in batch)
     completion_length = max(len(rollout.completion_ids) for rollout in batch)
     input_ids = torch.zeros(len(batch), prompt_length + completion_length, dtype=torch.long)
@@ -125,5 +130,7 @@ def _collate(batch: Sequence[Rollout], device: torch.device) -> tuple[torch.Tens
         tokens = slice(prompt_length - len(rollout.prompt_ids), prompt_length + len(rollout.completion_ids))
         input_ids[row, tokens] = torch.tensor(rollout.prompt_ids + rollout.completion_ids)
         attention_mask[row, tokens] = 1
+    starts = [prompt_length - len(rollout.prompt_ids) for rollout in batch]
+    images = collate([rollout.images for rollout in batch], starts, input_ids.size(1), device)
     input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
-    return input_ids, attention_mask, attention_mask[:, prompt_length:].bool()
+    return input_ids, attention_mask, attention_mask[:, prompt_length:].bool(), images

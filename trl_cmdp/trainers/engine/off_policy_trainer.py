@@ -4,9 +4,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from trl.data_utils import prepare_multimodal_messages
 
-from ..._prompts import images_of
+from ..._prompts import with_images
 from ...teachers import LocalTeacher, check_images
 from .forward import StudentForward
 from .teachers import Teacher
@@ -123,9 +122,7 @@ class OffPolicyGRPOTrainer(VisionGRPOTrainer):
                         "tokens are not the student's to learn. Give each assistant turn a row of its own, with what "
                         "came before in its `prompt`."
                     )
-                messages = [*row["prompt"], *completion]
-                if self._is_vlm:
-                    messages = prepare_multimodal_messages(messages, images_of(row))
+                messages = with_images(row, *completion) if self._is_vlm else [*row["prompt"], *completion]
                 whole = self.processing_class.apply_chat_template(
                     [messages],
                     chat_template=self.chat_template,
