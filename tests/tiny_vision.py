@@ -197,11 +197,13 @@ def make_image(seed: int, size: int = 8) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def make_image_dataset(num_images: tuple[int, ...] = (1, 2, 1, 1), copies: int = 2) -> Dataset:
+def make_image_dataset(num_images: tuple[int, ...] = (1, 2, 1, 1), copies: int = 2, seed: int = 0) -> Dataset:
     """Prompts of a message, and for each as many images as `num_images` says."""
     prompts = ["1+2=", "3+4=", "5+6=", "7+8="] * copies
     counts = [num_images[index % len(num_images)] for index in range(len(prompts))]
-    images = [[make_image(10 * row + number) for number in range(count)] for row, count in enumerate(counts)]
+    images = [
+        [make_image(1000 * seed + 10 * row + number) for number in range(count)] for row, count in enumerate(counts)
+    ]
     return Dataset.from_dict(
         {"prompt": [[{"role": "user", "content": prompt}] for prompt in prompts], "images": images}
     )

@@ -124,7 +124,7 @@ def load_problems(
 
     Returns:
         `datasets.Dataset`: Dataset with the columns `prompt`, `answer` and, if asked for, `difficulty`, the last two
-        as strings.
+        as strings; and `images` or `image`, where the dataset has them.
 
     Raises:
         ValueError: If there is no such split or column, `n` is larger than the split, a prompt is neither text nor
@@ -147,6 +147,8 @@ def load_problems(
                 "of final answers, or leave out the row."
             ) from None
 
+    images = [name for name in ("images", "image") if name in rows.column_names]
+
     def problem(row: dict[str, Any]) -> dict[str, Any]:
         prompt = row[prompt_column]
         if messages:
@@ -155,7 +157,7 @@ def load_problems(
         texts = {"answer": _final_answer(row[answer_column], feature)}
         if difficulty_column:
             texts["difficulty"] = str(row[difficulty_column])
-        return {"prompt": prompt, **texts}
+        return {"prompt": prompt, **texts, **{name: row[name] for name in images}}
 
     return Dataset.from_list([problem(row) for row in draw(rows, n, seed)])
 

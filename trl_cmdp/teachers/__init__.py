@@ -3,7 +3,7 @@
 from .adapter import AdapterTeacher
 from .agreement import check_vocabulary, end_ids, stop_ids, teacher_generation_config, warn_of_another_end
 from .images import OF_IMAGES, OF_TOKENS, model_inputs, take_rows, without_no_images
-from .local import LocalTeacher, load_teacher
+from .local import LocalTeacher, load_model, load_teacher
 from .models import (
     LeftAligned,
     backbone,
@@ -48,6 +48,7 @@ __all__ = [
     "keep_differentiable",
     "last_hidden_state",
     "lm_head",
+    "load_model",
     "load_teacher",
     "misfit",
     "model_inputs",

@@ -60,6 +60,33 @@ class LocalTeacher:
         return fingerprint_of_weights(self._unwrapped.named_parameters())
 
 
+def load_model(source: str, with_images: bool = False, **kwargs: Any) -> PreTrainedModel:
+    """
+    A checkpoint as a causal language model.
+
+    Args:
+        source (`str`):
+            Path of a local folder, or model id on the Hub.
+        with_images (`bool`, *optional*, defaults to `False`):
+            Load the whole of a vision-language model. Otherwise of one that has a part for text alone (Llama 3.2 Vision)
+            that part is loaded.
+        kwargs:
+            Keyword arguments of `from_pretrained`.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: The model.
+    """
+    first, second = AutoModelForCausalLM, AutoModelForImageTextToText
+    if with_images:
+        first, second = second, first
+    try:
+        return first.from_pretrained(source, **kwargs)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+    return second.from_pretrained(source, **kwargs)
+
+
 def load_teacher(
     teacher_model: str | PreTrainedModel,
     revision: str | None = None,
@@ -80,8 +107,7 @@ def load_teacher(
             Keyword arguments of `from_pretrained`. Unless given `dtype` is `"auto"`, `trust_remote_code` is `False` and
             `use_safetensors` is `True`: no pickle is read.
         with_images (`bool`, *optional*, defaults to `False`):
-            Load the whole of a vision-language model. Otherwise of one that has a part for text alone (Llama 3.2 Vision)
-            that part is loaded.
+            As in [`load_model`].
 
     Returns:
         [`~transformers.PreTrainedModel`]: The teacher.
@@ -95,15 +121,7 @@ def load_teacher(
         kwargs = {"dtype": "auto", "trust_remote_code": False, "use_safetensors": True, **(init_kwargs or {})}
         if revision is not None:
             kwargs.setdefault("revision", revision)
-        first, second = AutoModelForCausalLM, AutoModelForImageTextToText
-        if with_images:
-            first, second = second, first
-        try:
-            teacher_model = first.from_pretrained(teacher_model, **kwargs)
-        except ValueError as error:
-            if "Unrecognized configuration class" not in str(error):
-                raise
-            teacher_model = second.from_pretrained(teacher_model, **kwargs)
+        teacher_model = load_model(teacher_model, with_images, **kwargs)
     elif init_kwargs is not None or revision is not None:
         raise ValueError(
             "`teacher_model_init_kwargs` and `teacher_model_revision` apply to a teacher given as a path or a hub id, "

@@ -1,0 +1,64 @@
+"""`trl-cmdp evaluate` of problems with images, from a file to the report."""
+
+import json
+
+import pytest
+from helpers import error_line, flags, make_lora, make_model, make_tokenizer, save_model
+from peft import get_peft_model
+from tiny_vision import make_image_dataset, make_processor, make_seeing_teacher, make_vlm
+
+from trl_cmdp.cli import main
+from trl_cmdp.evaluation import read_rollout_records
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images")
+    processor = make_processor("idefics")
+    save_model(path / "student", make_vlm("idefics"), processor)
+    save_model(path / "teacher", make_seeing_teacher("idefics"), processor)
+    adapted = get_peft_model(make_vlm("idefics").from_pretrained(path / "student"), make_lora(task_type="CAUSAL_LM"))
+    adapted.save_pretrained(path / "adapter")
+    save_model(path / "text", make_model(vocab_size=18), make_tokenizer("0123456789+=,#<>"))
+    for name, seed in (("problems", 0), ("others", 1)):
+        problems = make_image_dataset((2, 0), copies=1, seed=seed).add_column("answer", ["3", "7", "11", "15"])
+        problems.to_parquet(path / f"{name}.parquet")
+    return path
+
+
+def evaluate(folder, output_dir, student="student", **options):
+    """The records of an evaluation of two rollouts a problem."""
+    given = {
+        "student": folder / student,
+        "dataset": folder / "problems.parquet",
+        "split": "train",
+        "num_samples": 2,
+        "max_new_tokens": 4,
+        "output_dir": output_dir,
+        **options,
+    }
+    code = main(["evaluate", *flags(given)])
+    return code, read_rollout_records(output_dir / "records.jsonl")[1] if code == 0 else None
+
+
+@pytest.mark.parametrize("options", [{"student": "student", "teacher": "teacher"}, {"student": "adapter"}], ids=str)
+def test_from_a_file_to_the_report(folder, tmp_path, capsys, options):
+    teacher = {"teacher": folder / "teacher"} if "teacher" in options else {"teacher_adapter_name": "base"}
+    code, records = evaluate(folder, tmp_path, options["student"], **teacher)
+    assert code == 0
+    assert len(records) == 8
+    assert sorted({len(record.images or []) for record in records}) == [0, 2]
+    assert any(cost > 1e-3 for record in records for cost in record.costs) == (
+        "teacher" in options
+    )  # a new adapter is none
+    assert main(["report", str(tmp_path), "--output_dir", str(tmp_path / "report")]) == 0
+    capsys.readouterr()
+    assert evaluate(folder, tmp_path, options["student"], dataset=folder / "others.parquet", **teacher)[0] == 2
+    assert "another `problems_fingerprint`" in error_line(capsys)  # of images alone
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert json.dumps(records[0].images or records[2].images, separators=(",", ":")) in page
+
+
+def test_a_student_of_text(folder, tmp_path, capsys):
+    assert evaluate(folder, tmp_path, "text")[0] == 2
+    assert "has no processor beside its tokenizer" in error_line(capsys)
