@@ -1,6 +1,7 @@
 """Prompts with images: costs and gradients are those of each row alone, with its own images."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from helpers import (
     save_model,
     weights,
 )
+from huggingface_hub import ModelCard
 from tiny_vision import (
     FAMILIES,
     dense_logits,
@@ -201,6 +203,20 @@ def test_the_best_checkpoint_is_loaded(tmp_path):
     best = type(trainer.model).from_pretrained(trainer.state.best_model_checkpoint, dtype="auto")
     torch.testing.assert_close(weights(trainer), dict(best.named_parameters()), rtol=0, atol=0)
     assert "eval_constraint/cost" in trainer.state.log_history[0] | trainer.state.log_history[1]
+
+
+def test_the_cards_example_runs(tmp_path, monkeypatch, capsys):
+    """And takes an image: what is saved is a checkpoint with its processor."""
+    trainer = make_vision_trainer(tmp_path / "student", "idefics")
+    trainer.save_model()
+    trainer.create_model_card("student")
+    card = ModelCard.load(tmp_path / "student" / "README.md")
+    assert card.data.pipeline_tag == "image-text-to-text"
+    (example,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    make_image(0).save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    exec(example.replace(', device_map="auto"', ""), {})
+    assert capsys.readouterr().out.strip()
 
 
 class TestWhatCannotBeRead:
