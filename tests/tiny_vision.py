@@ -79,9 +79,9 @@ _TEMPLATE = (
 )
 
 
-def make_processor(family: str, size: int = 8) -> ProcessorMixin:
+def make_processor(family: str, characters: str = f"{CHARACTERS}\n", size: int = 8) -> ProcessorMixin:
     """Processor of images of `size` pixels, which makes four tokens of one of 8 (and LLaVA-NeXT ten)."""
-    tokenizer = make_tokenizer(f"{CHARACTERS}\n")
+    tokenizer = make_tokenizer(characters)
     special = _SPECIAL[family]
     tokenizer.add_special_tokens({"additional_special_tokens": list(special.values())})
     named = {name: token for name, token in special.items() if name.endswith("_token")}

@@ -55,7 +55,8 @@ class LeftAligned:
             shape `(B, L, ...)`. Those of images are left as they are.
 
     Attributes:
-        inputs (`dict[str, Any]`): The inputs of the moved rows, without the columns that only pad, `(B, L', ...)`.
+        inputs (`dict[str, Any]`): The inputs of the moved rows, `(B, L', ...)`, and where there are no images without the
+            columns that only pad.
     """
 
     def __init__(self, model_inputs: dict[str, Any]):
@@ -64,7 +65,9 @@ class LeftAligned:
         attended = model_inputs["attention_mask"]
         prefix, attended = attended.split([attended.size(1) - tokens.size(1), tokens.size(1)], dim=1)
         attended = attended.bool()
-        self._columns = attended.sort(dim=1, descending=True, stable=True).indices[:, : attended.sum(1).max()]
+        # An image must keep its tokens, in a completion too that is masked whole because it was cut.
+        length = attended.size(1) if model_inputs.keys() & OF_IMAGES else int(attended.sum(1).max())
+        self._columns = attended.sort(dim=1, descending=True, stable=True).indices[:, :length]
         self._index = (attended.cumsum(1) - 1).clamp(min=0)  # (B, L), where each token has gone
         self.inputs = {
             name: self.align(values)
