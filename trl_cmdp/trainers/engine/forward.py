@@ -106,7 +106,6 @@ class StudentForward:
 
     def _forward(self, *args, **kwargs):
         request = self._request
-        kwargs = without_no_images(kwargs)
         if request is None:
             outputs = self._fused_forward(*args, **kwargs)
             if self._mixture is not None:
@@ -132,7 +131,7 @@ class StudentForward:
 
     def _last_hidden_state(self, **model_inputs: Any) -> torch.Tensor:
         # Not by the head's input, as a teacher's: FSDP2 shards again what a backward does not reach by its output.
-        rows = LeftAligned(model_inputs)
+        rows = LeftAligned(without_no_images(model_inputs))
         return rows.restore(backbone(self._student)(**rows.inputs, use_cache=False).last_hidden_state)
 
     def _differentiate_fused(

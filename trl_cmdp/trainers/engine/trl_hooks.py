@@ -75,7 +75,8 @@ ATTRIBUTES = {
     "_tag_names": list,
     "_name": str,
     "_paper": dict,
-    "_run_epoch": MethodType,  # all that it is given is handed on
+    "_get_per_token_logps_and_entropies": MethodType,  # all that it is given is handed on, and so to the next
+    "_run_epoch": MethodType,
     "chat_template": (str, type(None)),
     "chat_template_kwargs": dict,
     "entropy_coef": float,
