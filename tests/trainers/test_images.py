@@ -149,6 +149,25 @@ def test_rows_of_text_among_rows_with_images(tmp_path, family, with_teacher):
     assert any("vis" in name for name in changed)
 
 
+def test_log_probabilities_of_the_reference_and_of_before_are_of_each_row(tmp_path):
+    """Before the first step both are the student's own, which the loss finds again."""
+    path = save_model(tmp_path / "student", make_vlm("idefics"), make_processor("idefics"))
+    dataset = make_image_dataset((0, 1, 2, 1), copies=1)  # as many images as rows, but not in each micro-batch
+    settings = {"beta": 0.1, "num_iterations": 2, "train_dataset": dataset}
+    trainer = make_vision_trainer(tmp_path, "idefics", model=path, **settings)
+    for batch in micro_batches(trainer, make_rows(trainer)):
+        length = batch["completion_ids"].size(1)
+        ids, mask = (torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], 1) for name in ("ids", "mask"))
+        images = {name: batch[name] for name in ("pixel_values", "pixel_attention_mask", "num_images")}
+        now, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, length, **images)
+        counted = batch["completion_mask"].bool()
+        for name in ("old_per_token_logps", "ref_per_token_logps"):
+            torch.testing.assert_close(batch[name][counted], now[counted], rtol=1e-4, atol=1e-5)
+    trainer = make_vision_trainer(tmp_path / "run", "idefics", model=path, **settings)
+    trainer.train()
+    assert len(history(trainer, "kl")) == 2
+
+
 @pytest.mark.parametrize(
     ("trainer_class", "settings"),
     [
