@@ -1,10 +1,11 @@
 """Prompts with images: costs and gradients are those of each row alone, with its own images."""
 
-import math
 import re
+from functools import partial
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from datasets import IterableDataset
 from helpers import (
     FIRST,
@@ -34,6 +35,7 @@ from tiny_vision import (
     make_seeing_teacher,
     make_vlm,
 )
+from transformers import BitsAndBytesConfig
 from trl import GRPOTrainer
 
 from trl_cmdp import (
@@ -80,47 +82,99 @@ def hand_out(completions):
     return rollout
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_costs_and_gradients_are_dense(tmp_path, family):
-    # By its first token each is found again after the shuffle.
-    completions = [
-        [FIRST + number, *ids] for number, ids in enumerate(random_completions(8, longest=5, vocab_size=LAST))
-    ]
-    trainer = make_vision_trainer(
-        tmp_path,
-        family,
-        rollout_func=hand_out(completions),
-        cost_limit=1e-9,
-        violation_distill_coef=1.0,
-        loss_type="dr_grpo",
-        scale_rewards="none",
-    )
-    student, teacher, processor = trainer.model, trainer.teacher_model, trainer.processing_class
-    rows = make_rows(trainer)
-    batches = micro_batches(trainer, rows)
-    if family != "idefics":  # whose rows TRL is to split one by one
-        assert {0, 2, 4} == {sum(batch["num_images"]) for batch in batches}
+# By its first token each is found again after the shuffle.
+COMPLETIONS = [[FIRST + number, *ids] for number, ids in enumerate(random_completions(8, longest=5, vocab_size=LAST))]
+DENSE = {
+    "rollout_func": hand_out(COMPLETIONS),
+    "cost_limit": 1e-9,
+    "violation_distill_coef": 1.0,
+    "loss_type": "dr_grpo",
+    "scale_rewards": "none",
+}
 
+
+def assert_dense(trainer, teacher_logits=None):
+    """
+    Costs, and the divergence's part of the gradient, of one accumulation window: from each row alone, in float64.
+    `teacher_logits` gives a teacher's of a row and a completion.
+    """
+    student, processor, rows = trainer.model, trainer.processing_class, make_rows(trainer)
+    if teacher_logits is None:
+        teacher_logits = partial(dense_logits, trainer.teacher_model, processor)
+    batches = micro_batches(trainer, rows)
     total = 0.0
     for batch in batches:
         for index, mask in enumerate(batch["completion_mask"].bool()):
             found = batch["completion_ids"][index][mask].tolist()
-            row = rows[completions.index(found)]
-            logits = [dense_logits(model, processor, row, found) for model in (student, teacher)]
-            costs = token_divergence(*logits)
+            row = rows[COMPLETIONS.index(found)]
+            with torch.no_grad():
+                of_teacher = teacher_logits(row, found)
+            costs = token_divergence(dense_logits(student, processor, row, found), of_teacher)
             torch.testing.assert_close(batch["costs"][index][mask], costs.detach().float(), rtol=1e-4, atol=1e-5)
             total = total + (batch["divergence_weights"][index][mask] * costs).sum()
-    expected_divergence = gradients_of(total / (2 * trainer.max_completion_length * 4), student)
+    divergence = gradients_of(total / (2 * trainer.max_completion_length * 4), student)
 
-    loss, gradients = loss_and_gradients(trainer, batches)
+    _, gradients = loss_and_gradients(trainer, batches)
     without = [{name: values for name, values in batch.items() if name != "divergence_weights"} for batch in batches]
     _, own = loss_and_gradients(trainer, without)
-    expected = {name: own[name] + expected_divergence[name] for name in own}
-    assert math.isfinite(loss)
+    expected = {name: own[name] + divergence[name] for name in own}
     assert relative_error(gradients, expected) < 1e-4
     assert relative_error(own, expected) > 0.1  # the divergence weighs
-    towers = [name for name in expected_divergence if "vis" in name and expected_divergence[name].any()]
-    assert towers  # and reaches the eye
+    return batches, divergence
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_costs_and_gradients_are_dense(tmp_path, family):
+    batches, divergence = assert_dense(make_vision_trainer(tmp_path, family, **DENSE))
+    if family != "idefics":  # whose rows TRL is to split one by one
+        assert {0, 2, 4} == {sum(batch["num_images"]) for batch in batches}
+    assert any("vis" in name and gradient.any() for name, gradient in divergence.items())  # it reaches the eye
+
+
+@pytest.mark.parametrize("memory_mb", [256, 1e-6], ids=["kept", "recomputed"])
+def test_several_teachers(tmp_path, memory_mb):
+    teachers = {"near": make_seeing_teacher("qwen"), "far": make_vlm("qwen", seed=2)}
+    names = ["near", "far", "far", "near"]
+    trainer = make_vision_trainer(
+        tmp_path,
+        "qwen",
+        teacher_model=teachers,
+        train_dataset=make_image_dataset((2, 0, 1, 1), copies=1).add_column("teacher", names),
+        teacher_hidden_memory_mb=memory_mb,
+        **DENSE,
+    )
+    processor = trainer.processing_class
+    assert_dense(trainer, lambda row, ids: dense_logits(teachers[row["teacher"]], processor, row, ids))
+
+
+def test_the_students_own_base(tmp_path):
+    trainer = make_vision_trainer(
+        tmp_path, "gemma", teacher_model=None, teacher_adapter_name="base", peft_config=make_lora(), **DENSE
+    )
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # an adapter that has learnt something
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+
+    def of_base(row, ids):
+        with trainer.model.disable_adapter():
+            return dense_logits(trainer.model, trainer.processing_class, row, ids)
+
+    assert_dense(trainer, of_base)
+
+
+def test_a_quantised_teacher(tmp_path):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
+    path = save_model(tmp_path / "teacher", make_seeing_teacher("llava"), make_processor("llava"))
+    trainer = make_vision_trainer(
+        tmp_path,
+        "llava",
+        teacher_model=path,
+        teacher_model_init_kwargs={"quantization_config": quantization, "dtype": "float32"},
+        **DENSE,
+    )
+    assert any(type(part) is Linear4bit for part in trainer.teacher_model.modules())
+    assert_dense(trainer)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
