@@ -191,9 +191,9 @@ def make_seeing_teacher(family: str, seed: int = 1) -> PreTrainedModel:
     return make_vlm(family, seed, hidden_size=32, num_attention_heads=4)
 
 
-def make_image(seed: int, size: int = 8) -> Image.Image:
-    """Image of random pixels."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+def make_image(seed: int) -> Image.Image:
+    """Image of random pixels, 8 high, and of an odd seed twice as wide."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8 * (1 + seed % 2), 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
