@@ -109,7 +109,8 @@ def _check_reading(teacher: Teacher, processor: ProcessorMixin, device: torch.de
         raise ValueError(
             "The teacher cannot read images as the student's processor prepares them "
             f"({type(error).__name__}: {error}). Student and teacher must have the same image token, as many of them for "
-            "an image, and the same inputs: use a vision-language teacher of the student's model family."
+            "an image, and the same inputs: use a vision-language teacher of the student's model family, one of those that "
+            f"read no others than TRL hands on ({', '.join((*OF_IMAGES, *OF_TOKENS))})."
         ) from error
     if torch.equal(one, other):
         raise ValueError(
