@@ -52,7 +52,8 @@ MEMORY_MB = [1e-9, 4 * ROW_MB, 1]
 def triton_kernels(monkeypatch):
     """Both kernels read a vocabulary of 23 in two steps, and tiles have some of the rows."""
     monkeypatch.setenv("TRL_CMDP_KERNEL", "triton")
-    monkeypatch.setattr(triton_tiles, "_BLOCK", 16)
+    monkeypatch.setattr(triton_tiles, "_STATISTICS_BLOCK", 16)
+    monkeypatch.setattr(triton_tiles, "_GRADIENT_BLOCK", 16)
     monkeypatch.setattr(triton_tiles, "_ALIGNMENT", 4)
     monkeypatch.setattr(triton_tiles, "_TILE_MB", 2.5 * ROW_MB)
 
@@ -218,7 +219,8 @@ def heads_of(student_logits, teacher_logits):
 @pytest.mark.parametrize(("beta", "offset"), [(0.0, 20.0), (0.5, 1000.0), (1.0, 20.0), (1.0, 1000.0)])
 def test_holds_for_close_distributions_of_large_logits(monkeypatch, beta, offset):
     """A cost of 5e-3, as of a student inside its budget: 1e-5 relative, also in the gradient."""
-    monkeypatch.setattr(triton_tiles, "_BLOCK", 1024)
+    monkeypatch.setattr(triton_tiles, "_STATISTICS_BLOCK", 1024)
+    monkeypatch.setattr(triton_tiles, "_GRADIENT_BLOCK", 1024)
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(4, 4000, generator=generator) * 3 + offset
     teacher = student + (0.1 if beta in (0.0, 1.0) else 0.25) * torch.randn(4, 4000, generator=generator)
@@ -432,11 +434,11 @@ from trl_cmdp.core.kernels import triton_kernels as kernels
 
 types = dict(student="*fp32", teacher="*fp32", token_ids="*i64", out="*bf16", num_rows="i32", statistics="*fp32",
              coefficients="*fp32", values="*fp32", factor="*fp32", size="i32")
-plain = dict(LAYOUT=(128, 100, 128), STUDENT=(1.0, 0.0), TEACHER=(1.0, 0.0), MEASURE=(1, 1.0, 0.0, 0.0), BLOCK=64)
+plain = dict(LAYOUT=(128, 100, 128), STUDENT=(1.0, 0.0), TEACHER=(1.0, 0.0), MEASURE=(1, 1.0, 0.0, 0.0), BLOCK=64, STAGES=3)
 full = plain | dict(STUDENT=(30.0, 0.03), MEASURE=(3, 0.5, -0.1, -7.0))
 for kernel, constants in ((kernels.statistics_kernel, plain), (kernels.statistics_kernel, full),
                           (kernels.gradient_kernel, plain | dict(token_ids=None)), (kernels.gradient_kernel, full),
-                          (kernels.scale_kernel, dict(BLOCK=64))):
+                          (kernels.scale_kernel, dict(IN_PLACE=True, BLOCK=64))):
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else types[name] for name in names}

@@ -193,13 +193,18 @@ def test_frozen_head_and_no_weights(calls, rows):
 
 
 def test_the_kernel_of_a_device(monkeypatch):
-    """TRL's on CUDA, torch elsewhere; an environment variable chooses another, and a name that is none is an error."""
+    """Ours in Triton on CUDA, torch elsewhere; a variable chooses another, and one that is none, or cannot run, is an error."""
     monkeypatch.delenv("TRL_CMDP_KERNEL", raising=False)
-    assert [kernel_of(torch.device(name)) for name in ("cuda", "cpu", "mps")] == ["trl", "torch", "torch"]
-    monkeypatch.setenv("TRL_CMDP_KERNEL", "torch")
-    assert kernel_of(torch.device("cuda")) == "torch"
+    assert [kernel_of(torch.device(name)) for name in ("cuda", "cpu", "mps")] == ["triton", "torch", "torch"]
+    for kernel in ("torch", "trl"):
+        monkeypatch.setenv("TRL_CMDP_KERNEL", kernel)
+        assert [kernel_of(torch.device(name)) for name in ("cuda", "cpu")] == [kernel, kernel]
     monkeypatch.setenv("TRL_CMDP_KERNEL", "cuda")
     with pytest.raises(ValueError, match="torch, trl, triton"):
+        kernel_of(torch.device("cpu"))
+    monkeypatch.setenv("TRL_CMDP_KERNEL", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="Unset TRL_CMDP_KERNEL"):
         kernel_of(torch.device("cpu"))
 
 

@@ -1,6 +1,7 @@
 """A trainer's step by each kernel that a device may have: the loss and the gradients of the CPU's own."""
 
 import pytest
+import torch
 import trl.kernels.chunked_divergence
 from helpers import loss_and_gradients, make_rows, make_scripted_trainer, micro_batches, relative_error
 
@@ -13,7 +14,7 @@ def test_a_step_is_the_same_by_every_kernel(tmp_path, monkeypatch, kernel):
     results = []
     for name in ("torch", kernel):
         monkeypatch.setenv("TRL_CMDP_KERNEL", name)
-        trainer = make_scripted_trainer(tmp_path)
+        trainer = make_scripted_trainer(tmp_path, use_cpu=not torch.cuda.is_available())
         results.append(loss_and_gradients(trainer, micro_batches(trainer, make_rows(8))))
     (expected, expected_gradients), (loss, gradients) = results
     assert loss == pytest.approx(expected, rel=1e-5)

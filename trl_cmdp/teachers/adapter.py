@@ -1,7 +1,7 @@
 """A teacher that is the student's own base model, with its adapter off or with another one on."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -88,6 +88,10 @@ class AdapterTeacher:
             for parameter, requires_grad in zip(model.parameters(), trainable, strict=True):
                 parameter.requires_grad_(requires_grad)
             model.train(training)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """What the forward runs under."""
+        return self._local.autocast()
 
     def hidden_states(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, **images: torch.Tensor

@@ -1,6 +1,6 @@
 """A teacher whose weights are in this process: loading it, and what it says."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,13 +37,17 @@ class LocalTeacher:
         self.max_length = num_positions(self.config)
         self._called_head: Head | None = None
 
+    def autocast(self) -> AbstractContextManager[None]:
+        """What the forward runs under."""
+        return nullcontext() if self._accelerator is None else self._accelerator.autocast()
+
     @torch.no_grad()
     def hidden_states(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, **images: torch.Tensor
     ) -> torch.Tensor:
         """Hidden states (N, H), see [`Teacher`]."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **images}
-        with nullcontext() if self._accelerator is None else self._accelerator.autocast():
+        with self.autocast():
             hidden = last_hidden_state(self.module, self._model.get_output_embeddings(), **inputs)
         return predicting(hidden, mask.size(1))[mask]
 

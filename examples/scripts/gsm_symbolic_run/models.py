@@ -27,6 +27,7 @@ from .run import CUDA, DTYPE, Run, load_model
 HEALING_LEARNING_RATE = 5e-4
 # The student's share of right answers, of the teacher's: room to learn, and rewards to learn from.
 HEALED = (1 / 3, 1 / 2)
+HEALING_PASSES = 4  # over the worked solutions, at most
 
 
 def make_teacher(folder: Path, run: Run) -> None:
@@ -70,8 +71,8 @@ def heal(folder: Path, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
     measured = scale.tuning_problems > 0
     teacher = share_right(load_model(run.folder / "teacher", DTYPE), tokenizer, run) if measured else 0.0
     used, number, rounds = 0, scale.healing_problems, []
-    while number >= scale.solutions_batch_size and used + number <= len(solutions):
-        more = solutions.select(range(used, used + number))
+    while number >= scale.solutions_batch_size and used + number <= HEALING_PASSES * len(solutions):
+        more = solutions.select([index % len(solutions) for index in range(used, used + number)])
         student = train_on_solutions(load_model(folder), tokenizer, more, HEALING_LEARNING_RATE, run)
         right = share_right(student, tokenizer, run) if measured else 0.0
         if measured:

@@ -94,6 +94,8 @@ METHODS = {
         {"multiplier": "pid", "pid_kp": 0.5, "pid_ki": 0.1, "pid_kd": 0.1},
     ),
     "constrained": (ConstrainedDistillTrainer, ConstrainedDistillConfig, {}),
+    # Its coefficient was chosen on word problems (docs/test_beds.md).
+    "unrewarded": (ConstrainedDistillTrainer, ConstrainedDistillConfig, {"unrewarded_distill_coef": 1.0}),
 }
 _CPU_SMOKE = Scale(
     methods=("grpo", "gkd", "lambda", "constrained"),
@@ -139,7 +141,7 @@ _GPU = replace(
     teacher_learning_rate=5e-4,
     solutions_batch_size=32,
     student_layers=14,
-    healing_problems=1280,
+    healing_problems=2560,
     tuning_problems=300,
     steps=40,
     prompts_per_step=32,

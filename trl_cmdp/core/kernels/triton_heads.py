@@ -9,6 +9,7 @@ from .triton_tiles import RowStatistics, Tile, TiledRows, tiled_rows
 
 
 _SCALE_BLOCK = 1024
+_EXPONENT = 0x7F800000  # bits of a float32 that are left of a power of two, by which nothing is rounded
 
 
 class TritonHeads(torch.autograd.Function):
@@ -35,16 +36,20 @@ class TritonHeads(torch.autograd.Function):
         policy, num_compared = token_ids is not None, len(teacher_hidden)
         differentiated = grad_enabled and any(ctx.needs_input_grad)
         order = _compared_first(teacher_rows, len(student_hidden))
-        rows = tiled_rows(pair, student_hidden[order], teacher_hidden, token_ids[order] if policy else None)
-        weights = weights.to(device=student_hidden.device, dtype=torch.float32)[order]  # (N,)
-        gradients = None
+        rows = tiled_rows(
+            pair, _ordered(student_hidden, order), teacher_hidden, _ordered(token_ids, order) if policy else None
+        )
+        weights = _ordered(weights.to(device=student_hidden.device, dtype=torch.float32), order)  # (N,)
+        gradients, formed = None, differentiated and not policy
         with torch.autocast(student_hidden.device.type, enabled=False):
-            if differentiated and not policy:
-                gradients = _Gradients(rows, ctx.needs_input_grad, weights.expand(3, -1))
             for tile in rows.tiles(keep=differentiated and policy):
                 rows.read(tile)
-                if gradients is not None:
+                if formed:
+                    # Once the device has work to do.
+                    gradients = gradients or _Gradients(rows, ctx.needs_input_grad, weights.expand(3, -1))
                     gradients.add(rows, tile)
+        if formed and gradients is None:
+            gradients = _Gradients(rows, ctx.needs_input_grad, weights.expand(3, -1))  # of no rows
         statistics = RowStatistics(*rows.statistics)
         if differentiated:
             if policy:
@@ -58,10 +63,7 @@ class TritonHeads(torch.autograd.Function):
         loss = torch.where(weights != 0, weights * costs, 0.0).sum()
         if not policy:
             return None, None, loss, costs
-        log_probs, entropy = (
-            torch.empty_like(values).index_copy_(0, order, values)
-            for values in (statistics.log_prob, statistics.entropy)
-        )
+        log_probs, entropy = (_unordered(values, order) for values in (statistics.log_prob, statistics.entropy))
         return log_probs, entropy, loss, costs
 
     @staticmethod
@@ -76,7 +78,9 @@ class TritonHeads(torch.autograd.Function):
             rows, ctx.rows, order = ctx.rows, None, ctx.order
             unasked = torch.zeros_like(ctx.weights)
             of_cost = unasked if grad_loss is None else ctx.weights * grad_loss
-            others = (unasked if grad is None else grad.float()[order] for grad in (grad_log_probs, grad_entropy))
+            others = (
+                unasked if grad is None else _ordered(grad.float(), order) for grad in (grad_log_probs, grad_entropy)
+            )
             gradients = _Gradients(rows, ctx.needs_input_grad, torch.stack([of_cost, *others]))
             with torch.autocast(of_cost.device.type, enabled=False):
                 for tile in rows.tiles():
@@ -98,9 +102,10 @@ def triton_scores(
 
 class _Gradients:
     """
-    Gradients of the student's hidden states (N, H_s), head weight (V, H_s) and head bias (V,), in float32, from the
-    coefficients (3, N) of the rows. These are divided by the largest of them, which half precision could not hold the
-    products of otherwise, and `finished` multiplies by it.
+    Gradients of the student's hidden states (N, H_s), head weight (V, H_s) and head bias (V,), from the coefficients
+    (3, N) of the rows; in float32, the weight's also as [`TiledRows.sums_in_half`] says. The coefficients are divided by
+    the size of the largest of them, as half precision could not hold the products otherwise, and `finished` multiplies
+    by it.
     """
 
     def __init__(self, rows: TiledRows, needed: tuple[bool, ...], coefficients: torch.Tensor):
@@ -108,14 +113,15 @@ class _Gradients:
         self._first = 0  # row whose gradient has not been multiplied
         tiny = torch.finfo(torch.float32).tiny
         finite = coefficients.abs().nan_to_num(0.0, 0.0)
-        self._largest = torch.nn.functional.pad(finite, (0, 1), value=tiny).amax()
+        largest = torch.nn.functional.pad(finite, (0, 1), value=tiny).amax()
+        self._largest = (largest.view(torch.int32) & _EXPONENT).view(torch.float32)
         self._coefficients = coefficients / self._largest
         self._asked = (coefficients != 0).any(0).unsqueeze(-1)  # (N, 1)
-        shapes = (hidden.shape, weight.shape, weight.shape[:1])
-        self._hidden, self._weight, self._bias = (
-            torch.zeros(shape, device=weight.device) if needs else None
-            for shape, needs in zip(shapes, needed[:3], strict=True)
-        )
+        self._hidden = torch.zeros(hidden.shape, device=weight.device) if needed[0] else None
+        make = torch.zeros if len(hidden) == 0 else torch.empty  # the first product writes it
+        sums = torch.bfloat16 if rows.sums_in_half else torch.float32
+        self._weight = make(weight.shape, device=weight.device, dtype=sums) if needed[1] else None
+        self._bias = torch.zeros(len(weight), device=weight.device) if needed[2] else None
 
     def add(self, rows: TiledRows, tile: Tile) -> None:
         """Adds what the rows of a tile give. Tiles come in order."""
@@ -132,7 +138,7 @@ class _Gradients:
         if self._weight is not None:
             # A row that nothing is asked of may not be finite.
             hidden = rows.hidden[part].masked_fill(~self._asked[part], 0.0)
-            add_product_(self._weight, grad.t(), hidden)
+            add_product_(self._weight, grad.t(), hidden, keep=part.start > 0)
         if self._bias is not None:
             self._bias += grad.sum(0, dtype=torch.float32)
 
@@ -141,8 +147,8 @@ class _Gradients:
     ) -> tuple[torch.Tensor | None, ...]:
         """All of them times a factor, in their dtypes, the rows at their indices in the call."""
         factor = factor.float() * self._largest
-        if self._hidden is not None and order is not None:
-            self._hidden = torch.empty_like(self._hidden).index_copy_(0, order, self._hidden)
+        if self._hidden is not None:
+            self._hidden = _unordered(self._hidden, order)
         return tuple(
             None if grad is None or dtype is None else _scaled(grad, factor, dtype)
             for grad, dtype in zip((self._hidden, self._weight, self._bias), dtypes, strict=True)
@@ -155,11 +161,22 @@ def _scaled(values: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> t
 
     out = values if values.dtype == dtype else torch.empty_like(values, dtype=dtype)
     if values.numel() > 0:
-        scale_kernel[(-(-values.numel() // _SCALE_BLOCK),)](values, factor, out, values.numel(), BLOCK=_SCALE_BLOCK)
+        grid = (-(-values.numel() // _SCALE_BLOCK),)
+        scale_kernel[grid](values, factor, out, values.numel(), IN_PLACE=out is values, BLOCK=_SCALE_BLOCK)
     return out
 
 
-def _compared_first(teacher_rows: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Indices (N,) of all rows: those that are compared, in order, and then the others."""
+def _compared_first(teacher_rows: torch.Tensor, num_rows: int) -> torch.Tensor | None:
+    """Indices (N,) of all rows: those that are compared, in order, and then the others. `None` keeps them as they are."""
+    if len(teacher_rows) in (0, num_rows):
+        return None
     compared = torch.zeros(num_rows, dtype=torch.int8, device=teacher_rows.device).index_fill_(0, teacher_rows, 1)
     return compared.argsort(descending=True, stable=True)
+
+
+def _ordered(values: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    return values if order is None else values[order]
+
+
+def _unordered(values: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    return values if order is None else torch.empty_like(values).index_copy_(0, order, values)

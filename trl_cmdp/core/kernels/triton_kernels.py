@@ -20,7 +20,7 @@ _LARGEST_LOG_RATIO = tl.constexpr(80.0)
 
 @triton.jit
 def statistics_kernel(
-    student, teacher, token_ids, out, num_rows, LAYOUT: tl.constexpr, STUDENT: tl.constexpr, TEACHER: tl.constexpr, MEASURE: tl.constexpr, BLOCK: tl.constexpr
+    student, teacher, token_ids, out, num_rows, LAYOUT: tl.constexpr, STUDENT: tl.constexpr, TEACHER: tl.constexpr, MEASURE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
     """
     Reads a row of both tiles once and writes its `RowStatistics`, the fields `num_rows` apart. Each lane has sums of its
@@ -40,7 +40,7 @@ def statistics_kernel(
     if MEASURE[0] != NO_TEACHER:
         teacher_reference = _reference(teacher, lanes, LAYOUT[1], TEACHER)
         teacher_maximum, teacher_total, gap = zeros + _LOWEST, zeros, zeros
-        for start in range(0, LAYOUT[1], BLOCK):
+        for start in tl.range(0, LAYOUT[1], BLOCK, num_stages=STAGES):
             tokens = start + lanes
             x = _logits(student, tokens, tokens < LAYOUT[1], STUDENT) - reference
             y = _logits(teacher, tokens, tokens < LAYOUT[1], TEACHER) - teacher_reference
@@ -66,7 +66,7 @@ def statistics_kernel(
         centre = cost
         if MEASURE[0] == JSD or MEASURE[3] != 0.0:
             costs, centres = zeros, zeros
-            for start in range(0, LAYOUT[1], BLOCK):
+            for start in tl.range(0, LAYOUT[1], BLOCK, num_stages=STAGES):
                 tokens = start + lanes
                 x = _logits(student, tokens, tokens < LAYOUT[1], STUDENT) - reference
                 y = _logits(teacher, tokens, tokens < LAYOUT[1], TEACHER) - teacher_reference
@@ -100,7 +100,7 @@ def statistics_kernel(
         tl.store(out + 4 * num_rows, cost.to(tl.float32))
         tl.store(out + 5 * num_rows, centre.to(tl.float32))
     if token_ids is not None:
-        for start in range(LAYOUT[1], LAYOUT[2], BLOCK):
+        for start in tl.range(LAYOUT[1], LAYOUT[2], BLOCK, num_stages=STAGES):
             tokens = start + lanes
             x = _logits(student, tokens, tokens < LAYOUT[2], STUDENT) - reference
             maximum, shrink, exps = _online(maximum, x)
@@ -171,11 +171,13 @@ def gradient_kernel(
 
 
 @triton.jit
-def scale_kernel(values, factor, out, size, BLOCK: tl.constexpr):
+def scale_kernel(values, factor, out, size, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
     """out = factor·values, in its own dtype; 0 where the factor is, whatever the values are."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     scale = tl.load(factor)
-    scaled = tl.where(scale == 0.0, 0.0, tl.load(values + index, mask=index < size) * scale)
+    if IN_PLACE and scale == 1.0:
+        return
+    scaled = tl.where(scale == 0.0, 0.0, tl.load(values + index, mask=index < size).to(tl.float32) * scale)
     tl.store(out + index, scaled.to(out.dtype.element_ty), mask=index < size)
 
 
@@ -198,8 +200,9 @@ def _reference(outputs, lanes, size, HEAD: tl.constexpr):
 @triton.jit
 def _online(maximum, x):
     """The lanes' new maxima, the factor of the sums so far, and exp(x − maximum)."""
-    new = tl.maximum(maximum, x)
-    return new, tl.exp(maximum - new), tl.exp(x - new)
+    larger = x > maximum
+    ratio = tl.exp(-tl.abs(x - maximum))  # one of the two factors; the other is 1
+    return tl.where(larger, x, maximum), tl.where(larger, ratio, 1.0), tl.where(larger, 1.0, ratio)
 
 
 @triton.jit

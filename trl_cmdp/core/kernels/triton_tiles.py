@@ -19,13 +19,15 @@ from .projection import Projection
 from .tiles import HeadPair
 
 
-# A row's logits are read in steps of this many, and a program of the gradient writes as many.
-_BLOCK = 1024
+# A row's logits are read in steps of so many, and a program of the gradient writes so many.
+_STATISTICS_BLOCK, _GRADIENT_BLOCK = 2048, 1024
+# The next steps' logits are on their way while one step is summed.
+_STATISTICS_LAUNCH = {"num_warps": 8, "STAGES": 3}
 # More are of little use. At a vocabulary of 151,936 in half precision these are tiles of 256 rows.
 _TILE_MB = 640.0
 # Tiles whose gradients of half precision are multiplied at once: each product reads and writes the head's whole gradient,
-# which takes longer than the product itself where the rows are few.
-_TILES_PER_PRODUCT = 3
+# which takes longer than the product itself where the rows are few. The second, where their memory is not the peak's.
+_TILES_PER_PRODUCT, _MAX_TILES_PER_PRODUCT = 4, 8
 _ALIGNMENT = 128  # of rows and of their stride, in elements, as the tensor cores' tiles want it
 
 
@@ -70,12 +72,15 @@ class TiledRows:
             Teacher's of shape `(M, H_t)`, of the first M rows.
         token_ids (`torch.Tensor`, *optional*):
             Sampled tokens of shape `(N,)`.
+        gradient_dtype (`torch.dtype`):
+            Dtype of the gradient of the student's head.
     """
 
     pair: HeadPair
     hidden: torch.Tensor
     teacher_hidden: torch.Tensor
     token_ids: torch.Tensor | None
+    gradient_dtype: torch.dtype
     statistics: torch.Tensor = field(init=False)  # the fields of `RowStatistics` by N
     tile_rows: int = field(init=False)
     product_rows: int = field(init=False)  # whose gradients are multiplied at once
@@ -93,7 +98,24 @@ class TiledRows:
         unit = next(size for size in (_ALIGNMENT, 8, 1) if fitting >= size or size == 1)
         self.tile_rows = max(1, fitting - fitting % unit)
         self.product_rows = tiles_per_product * self.tile_rows
-        self._keepable_rows = int((memory - self.tile_rows * row_bytes) // logit_bytes)
+        spare = memory - self.tile_rows * row_bytes  # for logits that are kept, and more gradients
+        policy = self.token_ids is not None
+        if tiles_per_product > 1 and (policy or self.sums_in_half):
+            gradient_bytes = self.tile_rows * student.rounding.itemsize
+            unneeded = spare - len(self.hidden) * logit_bytes if policy else spare
+            more = min(max(int(unneeded // gradient_bytes), 0), _MAX_TILES_PER_PRODUCT - tiles_per_product)
+            self.product_rows += more * self.tile_rows
+            spare -= more * gradient_bytes
+        self._keepable_rows = int(spare // logit_bytes)
+
+    @property
+    def sums_in_half(self) -> bool:
+        """
+        Whether the products add up to the head's gradient in its own half precision. Each product has float32 sums, and
+        of two the sum is rounded once more; bfloat16 alone has float32's range.
+        """
+        few = len(self.hidden) <= 2 * _MAX_TILES_PER_PRODUCT * self.tile_rows
+        return few and self.gradient_dtype == torch.bfloat16
 
     def tiles(self, keep: bool = False) -> Iterator[Tile]:
         """All rows, projected by both heads: what was kept before as it is, and with `keep` as many as memory takes."""
@@ -117,6 +139,8 @@ class TiledRows:
             self.statistics[:, tile.rows],
             self.statistics.shape[1],
             **self._constants(tile),
+            **_STATISTICS_LAUNCH,
+            BLOCK=_STATISTICS_BLOCK,
         )
 
     def write_gradient(self, tile: Tile, coefficients: torch.Tensor, first: int) -> None:
@@ -127,13 +151,14 @@ class TiledRows:
         from .triton_kernels import gradient_kernel
 
         out = self._memory("gradient", self.product_rows, self.pair.student.rounding)[tile.rows.start - first :]
-        gradient_kernel[(len(tile.student), -(-self.pair.student.head.vocab_size // _BLOCK))](
+        gradient_kernel[(len(tile.student), -(-self.pair.student.head.vocab_size // _GRADIENT_BLOCK))](
             *self._inputs(tile),
             self.statistics[:, tile.rows],
             coefficients[:, tile.rows],
             out,
             self.statistics.shape[1],
             **self._constants(tile),
+            BLOCK=_GRADIENT_BLOCK,
         )
 
     def gradient(self, rows: slice) -> torch.Tensor:
@@ -173,7 +198,6 @@ class TiledRows:
             "STUDENT": _shape(pair.student),
             "TEACHER": _shape(pair.teacher),
             "MEASURE": _measure(pair.comparison, pair.vocab_size) if compared else (NO_TEACHER.value, 0.0, 0.0, 0.0),
-            "BLOCK": _BLOCK,
         }
 
 
@@ -187,6 +211,7 @@ def tiled_rows(
         hidden.to(student.rounding),
         teacher_hidden.to(teacher.rounding),
         None if token_ids is None else token_ids.contiguous(),
+        pair.student.head.weight.dtype,
     )
 
 

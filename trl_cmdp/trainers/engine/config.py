@@ -82,7 +82,7 @@ class DistillConfig(GRPOConfig):
             ε of the mixture of the teacher with the uniform distribution, which bounds the cost by log(V/ε).
         divergence_memory_mb (`float`, *optional*):
             Memory, in MiB per process, that vocabulary-sized tiles of the divergence may take. By default 256, and on a
-            CUDA device what its kernel takes (docs/kernels.md).
+            CUDA device an eighth of the free memory (docs/kernels.md).
         teacher_hidden_memory_mb (`float`, *optional*, defaults to `256`):
             Memory, in MiB per process, in which the teacher's hidden states are kept from scoring to the loss. Where
             they do not fit they are computed once more; the loss is the same.

@@ -8,10 +8,11 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
 from ...teachers import LocalTeacher, base_model, check_reading, differ, is_plain_linear, probe_rows
+from ...teachers.readable import HALF_ROUNDING, computes_in_half
 from .forward import score_without_left_padding
 
 
-_ROUNDING, _HALF_ROUNDING = {torch.float32: 1e-3}, 0.05  # of log-probabilities
+_ROUNDING = 1e-3  # of log-probabilities in float32
 
 
 def prepare_student(trainer: GRPOTrainer) -> None:
@@ -42,7 +43,7 @@ def prepare_student(trainer: GRPOTrainer) -> None:
         raise ValueError(f"{_refusal(student)} ({type(error).__name__}: {error}).") from error
     finally:
         model.train(training)
-    if differ(fused, own, _HALF_ROUNDING):
+    if differ(fused, own, HALF_ROUNDING):
         raise ValueError(f"{_refusal(student)}, which are not what the model generates from.")
     if differ(padded, fused, rounding):
         score_without_left_padding(student)
@@ -103,4 +104,4 @@ def _probe(model: torch.nn.Module, temperature: float) -> tuple[torch.Tensor, to
     alone = model(input_ids=row, attention_mask=torch.ones_like(row), labels=row, fused_lm_head=True)
     beside = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
     fused, padded = (outputs.log_probs[:1, 1 - row.size(1) :] for outputs in (alone, beside))
-    return own, fused, padded, _ROUNDING.get(logits.dtype, _HALF_ROUNDING)
+    return own, fused, padded, HALF_ROUNDING if computes_in_half(model, logits) else _ROUNDING
