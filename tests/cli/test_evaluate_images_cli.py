@@ -61,6 +61,19 @@ def test_an_adapter_and_its_base(folder, tmp_path):
     assert {cost for record in records for cost in record.costs} == {0.0}  # a new adapter changes nothing
 
 
+@pytest.mark.slow
+def test_calibrate_after_imitation(folder, tmp_path):
+    """The copy that imitates is trained on the images, saved with its processor and measured again."""
+    given = {"student": folder / "student", "teacher": folder / "teacher", "dataset": folder / "problems.parquet"}
+    given |= {"split": "train", "num_problems": 2, "num_samples": 2, "max_new_tokens": 4, "output_dir": tmp_path}
+    given |= {"imitation_steps": 2, "imitation_split": "train", "imitation_problems": 2, "imitation_batch_size": 4}
+    assert main(["calibrate", *flags(given)]) == 0
+    _, before = read_rollout_records(tmp_path / "start.jsonl")
+    _, after = read_rollout_records(tmp_path / "imitation.jsonl")
+    assert [record.images for record in after] == [record.images for record in before]
+    assert [record.costs for record in after] != [record.costs for record in before]
+
+
 def test_a_student_of_text(folder, tmp_path, capsys):
     assert evaluate(folder, tmp_path, "text")[0] == 2
     assert "has no processor beside its tokenizer" in error_line(capsys)

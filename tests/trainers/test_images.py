@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +45,7 @@ from trl_cmdp import (
     MiniLLMDistillTrainer,
 )
 from trl_cmdp.core import token_divergence
+from trl_cmdp.teachers import ServerTeacher, check_images
 
 
 NUM_IMAGES = (2, 0, 2, 0)  # of four prompts: as many images as rows, so that no number tells which are whose
@@ -338,6 +340,15 @@ class TestWhatCannotBeRead:
         self.refused(
             tmp_path, "evaluation dataset has the column 'images'", train_dataset=text, eval_dataset=dataset, **server
         )
+
+    def test_by_a_server_that_is_asked_all_the_same(self):
+        """As with images that a tool returns, where the data say nothing."""
+        teacher = ServerTeacher(SimpleNamespace(exact=True, vocab_size=20, head=None), torch.device("cpu"))
+        with pytest.raises(ValueError, match="A teacher server reads text alone"):
+            check_images(teacher, make_processor("idefics"), torch.device("cpu"))
+        ids = torch.ones(1, 3, dtype=torch.long)
+        with pytest.raises(ValueError, match="A teacher server reads text alone"):
+            teacher.hidden_states(ids, ids, ids[:, 1:].bool(), pixel_values=torch.zeros(1))
 
     def test_in_a_later_row(self, tmp_path):
         """With the first batch that has an image: a stream is not read before."""
