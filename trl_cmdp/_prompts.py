@@ -10,6 +10,11 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 Prompt = str | list[dict[str, Any]]
 
+TEACHER_PROMPT_IMAGES = (
+    "The column 'teacher_prompt' cannot be used together with images: the teacher's own prompts are text alone. Remove the "
+    "column, or the images (`dataset.remove_columns`, or the image parts of the messages)."
+)
+
 _FIRST_ROWS = 16  # of a stream, and of rows that are made or decoded when they are read
 _BATCH_SIZE = 1000
 
@@ -101,6 +106,16 @@ def check_prompts(
     return first
 
 
+def check_prompts_of_teacher(
+    dataset: Dataset | IterableDataset, name: str, prompt_column: str = "prompt", *, one_kind: bool = True
+) -> None:
+    """Check the column `teacher_prompt` as [`check_prompts`] does. Images there or in the prompts are a `ValueError`."""
+    prompts = _read(dataset, name, prompt_column)
+    if where_images(dataset, name) is not None or any(images_of({"prompt": prompt}) for prompt in prompts):
+        raise ValueError(TEACHER_PROMPT_IMAGES)
+    check_prompts(dataset, name, "teacher_prompt", one_kind=one_kind, text_only=True)
+
+
 def prompt_fault(prompt: Any) -> str | None:
     """What is wrong with a prompt, and what to do about it; `None` for text and for messages as TRL takes them."""
     if prompt is None:
@@ -113,6 +128,41 @@ def prompt_fault(prompt: Any) -> str | None:
         return "is an empty list. Leave such rows out (`dataset.filter`)."
     faults = (_message_fault(number, message) for number, message in enumerate(prompt))
     return next((fault for fault in faults if fault is not None), None)
+
+
+def images_of(row: Mapping[str, Any]) -> list[Any]:
+    """The images of a row of a dataset, as TRL reads them: of its columns `images` and `image`, or of its messages."""
+    if in_columns := _images_in_columns(row):
+        return in_columns
+    prompt = row.get("prompt")
+    messages = [message for message in prompt if isinstance(message, dict)] if isinstance(prompt, list) else []
+    contents = [content for message in messages if isinstance(content := message.get("content"), list)]
+    parts = [part for content in contents for part in content if isinstance(part, dict)]
+    return [part.get("image") for part in parts if part.get("type") == "image"]
+
+
+def with_images(row: Mapping[str, Any], *more: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages of a row, and more behind them, with its images where a processor looks for them, as TRL puts them."""
+    from trl.data_utils import prepare_multimodal_messages
+
+    return prepare_multimodal_messages([*row["prompt"], *more], _images_in_columns(row))
+
+
+def _images_in_columns(row: Mapping[str, Any]) -> list[Any]:
+    if row.get("images") is not None:
+        return list(row["images"])
+    return [] if row.get("image") is None else [row["image"]]
+
+
+def where_images(dataset: Dataset | IterableDataset | None, name: str) -> str | None:
+    """Where a dataset has images by its first row, in words; `None` if it has none there."""
+    for row in islice(dataset or [], 1):
+        columns = sorted({"image", "images"} & row.keys())
+        if columns:
+            return f"{name[0].upper()}{name[1:]} has the column {columns[0]!r}."
+        if images_of(row):
+            return f"A message of {name} has an image."
+    return None
 
 
 def check_chat_template(

@@ -135,8 +135,8 @@ def _model_fingerprint(model: str, config: "PretrainedConfig") -> str:
 
 def _check_problems(setup: Setup, tokenizer: "PreTrainedTokenizerBase", held_out: int) -> "tuple[Dataset, Dataset]":
     """Problems to train on and held-out ones: of data every one, of a task those of seed 0."""
-    from .._prompts import check_chat_template, check_prompts
-    from ..trainers.engine.checks import check_no_images, check_teacher_prompts
+    from .._prompts import check_chat_template, check_prompts, where_images
+    from ..trainers.engine.checks import check_teacher_prompts
 
     found = []
     for key, problems, n in (
@@ -149,7 +149,8 @@ def _check_problems(setup: Setup, tokenizer: "PreTrainedTokenizerBase", held_out
             if not isinstance(prompt, str):
                 kwargs = setup.config_fields.get("chat_template_kwargs")
                 check_chat_template(tokenizer, prompt, "the dataset", chat_template_kwargs=kwargs)
-            check_no_images(rows, None)
+            if (where := where_images(rows, "the dataset")) is not None:
+                raise ValueError(f"{where} An experiment is on text alone: train with the commands of the methods.")
         found.append(rows)
     train, test = found
     check_teacher_prompts(train, {"test": test}, None)

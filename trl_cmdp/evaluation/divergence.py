@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .._prompts import Prompt
+from .._prompts import TEACHER_PROMPT_IMAGES, Prompt
 from ..core import Comparison
 from ..teachers import (
     AdapterTeacher,
@@ -24,6 +24,7 @@ from ..teachers import (
     misfit,
 )
 from ..teachers.kernels import chunked_scores
+from .images import collate
 from .rollouts import Rollout
 
 
@@ -81,12 +82,14 @@ def score_rollouts(
         costs: list[torch.Tensor] = []
         for start in range(0, len(rollouts), batch_size):
             batch = rollouts[start : start + batch_size]
-            student_inputs = _collate(batch, student.device)
-            teacher_inputs = _collate(list(map(_as_the_teacher_reads, batch)), student.device)
-            if (problem := misfit(models[1], *teacher_inputs[:2])) is not None:
+            student_inputs = teacher_inputs = _collate(batch, student.device)
+            if any(rollout.teacher_prompt_ids is not None for rollout in batch):
+                teacher_inputs = _collate(list(map(_as_the_teacher_reads, batch)), student.device)
+            problem = misfit(models[1], teacher_inputs["input_ids"], teacher_inputs["attention_mask"])
+            if problem is not None:
                 raise ValueError(problem)
             inputs = (student_inputs, teacher_inputs)
-            hidden = [model.hidden_states(*own) for model, own in zip(models, inputs, strict=True)]
+            hidden = [model.hidden_states(**own) for model, own in zip(models, inputs, strict=True)]
             scores = chunked_scores(hidden[0], student_head, hidden[1], teacher_head, comparison, memory_mb=memory_mb)
             costs.extend(scores.costs.cpu().split([len(rollout.completion_ids) for rollout in batch]))
     finally:
@@ -128,8 +131,10 @@ def with_teacher_prompts(
         `list[Rollout]`: The rollouts, with `teacher_prompt_ids`.
 
     Raises:
-        ValueError: If a prompt is neither text nor messages, or messages cannot be rendered.
+        ValueError: If a prompt is neither text nor messages, messages cannot be rendered, or the rollouts have images.
     """
+    if any("pixel_values" in rollout.images for rollout in rollouts):
+        raise ValueError(TEACHER_PROMPT_IMAGES)
     model = as_teacher(teacher, torch.device("cpu"))
     encoded = encode_teacher_prompts(prompts, model, tokenizer, chat_template, chat_template_kwargs)
     return [replace(rollout, teacher_prompt_ids=ids) for rollout, ids in zip(rollouts, encoded, strict=True)]
@@ -162,11 +167,13 @@ def _readers(
 
 def _as_the_teacher_reads(rollout: Rollout) -> Rollout:
     own = rollout.teacher_prompt_ids
-    return rollout if own is None else replace(rollout, prompt_ids=own)
+    return rollout if own is None else replace(rollout, prompt_ids=own, images={})
 
 
-def _collate(batch: Sequence[Rollout], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Input ids and attention mask (B, P + T), prompts padded on the left and completions on the right; mask (B, T)."""
+def _collate(batch: Sequence[Rollout], device: torch.device) -> dict[str, torch.Tensor]:
+    """
+    Input ids and attention mask (B, P + T), prompts padded on the left and completions on the right; mask (B, T); images.
+    """
     prompt_length = max(len(rollout.prompt_ids) for rollout in batch)
     completion_length = max(len(rollout.completion_ids) for rollout in batch)
     input_ids = torch.zeros(len(batch), prompt_length + completion_length, dtype=torch.long)
@@ -175,5 +182,8 @@ def _collate(batch: Sequence[Rollout], device: torch.device) -> tuple[torch.Tens
         tokens = slice(prompt_length - len(rollout.prompt_ids), prompt_length + len(rollout.completion_ids))
         input_ids[row, tokens] = torch.tensor(rollout.prompt_ids + rollout.completion_ids)
         attention_mask[row, tokens] = 1
-    input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
-    return input_ids, attention_mask, attention_mask[:, prompt_length:].bool()
+    starts = [prompt_length - len(rollout.prompt_ids) for rollout in batch]
+    images = collate([rollout.images for rollout in batch], starts, input_ids.size(1), device)
+    attention_mask = attention_mask.to(device)
+    mask = attention_mask[:, prompt_length:].bool()
+    return {"input_ids": input_ids.to(device), "attention_mask": attention_mask, "mask": mask, **images}

@@ -61,7 +61,7 @@ def choose_problems(
             before = sizes.get(record.problem) or (
                 0,
                 0,
-                len(script_json([record.prompt, record.teacher_prompt, record.answer])),
+                len(script_json([record.prompt, record.teacher_prompt, record.answer, record.images])),
             )
             sizes[record.problem] = _sum([before, _size(record)])
     problems = sorted(sizes)
@@ -131,6 +131,7 @@ def browser_data(names: Sequence[str], evaluations: Sequence[Evaluation], proble
                 "excerpt": excerpts[problem],
                 "answer": record.answer,
                 "difficulty": record.difficulty,
+                "images": record.images or [],
             }
             for problem, record in sorted(shown.items())
         },

@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from .._files import DATA_FORMATS, is_data_file
-from .._prompts import Prompt, check_prompts
+from .._prompts import Prompt, check_prompts, check_prompts_of_teacher
 from ._verify import answer_text, final_answer_reward
 
 
@@ -125,7 +125,7 @@ def load_problems(
 
     Returns:
         `datasets.Dataset`: Dataset with the columns `prompt`, `answer` and, if asked for, `difficulty`, the last two
-        as strings; and `teacher_prompt` where the dataset has it.
+        as strings; and `teacher_prompt`, `images` or `image`, where the dataset has them.
 
     Raises:
         ValueError: If there is no such split or column, `n` is larger than the split, a prompt is neither text nor
@@ -137,7 +137,7 @@ def load_problems(
     messages = conversational or not isinstance(first, str)
     has_own = "teacher_prompt" in rows.column_names
     if has_own:
-        check_prompts(rows, f"the dataset {path!r}", "teacher_prompt", one_kind=False, text_only=True)
+        check_prompts_of_teacher(rows, f"the dataset {path!r}", prompt_column, one_kind=False)
     if system_prompt is not None and not messages:
         raise ValueError("`system_prompt` is a message, but the prompts are text: set `conversational`.")
 
@@ -151,6 +151,8 @@ def load_problems(
                 "of final answers, or leave out the row."
             ) from None
 
+    images = [name for name in ("images", "image") if name in rows.column_names]
+
     def problem(row: dict[str, Any]) -> dict[str, Any]:
         prompt, of_teacher = row[prompt_column], {"teacher_prompt": row["teacher_prompt"]} if has_own else {}
         if messages and isinstance(prompt, str):
@@ -160,7 +162,7 @@ def load_problems(
         texts = {"answer": _final_answer(row[answer_column], feature)}
         if difficulty_column:
             texts["difficulty"] = str(row[difficulty_column])
-        return {"prompt": prompt, **texts, **of_teacher}
+        return {"prompt": prompt, **texts, **of_teacher, **{name: row[name] for name in images}}
 
     return Dataset.from_list([problem(row) for row in draw(rows, n, seed)])
 

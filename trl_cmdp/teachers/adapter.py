@@ -94,10 +94,12 @@ class AdapterTeacher:
         """What the forward runs under."""
         return self._local.autocast()
 
-    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def hidden_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, **images: torch.Tensor
+    ) -> torch.Tensor:
         """Hidden states (N, H), see [`Teacher`]."""
         with self.active():
-            return self._local.hidden_states(input_ids, attention_mask, mask)
+            return self._local.hidden_states(input_ids, attention_mask, mask, **images)
 
     def head(self) -> Head:
         """Head of the base model, or of the teacher's adapter if that has one of its own (`modules_to_save`)."""

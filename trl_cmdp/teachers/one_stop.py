@@ -29,9 +29,11 @@ class OneStopTeacher:
         self.ahead = teacher.ahead
         self._head: Head | None = None
 
-    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def hidden_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, **images: torch.Tensor
+    ) -> torch.Tensor:
         """Hidden states (N, H), see [`Teacher`]. The teacher reads the student's tokens as they are."""
-        return self._teacher.hidden_states(input_ids, attention_mask, mask)
+        return self._teacher.hidden_states(input_ids, attention_mask, mask, **images)
 
     def ask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> ServerAnswer:
         """As [`ServerTeacher.ask`]."""

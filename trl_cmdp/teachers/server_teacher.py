@@ -13,6 +13,13 @@ from ._server import EXACT_SERVER_COMMAND, TeacherServerError, awaited
 from .remote import RemoteTeacher
 
 
+SERVERS_READ_TEXT = (
+    "A teacher server reads text alone: it is sent token ids, and no images. Take the teacher into this process "
+    "(`teacher_model` without `teacher_model_server_url`, quantised if memory is short), or remove the images from the "
+    "data (`dataset.remove_columns`, or the image parts of the messages)."
+)
+
+
 class ServerTeacher:
     """
     A [`RemoteTeacher`] as a [`Teacher`]. Each process asks the server for its own rollouts.
@@ -54,8 +61,12 @@ class ServerTeacher:
         seconds, self._seconds_waited = self._seconds_waited, 0.0
         return seconds
 
-    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def hidden_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, **images: torch.Tensor
+    ) -> torch.Tensor:
         """Hidden states (N, H), see [`Teacher`]."""
+        if images:
+            raise ValueError(SERVERS_READ_TEXT)
         return self.ask(input_ids, attention_mask, mask).result()
 
     def ask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> "ServerAnswer":

@@ -25,7 +25,9 @@ class Teacher(Protocol):
     max_length: int | None
     ahead: int
 
-    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def hidden_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, **images: torch.Tensor
+    ) -> torch.Tensor:
         """
         Hidden states that predict the completion tokens of a mask.
 
@@ -36,6 +38,8 @@ class Teacher(Protocol):
                 Mask of shape `(B, P + T)`.
             mask (`torch.Tensor`):
                 Booleans of shape `(B, T)`, the N completion tokens asked for.
+            images (`torch.Tensor`):
+                What else the model reads where there are images, by the names of its inputs: `pixel_values` and others.
 
         Returns:
             `torch.Tensor`: Hidden states of shape `(N, H_t)`, in row-major order and the teacher's dtype.

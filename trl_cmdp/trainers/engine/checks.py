@@ -4,7 +4,6 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from trl import GRPOConfig
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
 
-from ..._prompts import check_chat_template, check_column, check_prompts
-from ...teachers import AdapterTeacher, RemoteTeacher
+from ..._prompts import check_chat_template, check_column, check_prompts, check_prompts_of_teacher, where_images
+from ...teachers import SERVERS_READ_TEXT, AdapterTeacher, RemoteTeacher
 from .config import DistillConfig
 
 
@@ -27,15 +26,6 @@ _FOUND_OTHERWISE = {"azure_ml", "flyte"}
 _REWARD_ARGUMENTS = {
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"
 }  # fmt: skip
-IMAGES_REFUSED = (
-    "With a teacher only text is supported: the cost of a token is computed from the text alone. Vision-language models "
-    "can be student and teacher on text prompts. Remove the images (`dataset.remove_columns`, or the image parts of the "
-    "messages), or train without a teacher."
-)
-TEACHER_PROMPT_IMAGES = (
-    "The column 'teacher_prompt' cannot be used together with images: the teacher's own prompts are text alone. Remove the "
-    "column, or the images (`dataset.remove_columns`)."
-)
 
 _logger = logging.getLogger(__name__)
 
@@ -210,20 +200,22 @@ def check_violation_penalty(rewards: torch.Tensor, penalty: float, step: int) ->
         )
 
 
-def check_no_images(train_dataset: Any, eval_dataset: Any) -> None:
-    """Refuse datasets with images, by their first rows."""
-    for name, dataset in named_datasets(train_dataset, eval_dataset).items():
-        if dataset is None:
-            continue
-        for row in islice(dataset, 1):
-            columns = sorted({"image", "images"} & row.keys())
-            if columns:
-                raise ValueError(f"The {name} dataset has the column {columns[0]!r}. {IMAGES_REFUSED}")
-            prompt = row.get("prompt")
-            messages = [message for message in prompt if isinstance(message, dict)] if isinstance(prompt, list) else []
-            contents = [content for message in messages if isinstance(content := message.get("content"), list)]
-            if any(isinstance(part, dict) and part.get("type") == "image" for content in contents for part in content):
-                raise ValueError(f"A message of the {name} dataset has an image. {IMAGES_REFUSED}")
+def check_images_can_be_read(train_dataset: Any, eval_dataset: Any, teacher_model: Any, args: DistillConfig) -> None:
+    """Refuse datasets with images, by their first rows, where a teacher is a server."""
+    given = teacher_model.values() if isinstance(teacher_model, dict) else [teacher_model]
+    if args.teacher_model_server_url is None and not any(isinstance(one, RemoteTeacher) for one in given):
+        return
+    if (where := find_images(train_dataset, eval_dataset)) is not None:
+        raise ValueError(f"{where} {SERVERS_READ_TEXT}")
+
+
+def find_images(train_dataset: Any, eval_dataset: Any) -> str | None:
+    """Where the datasets of a trainer have images by their first rows, in words; `None` if they have none there."""
+    found = (
+        where_images(dataset, f"the {name} dataset")
+        for name, dataset in named_datasets(train_dataset, eval_dataset).items()
+    )
+    return next((where for where in found if where is not None), None)
 
 
 def check_teacher_column(teachers: Sequence[str], train_dataset: Any, eval_dataset: Any) -> None:
@@ -264,10 +256,8 @@ def check_teacher_prompts(train_dataset: Any, eval_dataset: Any, environment_fac
             "adds to the prompt would be missing from the teacher's. Remove the column, or use `tools` or a `rollout_func`."
         )
     for name, dataset in named:
-        if {"image", "images"} & rows.get(name, {}).keys():
-            raise ValueError(TEACHER_PROMPT_IMAGES)
         if name in rows:
-            check_prompts(dataset, f"the {name} dataset", "teacher_prompt", text_only=True)
+            check_prompts_of_teacher(dataset, f"the {name} dataset")
 
 
 def checked_rollout_func(rollout_func: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:

@@ -23,16 +23,16 @@ from ..telemetry.selection import asks_for_feasible_reward
 from ..telemetry.shading import ShadedCompletions
 from ..telemetry.symptoms import Symptoms
 from .checks import (
-    IMAGES_REFUSED,
     check_arguments,
     check_data,
-    check_no_images,
+    check_images_can_be_read,
     check_reward_columns,
     check_reward_templates,
     check_rewards_finite,
     check_teacher_prompts,
     check_trackers,
     checked_rollout_func,
+    find_images,
     has_teacher,
     no_reward,
 )
@@ -99,8 +99,8 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         check_arguments(self._config_class, args, with_teacher, has_reward, self._imitates)
         check_trackers(args.report_to)
         if with_teacher:
-            check_no_images(train_dataset, eval_dataset)
             check_teacher_prompts(train_dataset, eval_dataset, environment_factory)
+            check_images_can_be_read(train_dataset, eval_dataset, teacher_model, args)
             if not has_reward:
                 reward_funcs = no_reward
             if rollout_func is not None:
@@ -138,6 +138,8 @@ class DistillTrainer(OffPolicyGRPOTrainer):
             return
         self._offload = offloaded(self.teachers.values() if args.teacher_offload else ())
         self._teacher_prompts = TeacherPrompts(self)
+        if find_images(train_dataset, eval_dataset) is not None:
+            self._check_images()
         if self._samples_from_teacher:
             self._sampling_teacher()  # refuse before training what cannot sample
         prepare_student(self)
@@ -199,8 +201,8 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         if not self.teachers:
             return output
-        if on_any_process(self.accelerator, "pixel_values" in output):  # in a later row, or returned by a tool
-            raise ValueError(IMAGES_REFUSED)
+        if on_any_process(self.accelerator, "pixel_values" in output):
+            self._check_images()
         if self._used_in_one_step:
             # vLLM's correction leaves them there. They equal the loss's own, but for rounding.
             output.pop("old_per_token_logps", None)

@@ -14,11 +14,23 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from ... import core
 from ...core import Head, chunked_log_probs, default_memory_mb
-from ...teachers import LeftAligned, ServerAnswer, backbone, predicting, read_head, swapped
+from ...teachers import (
+    OF_IMAGES,
+    OF_TOKENS,
+    LeftAligned,
+    ServerAnswer,
+    backbone,
+    predicting,
+    read_head,
+    swapped,
+    without_no_images,
+)
 from ...teachers.kernels import chunked_divergence, chunked_policy_divergence, chunked_scores
 from .config import DistillConfig
 
 
+# What a teacher that completions are sampled from reads of the student's inputs.
+_READ_BY_TEACHER = ("input_ids", "attention_mask", "position_ids", *OF_IMAGES, *OF_TOKENS)
 _logger = logging.getLogger(__name__)
 
 
@@ -147,7 +159,7 @@ class StudentForward:
 
     def _last_hidden_state(self, **model_inputs: Any) -> torch.Tensor:
         # Not by the head's input, as a teacher's: FSDP2 shards again what a backward does not reach by its output.
-        rows = LeftAligned(model_inputs)
+        rows = LeftAligned(without_no_images(model_inputs))
         return rows.restore(backbone(self._student)(**rows.inputs, use_cache=False).last_hidden_state)
 
     def _differentiate_fused(
@@ -312,7 +324,7 @@ class _TeacherMixture:
 
     def __call__(self, logits: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Logits (B, 1, V) that, divided by the temperature, are the mixture's log-probabilities."""
-        inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in kwargs}
+        inputs = {name: kwargs[name] for name in _READ_BY_TEACHER if kwargs.get(name) is not None}
         if self._prompts is not None:
             inputs = self._behind_own_prompts(**inputs)
         teacher_logits = self._teacher(**inputs, past_key_values=self._cache, use_cache=True).logits

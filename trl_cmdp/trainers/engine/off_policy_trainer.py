@@ -5,16 +5,16 @@ from typing import Any
 
 import torch
 
-from ...teachers import LocalTeacher, Offload
-from .checks import TEACHER_PROMPT_IMAGES
+from ..._prompts import TEACHER_PROMPT_IMAGES, with_images
+from ...teachers import LocalTeacher, Offload, check_images
 from .forward import StudentForward
 from .processes import on_any_process
-from .resumable_trainer import ResumableGRPOTrainer
 from .teacher_prompts import TeacherPrompts
 from .teachers import Teacher
+from .vision_trainer import VisionGRPOTrainer
 
 
-class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
+class OffPolicyGRPOTrainer(VisionGRPOTrainer):
     """
     [`~trl.GRPOTrainer`] that with a teacher can also train on completions of the dataset, of the teacher, or of a
     mixture of student and teacher. The only change is where training completions come from.
@@ -31,6 +31,8 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
     _rows: list[dict[str, Any]]  # of the dataset, that are being generated for
     _teacher_prompts: TeacherPrompts
     _teacher_prompt_ids: list[list[int]] | None = None  # of these rows, where the teacher has prompts of its own
+    _multimodal_fields: dict[str, Any]  # what their images are to a model
+    _images_are_checked = False
 
     @property
     def teacher_model(self) -> torch.nn.Module | None:
@@ -45,6 +47,15 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
     def latest_teacher_prompts(self) -> list[str]:
         """What the teachers read before this process's latest rollouts, where they have prompts of their own."""
         return [self._tokenizer.decode(ids) for ids in self._teacher_prompt_ids or []]
+
+    def _check_images(self) -> None:
+        """Once: before training or, where only a later row has an image or a tool returns one, with the first of them."""
+        if self._images_are_checked:
+            return
+        with self._offload.unloaded_afterwards():
+            for teacher in self.teachers.values():
+                check_images(teacher, self.processing_class, self.accelerator.device)
+        self._images_are_checked = True
 
     def _off_policy_completions(self, prompt_ids: list[list[int]]) -> list[list[int]] | None:
         """Token ids of the training completions that are not sampled from the student, `None` if all are."""
@@ -63,6 +74,7 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
         training = bool(self.teachers) and self._mode == "train"
+        self._multimodal_fields = multimodal_fields
         completions = self._off_policy_completions(prompt_ids) if training else None
         if completions is not None:
             return completions, None
@@ -90,7 +102,9 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
 
     def _teacher_completions(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """Completions sampled from the teacher: TRL's own generation, with the teacher in the student's place."""
-        prompt_ids = prompt_ids if self._teacher_prompt_ids is None else self._teacher_prompt_ids
+        multimodal_fields = self._multimodal_fields
+        if self._teacher_prompt_ids is not None:  # which are text alone
+            prompt_ids, multimodal_fields = self._teacher_prompt_ids, {}
         student, stops = self.model_wrapped, self.eos_token_ids
         backends = self.use_vllm, self.use_transformers_continuous_batching
         self.model_wrapped = self._sampling_teacher()
@@ -100,7 +114,9 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
         try:
             with self._offload.unloaded_afterwards():
                 self._offload.load(self.model_wrapped)
-                completions, _ = super()._generate_single_turn(prompt_ids, None, {}, self.num_generations)
+                completions, _ = super()._generate_single_turn(
+                    prompt_ids, None, multimodal_fields, self.num_generations
+                )
         finally:
             self.model_wrapped = student
             self.use_vllm, self.use_transformers_continuous_batching = backends
@@ -131,13 +147,14 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
                         "tokens are not the student's to learn. Give each assistant turn a row of its own, with what "
                         "came before in its `prompt`."
                     )
-                whole = tokenizer.apply_chat_template(
-                    [*row["prompt"], *completion],
+                messages = with_images(row, *completion) if self._is_vlm else [*row["prompt"], *completion]
+                whole = self.processing_class.apply_chat_template(
+                    [messages],
                     chat_template=self.chat_template,
                     tokenize=True,
                     return_dict=True,
                     **self.chat_template_kwargs,
-                )["input_ids"]
+                )["input_ids"][0]
                 if whole[: len(ids)] != ids:
                     raise ValueError(
                         "The chat template does not continue its own prompt when the completion is added, so the "

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from ...core import top_k_divergence_lower_bound
-from ...teachers import OneStopTeacher, ServerAnswer, ServerTeacher, Teacher, misfit
+from ...teachers import OneStopTeacher, ServerAnswer, ServerTeacher, Teacher, misfit, model_inputs, take_rows
 from .config import DistillConfig
 from .forward import DivergenceRequest, StudentForward, TeacherStates
 from .processes import on_any_process
@@ -56,14 +56,14 @@ class RolloutScorer:
         teacher_is_finite = True
 
         def ask(rows: slice) -> list[TeacherStates] | list[ServerAnswer]:
-            teacher_inputs = _teacher_inputs(inputs, rows)
+            batch = take_rows(inputs, range(len(mask))[rows])
             if exact:
-                return self._states(teacher_inputs, mask[rows], inputs["teacher_index"][rows])
-            return self._ask_log_probs(teachers[0], teacher_inputs, mask[rows])
+                return self._states(batch, mask[rows], inputs["teacher_index"][rows])
+            return self._ask_log_probs(teachers[0], _teacher_inputs(batch), mask[rows])
 
         with closing(self._asked_ahead(ask, len(mask), batch_size)) as batches:
             for rows, asked in batches:
-                row_inputs, row_mask = _model_inputs(inputs, rows), mask[rows]
+                row_inputs, row_mask = model_inputs(take_rows(inputs, range(len(mask))[rows])), mask[rows]
                 token_ids = inputs["completion_ids"][rows]
                 if exact:
                     request = DivergenceRequest(
@@ -163,7 +163,7 @@ class RolloutScorer:
     def weighted_states(self, inputs: dict[str, Any], mask: torch.Tensor) -> list[TeacherStates]:
         """Teachers' hidden states at the tokens (b, T) that the loss weights: those kept, or computed once more."""
         if "teacher_hidden" not in inputs:
-            return self._states(_teacher_inputs(inputs), mask, inputs["teacher_index"])
+            return self._states(inputs, mask, inputs["teacher_index"])
         states = []
         for index, teacher in enumerate(self._teachers.values()):
             # Also a teacher that no rollout here has: gathering a sharded head takes all processes.
@@ -177,9 +177,7 @@ class RolloutScorer:
             states.append(TeacherStates(mask & own.unsqueeze(1), hidden, head))
         return states
 
-    def _states(
-        self, model_inputs: dict[str, torch.Tensor], mask: torch.Tensor, teacher_index: torch.Tensor
-    ) -> list[TeacherStates]:
+    def _states(self, batch: dict[str, Any], mask: torch.Tensor, teacher_index: torch.Tensor) -> list[TeacherStates]:
         states = []
         for index, teacher in enumerate(self._teachers.values()):
             own = teacher_index == index  # (b,)
@@ -189,7 +187,7 @@ class RolloutScorer:
             # A sharded teacher runs on all processes or on none: where it has no rollout, it reads one for nothing.
             selected = own if own.any() else torch.arange(len(own), device=own.device) == 0
             own_mask = mask & own.unsqueeze(1)
-            own_inputs = {name: values[selected] for name, values in model_inputs.items()}
+            own_inputs = _teacher_inputs(take_rows(batch, selected.nonzero().flatten().tolist()))
             ask = teacher.ask if teacher.ahead else teacher.hidden_states
             states.append(TeacherStates(own_mask, ask(**own_inputs, mask=own_mask[selected]), teacher.head()))
         return states
@@ -206,8 +204,9 @@ class RolloutScorer:
 
     def _check_fit(self, inputs: dict[str, Any], step: int) -> None:
         teachers = list(self._teachers.values())
-        model_inputs = _teacher_inputs(inputs)
-        problem = next(filter(None, (misfit(teacher, **model_inputs) for teacher in teachers)), None)
+        read = _teacher_inputs(inputs)
+        problems = (misfit(teacher, read["input_ids"], read["attention_mask"]) for teacher in teachers)
+        problem = next(filter(None, problems), None)
         if on_any_process(self._accelerator, problem is not None):
             raise ValueError(
                 f"At step {step}: {problem or 'a rollout of another process does not fit, see its error.'}"
@@ -230,15 +229,8 @@ class RolloutScorer:
         )
 
 
-def _model_inputs(
-    inputs: dict[str, Any], rows: slice = slice(None), prompt: str = "prompt"
-) -> dict[str, torch.Tensor]:
-    return {
-        "input_ids": torch.cat([inputs[f"{prompt}_ids"][rows], inputs["completion_ids"][rows]], dim=1),
-        "attention_mask": torch.cat([inputs[f"{prompt}_mask"][rows], inputs["completion_mask"][rows]], dim=1),
-    }
-
-
-def _teacher_inputs(inputs: dict[str, Any], rows: slice = slice(None)) -> dict[str, torch.Tensor]:
-    """The same completions, behind the teacher's own prompts where the dataset has them."""
-    return _model_inputs(inputs, rows, "teacher_prompt" if "teacher_prompt_ids" in inputs else "prompt")
+def _teacher_inputs(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What teachers read of a batch: as the student, but behind their own prompts where the dataset has them."""
+    if "teacher_prompt_ids" in batch:
+        batch = {**batch, "prompt_ids": batch["teacher_prompt_ids"], "prompt_mask": batch["teacher_prompt_mask"]}
+    return model_inputs(batch)

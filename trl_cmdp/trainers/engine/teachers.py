@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig, ProcessorMixin
 from trl import GRPOTrainer
 from trl.models.utils import prepare_deepspeed
 
@@ -111,7 +111,8 @@ def _local_teacher(trainer: GRPOTrainer, model: str | torch.nn.Module) -> LocalT
             "another instance, or the teacher's path. For a student that trains an adapter, "
             "`teacher_adapter_name='base'` takes its base model as the teacher."
         )
-    model = load_teacher(model, args.teacher_model_revision, args.teacher_model_init_kwargs)
+    with_images = isinstance(trainer.processing_class, ProcessorMixin)
+    model = load_teacher(model, args.teacher_model_revision, args.teacher_model_init_kwargs, with_images)
     _check_agreement(trainer, model.config, model.generation_config)
     if trainer.is_deepspeed_enabled:
         return LocalTeacher(prepare_deepspeed(model, accelerator), accelerator)

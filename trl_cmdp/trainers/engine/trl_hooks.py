@@ -25,10 +25,13 @@ METHODS = {
     "_calculate_rewards": "(self, inputs, prompts, completions, completion_ids_list)",
     "_compute_loss": "(self, model, inputs)",
     "_generate_and_score_completions": "(self, inputs)",
+    "_generate": "(self, prompts)",
     "_generate_single_turn": "(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False)",
     "_get_grad_norm": "(self, model, grad_norm=None)",
     "_get_output_dir": "(self, trial)",
     "_get_train_sampler": "(self, dataset=None)",
+    "_load_best_model": "(self)",
+    "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
     "_load_optimizer_and_scheduler": "(self, checkpoint)",
     "_push_from_checkpoint": "(self, checkpoint_folder)",
     "_save_checkpoint": "(self, model, trial)",
@@ -46,6 +49,8 @@ FUNCTIONS = {
     (model_utils, "prepare_deepspeed"): "(model, accelerator)",
     (trainer_utils, "get_config_model_id"): "(config)",
     (trainer_utils, "maybe_gather_lm_head_ctx"): "(*params)",
+    (trainer_utils, "split_pixel_values_by_grid"): "(batch)",
+    (trainer_utils, "unsplit_pixel_values_by_grid"): "(batch)",
 }
 # What teachers/kernels.py calls where the device's kernels are TRL's. Without Triton they cannot be imported in TRL 1.15.
 KERNELS = {
@@ -65,12 +70,14 @@ ATTRIBUTES = {
     "_logs": dict,
     "_step": int,
     "_buffered_inputs": (list, type(None)),
+    "_is_vlm": bool,
     "_last_world_entropy": float,
     "_tokenizer": object,
     "_tag_names": list,
     "_name": str,
     "_paper": dict,
-    "_run_epoch": MethodType,  # all that it is given is handed on
+    "_get_per_token_logps_and_entropies": MethodType,  # all that it is given is handed on, and so to the next
+    "_run_epoch": MethodType,
     "chat_template": (str, type(None)),
     "chat_template_kwargs": dict,
     "entropy_coef": float,
