@@ -21,6 +21,7 @@ from helpers import (
     save_model,
 )
 from peft import get_peft_model
+from tiny_vision import make_image_dataset, make_processor, make_seeing_teacher, make_vlm
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -140,6 +141,32 @@ def test_training_is_the_same(tmp_path, monkeypatch, trainer_class, teacher, set
         assert not all(waiting["generating"])  # the teacher takes part
     else:
         assert all(waiting["generating"])
+
+
+def test_prompts_with_images(tmp_path):
+    """The teacher is tried with two images before training, and waits again afterwards."""
+
+    def settings():
+        return {
+            "model": make_vlm("idefics"),
+            "tokenizer": make_processor("idefics"),
+            "train_dataset": make_image_dataset((2, 0, 2, 0), copies=1),
+            "reward_funcs": lambda completion_ids, **_: [float(sum(ids) % 5) for ids in completion_ids],
+            "num_generations": 2,
+            "cost_limit": 1e-3,
+            "max_steps": 2,
+        }
+
+    plain = run(tmp_path, teacher_model=make_seeing_teacher("idefics"), **settings())
+    teacher = make_seeing_teacher("idefics")
+    trainer = make_trainer(tmp_path, teacher_model=teacher, teacher_offload=True, **settings())
+    watched = Watched(teacher)
+    assert not watched.left_behind
+    trainer.train()
+    assert watched.forwards
+    assert not watched.on_device
+    assert same_weights(trainer, plain)
+    assert history(trainer, "constraint/cost") == history(plain, "constraint/cost")
 
 
 def test_beside_the_students_own_base(tmp_path):

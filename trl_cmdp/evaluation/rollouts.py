@@ -121,7 +121,7 @@ def sample_rollouts(
             for prompt, prompt_ids, own_images, ids in zip(batch, batch_ids, batch_images, completions, strict=True):
                 end = next((i + 1 for i, token in enumerate(ids) if token in end_ids), len(ids))
                 text = str(tokenizer.decode(ids[:end], skip_special_tokens=True))
-                rollouts.append(Rollout(prompt, text, prompt_ids, ids[:end], own_images))
+                rollouts.append(Rollout(prompt, text, prompt_ids, ids[:end], images=own_images))
             if progress is not None:
                 progress(len(rollouts), len(prompts))
     model.train(training)

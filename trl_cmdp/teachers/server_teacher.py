@@ -10,6 +10,7 @@ import torch
 
 from ..core import Head
 from ._server import EXACT_SERVER_COMMAND, TeacherServerError, awaited
+from .images import OF_IMAGES
 from .remote import RemoteTeacher
 
 
@@ -65,7 +66,7 @@ class ServerTeacher:
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, **images: torch.Tensor
     ) -> torch.Tensor:
         """Hidden states (N, H), see [`Teacher`]."""
-        if images:
+        if images.keys() & OF_IMAGES:
             raise ValueError(SERVERS_READ_TEXT)
         return self.ask(input_ids, attention_mask, mask).result()
 
