@@ -106,14 +106,12 @@ def check_prompts(
     return first
 
 
-def check_prompts_of_teacher(
-    dataset: Dataset | IterableDataset, name: str, prompt_column: str = "prompt", *, one_kind: bool = True
-) -> None:
+def check_prompts_of_teacher(dataset: Dataset | IterableDataset, name: str) -> None:
     """Check the column `teacher_prompt` as [`check_prompts`] does. Images there or in the prompts are a `ValueError`."""
-    prompts = _read(dataset, name, prompt_column)
+    prompts = _read(dataset, name, "prompt")
     if where_images(dataset, name) is not None or any(images_of({"prompt": prompt}) for prompt in prompts):
         raise ValueError(TEACHER_PROMPT_IMAGES)
-    check_prompts(dataset, name, "teacher_prompt", one_kind=one_kind, text_only=True)
+    check_prompts(dataset, name, "teacher_prompt", text_only=True)
 
 
 def prompt_fault(prompt: Any) -> str | None:

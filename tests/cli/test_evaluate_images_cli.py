@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from datasets import Dataset
 from helpers import error_line, flags, make_lora, make_model, make_tokenizer, save_model
 from peft import get_peft_model
 from tiny_vision import make_image_dataset, make_processor, make_seeing_teacher, make_vlm
@@ -77,3 +78,13 @@ def test_calibrate_after_imitation(folder, tmp_path):
 def test_a_student_of_text(folder, tmp_path, capsys):
     assert evaluate(folder, tmp_path, "text")[0] == 2
     assert "has no processor beside its tokenizer" in error_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "calibrate"])
+def test_prompts_of_the_teachers_own(folder, tmp_path, capsys, command):
+    """Refused before a model is loaded."""
+    problems = Dataset.from_parquet(str(folder / "problems.parquet"))
+    problems.add_column("teacher_prompt", ["1+2="] * len(problems)).to_parquet(tmp_path / "both.parquet")
+    given = {"student": folder / "student", "teacher": folder / "teacher", "dataset": tmp_path / "both.parquet"}
+    assert main([command, *flags({**given, "split": "train", "output_dir": tmp_path / "out"})]) == 2
+    assert "'teacher_prompt' cannot be used together with images" in error_line(capsys)

@@ -11,8 +11,15 @@ from helpers import make_settings, make_teacher
 from PIL import Image
 from tiny_vision import FAMILIES, dense_logits, make_image_dataset, make_processor, make_seeing_teacher, make_vlm
 
+from trl_cmdp._prompts import with_images
 from trl_cmdp.core import token_divergence
-from trl_cmdp.evaluation import RolloutRecord, evaluate, read_rollout_records
+from trl_cmdp.evaluation import (
+    RolloutRecord,
+    evaluate,
+    read_rollout_records,
+    sample_rollouts,
+    with_teacher_prompts,
+)
 
 
 SETTINGS = make_settings(num_problems=3, num_samples=1, seed=3, batch_size=3, max_new_tokens=6)
@@ -89,6 +96,20 @@ class TestRefused:
     def test_prompts_of_text(self):
         problems = PROBLEMS.remove_columns("prompt").add_column("prompt", ["1+2="] * 3)
         self.refused("make messages of them", problems=problems)
+
+    def test_prompts_of_the_teachers_own(self):
+        """Which play no part without a teacher."""
+        problems = PROBLEMS.add_column("teacher_prompt", ["1+2="] * 3)
+        message = "'teacher_prompt' cannot be used together with images"
+        self.refused(message, problems=problems)
+        student, processor = make_vlm("qwen"), make_processor("qwen")
+        settings = replace(SETTINGS, teacher=None, greedy=False)
+        records = evaluate(student, processor, problems, reward, settings=settings)
+        assert [len(record.images or []) for record in records] == [2, 0, 1]
+        assert {record.teacher_prompt for record in records} == {None}
+        rollouts = sample_rollouts(student, processor, [with_images(problems[0])], max_new_tokens=2)
+        with pytest.raises(ValueError, match=message):
+            with_teacher_prompts(rollouts, ["1+2="], make_seeing_teacher("qwen"), processor.tokenizer)
 
     def test_vllm(self):
         self.refused("backend 'transformers' alone", backend="vllm", engine=object())

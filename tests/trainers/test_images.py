@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from helpers import (
     FIRST,
     VOCAB,
@@ -343,12 +343,38 @@ class TestWhatCannotBeRead:
 
     def test_by_a_server_that_is_asked_all_the_same(self):
         """As with images that a tool returns, where the data say nothing."""
-        teacher = ServerTeacher(SimpleNamespace(exact=True, vocab_size=20, head=None), torch.device("cpu"))
+        teacher = ServerTeacher(
+            SimpleNamespace(exact=True, vocab_size=20, head=None, concurrency=1), torch.device("cpu")
+        )
         with pytest.raises(ValueError, match="A teacher server reads text alone"):
             check_images(teacher, make_processor("idefics"), torch.device("cpu"))
         ids = torch.ones(1, 3, dtype=torch.long)
         with pytest.raises(ValueError, match="A teacher server reads text alone"):
             teacher.hidden_states(ids, ids, ids[:, 1:].bool(), pixel_values=torch.zeros(1))
+
+    @pytest.mark.parametrize("where", ["column", "first message", "later message"])
+    def test_beside_a_prompt_of_the_teachers_own(self, tmp_path, where):
+        """Before a model is loaded, whatever the teacher is."""
+        dataset = make_image_dataset((1,), copies=1)
+        if where != "column":
+            image = {"type": "image", "text": None}
+            texts = [[{"type": "text", "text": prompt}] for prompt in ("1+2=", "3+4=")]
+            contents = [[image, *texts[0]], texts[1]] if where == "first message" else [texts[0], [image, *texts[1]]]
+            dataset = Dataset.from_dict({"prompt": [[{"role": "user", "content": content}] for content in contents]})
+        dataset = dataset.add_column("teacher_prompt", ["1+2=3"] * len(dataset))
+        message = "'teacher_prompt' cannot be used together with images"
+        nothing = {"model": "./nothing", "teacher_model": "./nothing", "train_dataset": dataset}
+        self.refused(tmp_path, message, **nothing)
+        self.refused(tmp_path, message, **nothing, teacher_model_server_url="http://localhost:9")
+
+    def test_beside_a_prompt_of_the_teachers_own_in_a_later_row_of_a_stream(self, tmp_path):
+        text = [{"type": "text", "text": "1+2="}]
+        contents = [text] * 16 + [[{"type": "image", "image": make_image(0)}, *text]] * 4
+        rows = [{"prompt": [{"role": "user", "content": content}], "teacher_prompt": "3"} for content in contents]
+        stream = IterableDataset.from_generator(lambda: iter(rows))
+        trainer = make_vision_trainer(tmp_path, "idefics", train_dataset=stream, max_steps=5)
+        with pytest.raises(ValueError, match="'teacher_prompt' cannot be used together with images"):
+            trainer.train()
 
     def test_in_a_later_row(self, tmp_path):
         """With the first batch that has an image: a stream is not read before."""

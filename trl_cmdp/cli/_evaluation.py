@@ -241,7 +241,7 @@ def load_student(
 
 def problems_of(task: Any, tokenizer: "PreTrainedTokenizerBase", arguments: argparse.Namespace) -> "Dataset":
     """Problems of the task, as many and of the split that the arguments say, with prompts that the tokenizer takes."""
-    from .._prompts import check_chat_template, where_images
+    from .._prompts import check_chat_template, check_prompts_of_teacher, where_images
 
     conversational = arguments.conversational
     if conversational is None:
@@ -258,6 +258,9 @@ def problems_of(task: Any, tokenizer: "PreTrainedTokenizerBase", arguments: argp
         problems = load_problems_up_to(task, NUM_PROBLEMS, arguments.split, arguments.seed, **options)
     else:
         problems = load_problems(task, arguments.num_problems, arguments.split, arguments.seed, **options)
+    has_teacher = arguments.teacher or arguments.teacher_model_server_url or arguments.teacher_adapter_name
+    if has_teacher and "teacher_prompt" in problems.column_names:
+        check_prompts_of_teacher(problems, "the dataset of problems")
     # With images it is the processor's template that counts, and `evaluate` looks at it.
     if isinstance(prompt := problems[0]["prompt"], list) and where_images(problems, "the problems") is None:
         kwargs = arguments.chat_template_kwargs

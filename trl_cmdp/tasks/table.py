@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from .._files import DATA_FORMATS, is_data_file
-from .._prompts import Prompt, check_prompts, check_prompts_of_teacher
+from .._prompts import Prompt, check_prompts
 from ._verify import answer_text, final_answer_reward
 
 
@@ -137,7 +137,7 @@ def load_problems(
     messages = conversational or not isinstance(first, str)
     has_own = "teacher_prompt" in rows.column_names
     if has_own:
-        check_prompts_of_teacher(rows, f"the dataset {path!r}", prompt_column, one_kind=False)
+        check_prompts(rows, f"the dataset {path!r}", "teacher_prompt", one_kind=False, text_only=True)
     if system_prompt is not None and not messages:
         raise ValueError("`system_prompt` is a message, but the prompts are text: set `conversational`.")
 

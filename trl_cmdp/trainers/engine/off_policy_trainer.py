@@ -67,7 +67,7 @@ class OffPolicyGRPOTrainer(VisionGRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         if self._teacher_prompt_ids is None:
             return output
-        if on_any_process(self.accelerator, "pixel_values" in output):
+        if on_any_process(self.accelerator, "pixel_values" in output):  # returned by a tool
             raise ValueError(TEACHER_PROMPT_IMAGES)
         ids, mask = self._teacher_prompts.padded(self._teacher_prompt_ids)
         return {**output, "teacher_prompt_ids": ids, "teacher_prompt_mask": mask}

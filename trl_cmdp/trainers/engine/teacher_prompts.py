@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOTrainer
 
-from ..._prompts import encode_prompt, prompt_fault
+from ..._prompts import TEACHER_PROMPT_IMAGES, encode_prompt, images_of, prompt_fault
 from ...teachers import check_room, check_teacher_template, max_length, template_tokenizer
 from .checks import named_datasets
 from .teachers import teacher_index
@@ -70,6 +70,8 @@ class TeacherPrompts:
             )
         if not self.used:
             return None
+        if any(map(images_of, rows)):
+            raise ValueError(TEACHER_PROMPT_IMAGES)
         return [self._encode(row, f"The row with the prompt {str(row.get('prompt'))[:60]!r}") for row in rows]
 
     def padded(self, prompt_ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
