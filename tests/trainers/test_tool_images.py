@@ -122,3 +122,11 @@ def test_a_teacher_of_text_is_refused(tmp_path, num_images):
     vocab_size = len(make_processor("qwen", CHARACTERS).tokenizer)
     with pytest.raises(ValueError, match="does not look at images"):
         build(tmp_path, num_images, teacher_model=make_teacher(vocab_size=vocab_size)).train()
+
+
+def test_a_prompt_of_the_teachers_own_is_refused(tmp_path):
+    """With the first image that the tool returns: such a prompt is text alone."""
+    dataset = make_image_dataset((0,), copies=1).remove_columns("images")
+    dataset = dataset.add_column("teacher_prompt", ["1+2="] * len(dataset))
+    with pytest.raises(ValueError, match="'teacher_prompt' cannot be used together with images"):
+        build(tmp_path, 0, train_dataset=dataset).train()
