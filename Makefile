@@ -49,7 +49,7 @@ demo-llm: .venv/.stamp-llm
 	@$(BIN)/python examples/scripts/demo_llm.py --output-dir outputs/demo-llm
 
 test: venv
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: .venv/.stamp-llm .venv/.stamp-browser .venv/.stamp-docs .venv/.stamp-notebooks .venv/.stamp-tracking
 	$(BIN)/python -m pytest -m slow

@@ -10,14 +10,18 @@ import re
 import ssl
 import threading
 import time
+from collections.abc import Coroutine
+from concurrent.futures import Future
 from email.utils import parsedate_to_datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
 
 from ._messages import printable
 
+
+_Result = TypeVar("_Result")
 
 _CONNECT_TIMEOUT = 10.0  # seconds
 _MAX_MESSAGE_BYTES = 2**14  # of an answer with another status than 200; the rest is not read
@@ -66,6 +70,10 @@ class HttpServer:
 
     def _request(self, path: str, payload: bytes | None, max_bytes: int, accept: str = "*/*") -> Answer:
         """Answer to a GET, or to a POST of JSON, of any status but 429 and 5xx. Raises `HttpFailure`."""
+        return submit(self._send(path, payload, max_bytes, accept)).result()
+
+    async def _send(self, path: str, payload: bytes | None, max_bytes: int, accept: str = "*/*") -> Answer:
+        """As `_request`."""
         headers = {"Accept": accept, "Accept-Encoding": "identity", "Connection": "close"}
         if payload is not None:
             headers["Content-Type"] = "application/json"
@@ -74,8 +82,7 @@ class HttpServer:
         timeouts = {"timeout": {"connect": min(_CONNECT_TIMEOUT, self._timeout)}}
         method = "GET" if payload is None else "POST"
         request = httpx2.Request(method, self.url + path, headers=headers, content=payload, extensions=timeouts)
-        exchange = self._exchange(request, max_bytes)
-        answer = asyncio.run_coroutine_threadsafe(exchange, _event_loop(os.getpid())).result()
+        answer = await self._exchange(request, max_bytes)
         if answer.status == 429 or answer.status >= 500:
             kind = "http_429" if answer.status == 429 else "http_5xx"
             raise HttpFailure(kind, self._describe(answer), _retry_after(answer.headers.get("Retry-After")))
@@ -122,6 +129,11 @@ class HttpServer:
     def _hide_key(self, text: str) -> str:
         """What a server says, without the key that it may quote."""
         return text if self._api_key is None else text.replace(self._api_key, "***")
+
+
+def submit(coroutine: Coroutine[Any, Any, _Result]) -> "Future[_Result]":
+    """Run a coroutine among this process's requests. Cancelling the future ends it, and its connections with it."""
+    return asyncio.run_coroutine_threadsafe(coroutine, _event_loop(os.getpid()))
 
 
 @functools.cache

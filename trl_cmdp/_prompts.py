@@ -10,6 +10,11 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 Prompt = str | list[dict[str, Any]]
 
+TEACHER_PROMPT_IMAGES = (
+    "The column 'teacher_prompt' cannot be used together with images: the teacher's own prompts are text alone. Remove the "
+    "column, or the images (`dataset.remove_columns`, or the image parts of the messages)."
+)
+
 _FIRST_ROWS = 16  # of a stream, and of rows that are made or decoded when they are read
 _BATCH_SIZE = 1000
 
@@ -56,7 +61,12 @@ def encode_prompt(
 
 
 def check_prompts(
-    dataset: Dataset | IterableDataset, name: str, column: str = "prompt", *, one_kind: bool = True
+    dataset: Dataset | IterableDataset,
+    name: str,
+    column: str = "prompt",
+    *,
+    one_kind: bool = True,
+    text_only: bool = False,
 ) -> Prompt:
     """
     Check a column of prompts: all rows of a dataset, the first ones of a stream (and of a dataset whose rows are made,
@@ -71,6 +81,8 @@ def check_prompts(
             Column of the prompts.
         one_kind (`bool`, *optional*, defaults to `True`):
             Whether either all are text or all are messages.
+        text_only (`bool`, *optional*, defaults to `False`):
+            Whether messages with content other than text, such as images, are refused.
 
     Returns:
         `str` or `list[dict[str, Any]]`: The first prompt.
@@ -84,12 +96,22 @@ def check_prompts(
         if fault is None and one_kind and first is not None and isinstance(prompt, str) != isinstance(first, str):
             found, expected = ("text", "messages") if isinstance(prompt, str) else ("messages", "text")
             fault = f"is {found}, and that of row 0 is {expected}. Make all of one kind (`dataset.map`)."
+        if fault is None and text_only and not _is_text(prompt):
+            fault = "has content other than text. Leave it out (`dataset.map`)."
         if fault is not None:
             raise ValueError(f"Row {index} of {name}: the prompt (column {column!r}) {fault}")
         first = prompt if first is None else first
     if first is None:
         raise ValueError(f"{name[0].upper()}{name[1:]} has no rows.")
     return first
+
+
+def check_prompts_of_teacher(dataset: Dataset | IterableDataset, name: str) -> None:
+    """Check the column `teacher_prompt` as [`check_prompts`] does. Images there or in the prompts are a `ValueError`."""
+    prompts = _read(dataset, name, "prompt")
+    if where_images(dataset, name) is not None or any(images_of({"prompt": prompt}) for prompt in prompts):
+        raise ValueError(TEACHER_PROMPT_IMAGES)
+    check_prompts(dataset, name, "teacher_prompt", text_only=True)
 
 
 def prompt_fault(prompt: Any) -> str | None:
@@ -104,6 +126,41 @@ def prompt_fault(prompt: Any) -> str | None:
         return "is an empty list. Leave such rows out (`dataset.filter`)."
     faults = (_message_fault(number, message) for number, message in enumerate(prompt))
     return next((fault for fault in faults if fault is not None), None)
+
+
+def images_of(row: Mapping[str, Any]) -> list[Any]:
+    """The images of a row of a dataset, as TRL reads them: of its columns `images` and `image`, or of its messages."""
+    if in_columns := _images_in_columns(row):
+        return in_columns
+    prompt = row.get("prompt")
+    messages = [message for message in prompt if isinstance(message, dict)] if isinstance(prompt, list) else []
+    contents = [content for message in messages if isinstance(content := message.get("content"), list)]
+    parts = [part for content in contents for part in content if isinstance(part, dict)]
+    return [part.get("image") for part in parts if part.get("type") == "image"]
+
+
+def with_images(row: Mapping[str, Any], *more: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages of a row, and more behind them, with its images where a processor looks for them, as TRL puts them."""
+    from trl.data_utils import prepare_multimodal_messages
+
+    return prepare_multimodal_messages([*row["prompt"], *more], _images_in_columns(row))
+
+
+def _images_in_columns(row: Mapping[str, Any]) -> list[Any]:
+    if row.get("images") is not None:
+        return list(row["images"])
+    return [] if row.get("image") is None else [row["image"]]
+
+
+def where_images(dataset: Dataset | IterableDataset | None, name: str) -> str | None:
+    """Where a dataset has images by its first row, in words; `None` if it has none there."""
+    for row in islice(dataset or [], 1):
+        columns = sorted({"image", "images"} & row.keys())
+        if columns:
+            return f"{name[0].upper()}{name[1:]} has the column {columns[0]!r}."
+        if images_of(row):
+            return f"A message of {name} has an image."
+    return None
 
 
 def check_chat_template(
@@ -189,6 +246,11 @@ def _message_fault(number: int, message: Any) -> str | None:
             "such as `{'type': 'text', 'text': ...}`."
         )
     return None
+
+
+def _is_text(prompt: Prompt) -> bool:
+    contents = [] if isinstance(prompt, str) else [message.get("content") for message in prompt]
+    return all(part["type"] == "text" for content in contents if isinstance(content, list) for part in content)
 
 
 def _is_part(part: Any) -> bool:

@@ -234,6 +234,11 @@ def test_a_mistake_is_named_before_the_first_cell(with_odd_rewards, tmp_path, ca
         ([{"prompt": "1+1=", "solution": "2"}], ["`reward_funcs`", "'answer'", "'solution'"]),
         ([{"prompt": "1+1=", "answer": "2"}, {"prompt": "", "answer": "2"}], ["`test_dataset`", "Row 1"]),
         ([{"prompt": [{"role": "user", "content": "1+1="}], "answer": "2"}], ["`test_dataset`", "no chat template"]),
+        ([{"prompt": "1+1=", "answer": "2", "image": "1.png"}], ["`test_dataset`", "on text alone"]),
+        (
+            [{"prompt": "1+1=", "answer": "2", "teacher_prompt": "2", "image": "1.png"}],
+            ["`test_dataset`", "'teacher_prompt' cannot be used together with images"],
+        ),
         ([], ["`test_dataset`", "no rows"]),
     ],
 )

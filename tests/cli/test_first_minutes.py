@@ -92,6 +92,9 @@ MISTAKES = [
     ("demo --output-dir a_file/out", "'a_file/out' cannot be a folder"),
     ("compare nested --metods constrained", "Did you mean --methods?"),
     ("report nowhere", "nowhere does not exist"),
+    ("serve models/techer/", "'models/techer/' is neither a folder nor a Hub id"),
+    ("serve models/teacher --prot 8001", "Did you mean --port?"),
+    ("serve models/teacher --port 80000", "must lie between 1 and 65535"),
     ("init constraint", "Did you mean constrained?"),
 ]  # fmt: skip
 
@@ -225,11 +228,14 @@ def test_init_writes_settings_that_the_command_takes(command, folder, tmp_path, 
     assert "is there already" in error_line(capsys)
 
 
-def test_a_dry_run_says_what_it_found_and_keeps_nothing(folder, monkeypatch, capsys):
+def test_a_dry_run_says_what_it_found_and_keeps_nothing(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     tiny = "--num_generations 4 --per-device-train-batch-size 4 --max_completion_length 6 --max-steps 9"
     there = sorted(path.name for path in folder.rglob("*"))
+    data = make_dataset()  # with prompts of the teacher's own
+    data.add_column("teacher_prompt", ["9+9=18#"] * len(data)).to_json(tmp_path / "data.jsonl")
+    tiny += f" --dataset_name {tmp_path / 'data.jsonl'}"
     assert main(["constrained", "--config", "mine.yaml", *tiny.split(), *ON_A_CPU, "--dry-run"]) == 0
     out = capsys.readouterr().out
     for said in (
@@ -237,6 +243,7 @@ def test_a_dry_run_says_what_it_found_and_keeps_nothing(folder, monkeypatch, cap
         "32 rows",
         "4 (4 of each prompt)",
         "final_answer 1, cost ",
+        "the teacher's:  9+9=18#",
     ):
         assert said in out
     for said in ("limit 0.35", "cut at --max_completion_length", "GiB", "of 9"):

@@ -52,6 +52,15 @@ def test_what_the_run_knew_is_taken_and_said(folder, tmp_path, capsys):
         assert text in line
 
 
+def test_a_teacher_that_read_prompts_of_its_own_is_said(folder, tmp_path, capsys):
+    (tmp_path / RUN_FILE).write_text('{"teacher_prompt": true}')
+    shutil.copytree(folder / "out", tmp_path / "student", ignore=shutil.ignore_patterns(RUN_FILE))
+    shutil.move(tmp_path / RUN_FILE, tmp_path / "student")
+    options = ["--student", str(tmp_path / "student"), "--dataset", str(folder / "rows.jsonl"), "--num_problems", "1"]
+    assert main(["evaluate", *options, "--output_dir", str(tmp_path / "records"), "--max_new_tokens", "2"]) == 0
+    assert "The teacher of its training read prompts of its own" in capsys.readouterr().out
+
+
 def test_the_command_line_wins(folder, tmp_path, capsys):
     """Another scope leaves the limit out too, which was of the first one."""
     given = {"cost_scope": "mean", "temperature": 1.0, "max_new_tokens": 8, "num_problems": 2}

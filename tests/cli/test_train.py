@@ -1,5 +1,6 @@
 """The training commands: files and overrides in, a plain checkpoint out; what is refused; what accelerate is given."""
 
+import contextlib
 import json
 import os
 import pty
@@ -7,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -440,23 +442,25 @@ def test_help_names_every_command(capsys):
         assert re.search(rf"\n    {command}\s", out)
 
 
-def test_bar_on_a_terminal(folder, tmp_path):
+def test_bar_on_a_terminal(folder, tmp_path, monkeypatch):
     """A real terminal shows one bar that is drawn anew, with reward, cost against the limit, and satisfaction."""
-    command = [sys.executable, "-m", "trl_cmdp", "constrained", "--config", str(folder / "config.yaml")]
-    command += ["--output_dir", str(tmp_path), "--cost_limit", "1.7", "--disable_tqdm", "false"]
     controller, terminal = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "140", "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=subprocess.DEVNULL, env=environment) as run:
-        os.close(terminal)
-        shown = bytearray()
-        while True:
-            try:
-                part = os.read(controller, 2**16)
-            except OSError:  # the end of a terminal that nobody holds any more
-                break
-            shown += part
+    shown = bytearray()
+
+    def read():
+        with contextlib.suppress(OSError):  # the end of a terminal that nobody holds any more
+            while part := os.read(controller, 2**16):
+                shown.extend(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "140")
+    with open(terminal, "w") as stdout, contextlib.redirect_stdout(stdout):
+        code = train("constrained", folder / "config.yaml", tmp_path, "--cost_limit", "1.7", "--disable_tqdm", "false")
+    reader.join()
     os.close(controller)
-    assert run.returncode == 0
+    assert code == 0
     text = shown.decode()
     assert "\x1b[" in text  # drawn in place
     assert "3/3" in text

@@ -215,12 +215,12 @@ def test_prompts_that_are_none(run, tmp_path, prompts, message):
     assert not (tmp_path / "records.jsonl").exists()
 
 
-def test_images_are_not_evaluated(models):
+def test_images_need_a_processor(models):
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path("student"))
     tokenizer.chat_template = "1+2="
     problems = in_messages(lambda prompt: [{"type": "image"}, {"type": "text", "text": prompt}])
     settings = replace(SETTINGS, teacher=None)
-    with pytest.raises(ValueError, match="Row 0 of the dataset of problems: only text can be evaluated"):
+    with pytest.raises(ValueError, match=r"Row 0 of the dataset of problems: .*Give the student's processor"):
         evaluate(models[0], tokenizer, problems, final_answer_reward, settings=settings)
 
 

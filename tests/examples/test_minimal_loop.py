@@ -1,7 +1,6 @@
 """The one-file version runs, and its signal is the library's."""
 
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -31,7 +30,7 @@ def test_its_signal_is_the_librarys(unrewarded):
     torch.testing.assert_close(weights, expected)
 
 
-def test_it_runs():
-    result = subprocess.run([sys.executable, str(SCRIPT), "--steps", "2"], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "step   1" in result.stdout
+def test_it_runs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--steps", "2"])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert "step   1" in capsys.readouterr().out

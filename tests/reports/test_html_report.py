@@ -75,6 +75,7 @@ def test_the_policy_allows_its_own_style_and_script_alone(report):
     assert f"style-src 'sha256-{hashes[0]}'" in policy
     assert f"script-src 'sha256-{hashes[1]}'" in policy
     assert "unsafe" not in policy
+    assert re.findall(r"img-src ([^;]*)", policy) == ["data:"]  # those of the prompts, which the page holds itself
     assert json.loads(data)["limit"] == LIMIT
 
 

@@ -11,6 +11,7 @@ from report_runs import LIMIT, rollout, rollouts, settings
 from trl_cmdp.core import rollout_cost
 from trl_cmdp.evaluation.summary import summarize
 from trl_cmdp.reports.rollout_browser import (
+    MAX_CHARACTERS,
     browser_data,
     choose_problems,
     cost_through,
@@ -54,6 +55,13 @@ def test_what_is_within_the_limit_is_what_the_summary_counts():
     assert all(one["first"] is not None for one in data["rollouts"] if not one["within"])
 
 
+def test_the_teachers_own_prompt_is_in_the_page():
+    data = browser_data(["constrained"], [(settings(), [rollout(0, 0, [0.1], teacher_prompt="hint")])], {0})
+    assert data["problems"][0]["teacher_prompt"] == "hint"
+    data = browser_data(["constrained"], [(settings(), rollouts(1))], {0})
+    assert data["problems"][0]["teacher_prompt"] is None
+
+
 def test_problems_are_chosen_at_even_distances_with_all_their_rollouts():
     evaluations = [(settings(name), rollouts(1)) for name in ("a", "b")]
     assert choose_problems(evaluations) == set(range(6))
@@ -80,6 +88,18 @@ def test_a_page_of_long_tokens_stays_small():
     assert 10 < len(shown) < 100
     data = browser_data(["a"], keep_shown(evaluations, shown), shown)
     assert len(script_json(data)) < 4e6
+
+
+def test_images_are_those_of_the_problem_and_count_into_the_pages_size():
+    image = f"data:image/jpeg;base64,{'A' * 30_000}"
+    records = [rollout(problem, sample, [0.1], images=[image, image]) for problem in range(100) for sample in range(2)]
+    evaluations = [(settings(), records)]
+    shown = choose_problems(evaluations)
+    assert 40 < len(shown) < 60
+    data = browser_data(["a"], evaluations, shown)
+    assert all(problem["images"] == [image, image] for problem in data["problems"].values())
+    assert len(script_json(data)) < MAX_CHARACTERS
+    assert browser_data(["a"], [(settings(), [rollout(0, 0, [0.1])])], {0})["problems"][0]["images"] == []
 
 
 def test_choosing_problems_takes_work_in_proportion_to_them():

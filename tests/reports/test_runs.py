@@ -111,6 +111,14 @@ def test_evaluations_that_cannot_stand_in_one_table_are_refused(tmp_path, change
         read_runs([one, other])
 
 
+def test_evaluations_whose_teacher_saw_other_prompts_are_refused(tmp_path):
+    one = write_evaluation(tmp_path / "one", [rollout(0, 0, [0.1], teacher_prompt="hint")])
+    assert len(read_runs([one])) == 1
+    other = write_evaluation(tmp_path / "other", [rollout(0, 0, [0.1])], "grpo")
+    with pytest.raises(ValueError, match="problem 0 has another prompt"):
+        read_runs([one, other])
+
+
 def test_evaluations_on_other_prompts_are_refused(tmp_path):
     one = write_evaluation(tmp_path / "one", rollouts(1))
     other = write_evaluation(tmp_path / "other", [rollout(0, 0, [0.1], prompt="2 + 2 =")], "grpo")

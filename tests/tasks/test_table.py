@@ -36,6 +36,22 @@ def test_seed_and_prefix(path):
     assert list(load_problems(None, "train", 2, path=path, **COLUMNS)["prompt"]) != order
 
 
+def test_prompts_of_the_teachers_own(tmp_path):
+    """They are kept as they are, and become messages where the prompts beside them do."""
+    message = [{"role": "user", "content": "p"}]
+    found = {}
+    for prompt in ("p", message):
+        file = str(tmp_path / "rows.jsonl")
+        Dataset.from_list([{"prompt": prompt, "answer": "3", "teacher_prompt": "hint"}]).to_json(file)
+        for conversational in (False, True):
+            (row,) = load_problems(None, "train", 0, path=file, conversational=conversational)
+            found[isinstance(prompt, str), conversational] = (row["prompt"], row["teacher_prompt"])
+    hint = [{"role": "user", "content": "hint"}]
+    assert found[True, False] == ("p", "hint")
+    assert found[True, True] == (message, hint)
+    assert found[False, False] == found[False, True] == (message, "hint")
+
+
 def test_conversational_and_system_prompt(path):
     problems = load_problems(1, "train", 0, path=path, **COLUMNS, conversational=True, system_prompt="Be brief.")
     (system, user) = problems[0]["prompt"]

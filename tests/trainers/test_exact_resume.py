@@ -2,11 +2,10 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import transformers.trainer
-from helpers import length_reward, make_dataset, make_lora, make_teacher, make_trainer, run_processes, same_weights
+from helpers import length_reward, make_dataset, make_lora, make_teacher, make_trainer, same_weights
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
@@ -136,12 +135,6 @@ COMPLETIONS = make_dataset().add_column("completion", ["3#3", "7", "1+1,11", "5#
 def test_between_generations(tmp_path, stop, settings):
     """The same log, order of the data, limits and draws."""
     check_resume(tmp_path, stop, drop=["loss"] if "logging_steps" in settings else [], **settings)
-
-
-def test_two_processes(tmp_path):
-    run_processes(2, Path(__file__).parent / "scripts" / "resume_two_processes.py", tmp_path)
-    assert (tmp_path / "same_0").exists()
-    assert (tmp_path / "same_1").exists()
 
 
 def test_with_a_completions_table(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from helpers import length_reward, make_teacher, make_trainer, run_python, same_weights, weights
+from helpers import length_reward, make_teacher, make_trainer, same_weights, weights
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -151,24 +151,6 @@ class Send(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step >= 2:
             os.kill(os.getpid(), self.number)
-
-
-TERMINATED = """
-import sys
-from test_faults import Send, build
-
-build(sys.argv[1], callbacks=[Send()], save_steps=100).train()
-print("went on after training")
-"""
-
-
-def test_sigterm(tmp_path, undisturbed):
-    """A checkpoint of the step under way, then the process ends by the signal; resumed, it is as if nothing was."""
-    done = run_python("-c", TERMINATED, tmp_path / "told")
-    assert done.returncode == -signal.SIGTERM, done.stderr
-    assert "went on" not in done.stdout
-    assert get_last_checkpoint(tmp_path / "told").endswith("checkpoint-3")
-    assert same_weights(resume(tmp_path / "told", save_steps=100), undisturbed)
 
 
 @pytest.mark.usefixtures("in_foreground")

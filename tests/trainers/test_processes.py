@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import METRICS, run_processes
+from test_finite_gradients import all_finite, same
+
+from trl_cmdp.trainers.engine.checkpoints import last_whole_checkpoint
 
 
 SCRIPT = Path(__file__).parent / "scripts" / "several_processes.py"
@@ -110,6 +113,7 @@ def test_one_process_had_masked_tokens_only(results):
     ("name", "message"),
     [
         ("poisoned", "The teacher returned NaN or infinite values at step 1"),
+        ("refused", "refused the request: HTTP 400|The teacher server failed another process"),
         (
             "beyond",
             "At step 0: (The student produced a token id beyond the teacher's 16|a rollout of another process does not)",
@@ -120,3 +124,24 @@ def test_error_of_one_process_is_raised_on_every_process(output, name, message):
     path, processes = output
     for rank in range(processes):
         assert re.search(message, (path / f"{name}_{rank}.txt").read_text())
+
+
+def test_a_run_is_resumed_exactly(output):
+    """In the middle of a generation cycle."""
+    path, processes = output
+    assert all((path / "resume" / f"same_{rank}").exists() for rank in range(processes))
+
+
+def test_a_gradient_of_one_process_is_not_finite(output):
+    """All skip the step, and all end with the error: the reduction spreads what is not finite."""
+    path, processes = output[0] / "nonfinite", output[1]
+    states = [torch.load(path / f"one_{rank}.pt") for rank in range(processes)]
+    for first, skipped, third, last in states:
+        assert same(skipped, first)
+        assert not same(third[0], skipped[0])
+        assert same(last[0], states[0][-1][0])
+    assert all_finite(states[0][-1][0])
+    for rank in range(processes):
+        error = (path / f"many_{rank}.txt").read_text()
+        assert "3 optimizer steps in a row, the last of them step 4" in error
+    assert last_whole_checkpoint(path / "many") == str(path / "many" / "checkpoint-3")

@@ -98,35 +98,37 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
     assert same_weights(resumed, whole)
 
 
-TERMINATED = """
-import os, signal, sys
-from test_run_end import At, build
-
-tell = lambda: os.kill(os.getpid(), signal.SIGTERM)
-build(sys.argv[1], callbacks=[At("step_begin", 2, tell)], save_strategy="no").train()
-print("went on after training")
-"""
+# Runs that are told to end in their third step: in one of four, and in the last.
+TOLD = {"third": {"max_steps": 4, "save_steps": 100}, "last": {"save_strategy": "no"}}
 
 
-def test_sigterm_in_the_last_step(tmp_path):
-    done = run_python("-c", TERMINATED, tmp_path / "told")
-    assert (done.returncode, done.stdout.count("went on")) == (-signal.SIGTERM, 0), done.stderr
-    whole = build(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def ended_by_signals(tmp_path_factory):
+    """Folder of the runs that a signal has ended, and what was printed."""
+    path = tmp_path_factory.mktemp("signals")
+    done = run_python(Path(__file__).parent / "scripts" / "ended_by_signals.py", path)
+    assert done.returncode == 0, done.stderr
+    return path, done.stdout
+
+
+@pytest.mark.parametrize("which", TOLD)
+def test_sigterm(ended_by_signals, tmp_path, which):
+    """A checkpoint of the step under way, then the process ends by the signal; resumed, it is as if nothing was."""
+    path, _ = ended_by_signals
+    assert json.loads((path / "codes.json").read_text())[which] == -signal.SIGTERM
+    assert [checkpoint.name for checkpoint in (path / which).glob("checkpoint-*")] == ["checkpoint-3"]
+    whole = build(tmp_path, **TOLD[which])
     whole.train()
-    resumed = build(tmp_path / "told", save_strategy="no")
+    resumed = build(path / which, **TOLD[which])
     resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 3
+    assert resumed.state.global_step == whole.state.max_steps
     assert same_weights(resumed, whole)
 
 
-KILLED = Path(__file__).parents[1] / "slow" / "kill_runs.py"
-
-
-def test_kills_at_the_end(tmp_path):
+def test_kills_at_the_end(ended_by_signals):
     """SIGKILL in the last step, after the last checkpoint, inside the final save: the same model, log and weights."""
-    done = run_python(KILLED, tmp_path, "end")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("kills survived 3 of 3 "), done.stdout
+    _, printed = ended_by_signals
+    assert printed.splitlines()[-1].startswith("kills survived 3 of 3 "), printed
 
 
 def save(folder, seed, **kwargs):

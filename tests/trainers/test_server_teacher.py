@@ -1,7 +1,11 @@
 """Training with the teacher behind a server: the same numbers as with the teacher in this process, or a clear error."""
 
+import os
+import random
 import shutil
+import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from fake_vllm import FakeServer
 from helpers import (
     VOCAB,
     capture_rollouts,
+    history,
     loss_and_gradients,
     make_model,
     make_rows,
@@ -26,7 +31,7 @@ from helpers import (
 from transformers import TrainerCallback
 
 from trl_cmdp import ConstrainedDistillTrainer, GKDDistillTrainer, LagrangianDistillTrainer, MiniLLMDistillTrainer
-from trl_cmdp.teachers import TeacherServerError
+from trl_cmdp.teachers import RemoteTeacher, TeacherServerError
 
 
 ROLLOUTS = random_completions(8)
@@ -127,6 +132,138 @@ def test_lower_bound_is_logged_and_below_the_divergence(tmp_path, completion_ser
     assert 0 < bounds[0] < bounds[1] < bounds[2]
     assert bounds[1] < exact
     assert bounds[2] == pytest.approx(exact, rel=1e-5)
+
+
+class Together:
+    """
+    A student whose forward begins when the requests about four rollouts have reached the server, and, as its fault, a
+    server that answers when that forward has ended.
+    """
+
+    def __init__(self, trainer):
+        self.arrived, self.forwards, self.in_vain = 0, 0, []
+        self.changed = threading.Condition()
+        trainer.model.model.register_forward_pre_hook(lambda *_: self.wait("student", lambda: self.arrived == 4))
+        trainer.model.model.register_forward_hook(lambda *_: self.count_forward())
+
+    def wait(self, who, condition):
+        with self.changed:
+            if not self.changed.wait_for(condition, timeout=3):
+                self.in_vain.append(who)
+
+    def count_forward(self):
+        with self.changed:
+            self.forwards += 1
+            self.arrived = 0
+            self.changed.notify_all()
+
+    def __call__(self, handler, payload):
+        with self.changed:
+            self.arrived += 1
+            earlier = self.forwards
+            self.changed.notify_all()
+        self.wait("server", lambda: self.forwards > earlier)
+        return False
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["hidden states", "log-probabilities"])
+def test_the_server_computes_while_the_student_does(tmp_path, exact_server, completion_server, exact):
+    """When rollouts are scored, and in the loss if their hidden states are asked for once more."""
+    server, settings = (exact_server, {}) if exact else (completion_server, LOG_PROBS_ONLY)
+    settings |= {"completions": random_completions(4), "teacher_hidden_memory_mb": 1e-6, "cost_limit": 1e-3}
+    trainer = build(tmp_path, server, **settings)
+    server.fault = together = Together(trainer)
+    if exact:
+        loss_and_gradients(trainer, micro_batches(trainer, make_rows(4)))
+    else:
+        trainer._generate_and_score_completions(make_rows(4))
+    assert together.forwards == 1 + exact
+    assert not together.in_vain
+
+
+def test_requests_are_bounded_and_out_before_they_are_needed(tmp_path, exact_server, monkeypatch):
+    """As many as the client allows, of more than one batch, and answered in any order: the numbers are the same."""
+
+    def scored(concurrency):
+        teacher = RemoteTeacher(exact_server.url, exact_server.key, concurrency=concurrency)
+        trainer = make_scripted_trainer(tmp_path, teacher_model=teacher, completions=random_completions(16))
+        captured = capture_rollouts(trainer, monkeypatch)
+        return loss_and_gradients(trainer, micro_batches(trainer, make_rows(16))), captured[0].costs
+
+    (loss, gradients), costs = scored(concurrency=1)
+    changed, under_way, most = threading.Condition(), set(), [0]
+
+    def out_of_order(handler, payload):
+        with changed:
+            under_way.add(handler)
+            most[0] = max(most[0], len(under_way))
+            changed.notify_all()
+            changed.wait_for(lambda: most[0] >= 6, timeout=3)
+        time.sleep(0.02 * random.random())
+        with changed:
+            under_way.remove(handler)
+        return False
+
+    exact_server.fault = lambda handler, payload: (
+        out_of_order(handler, payload) if payload and len(payload["input"]) > 3 else False
+    )
+    (other_loss, other_gradients), other_costs = scored(concurrency=6)
+    assert most == [6]  # four rollouts are scored at a time
+    assert torch.equal(other_costs, costs)
+    assert other_loss == loss
+    assert all(torch.equal(other_gradients[name], gradients[name]) for name in gradients)
+
+
+@pytest.mark.parametrize("how", ["the student fails", "interrupt"])
+def test_no_request_outlives_its_step(tmp_path, exact_server, how):
+    """What is under way is given up at once, what is not sent stays unsent, and no thread waits for it."""
+    teacher = RemoteTeacher(exact_server.url, exact_server.key, concurrency=2, max_wait=1)
+    trainer = make_scripted_trainer(tmp_path, teacher_model=teacher)
+    asked, over = threading.Semaphore(0), threading.Event()
+
+    def hang(handler, payload):
+        asked.release()
+        over.wait(5)
+
+    exact_server.fault = hang
+    before = set(threading.enumerate())
+    if how == "interrupt":
+
+        def interrupt():
+            asked.acquire()
+            time.sleep(0.5)  # until it is waited for
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt).start()
+    else:
+
+        def fail(*_):
+            asked.acquire()
+            raise RuntimeError("the student fails")
+
+        trainer.model.model.register_forward_hook(fail)
+    count = len(exact_server.requests)
+    with pytest.raises(RuntimeError if how == "the student fails" else KeyboardInterrupt):
+        trainer._generate_and_score_completions(make_rows(8))
+    over.set()
+    time.sleep(0.3)
+    # Two were under way, and gave way to two more before those were cancelled too.
+    assert len(exact_server.requests) <= count + 4
+    left = {thread for thread in threading.enumerate() if "process_request" not in thread.name} - before
+    assert not {thread for thread in left if thread.is_alive()}
+    exact_server.fault = None
+    assert len(teacher.hidden_states([[2, 3, 4]], [2])[0]) == 2  # it can be asked again
+
+
+def test_the_wait_for_the_server_is_logged(tmp_path, exact_server):
+    """Seconds of each step, and none where the teacher is in this process."""
+    exact_server.fault = lambda handler, payload: time.sleep(0.05) or False
+    trainer = train(tmp_path / "server", exact_server, save_strategy="no", max_steps=2)
+    waits, steps = history(trainer, "teacher/wait_time"), history(trainer, "step_time")
+    assert len(waits) == 2
+    assert all(0 < wait < step for wait, step in zip(waits, steps, strict=True))
+    local = train(tmp_path / "local", None, save_strategy="no", max_steps=1)
+    assert not history(local, "teacher/wait_time")
 
 
 class AtStep(TrainerCallback):

@@ -25,7 +25,7 @@ from helpers import (
 )
 
 from trl_cmdp import ConstrainedDistillTrainer, GKDDistillTrainer
-from trl_cmdp.core import constrained_advantages, rollout_cost, violation_weights
+from trl_cmdp.core import constrained_advantages, rollout_cost, token_divergence, violation_weights
 
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "scripts" / "calculator_tool.py"))
@@ -114,9 +114,8 @@ def build(folder, trainer_class=ConstrainedDistillTrainer, *, by="tools", **kwar
         trainer_class,
         model=model,
         reward_funcs=lambda completions, **_: REWARDS[: len(completions)],
-        train_dataset=SCRIPT["make_dataset"](),
         tokenizer=TOKENIZER,
-        **{**defaults, **kwargs},
+        **{"train_dataset": SCRIPT["make_dataset"](), **defaults, **kwargs},
     )
 
 
@@ -188,6 +187,27 @@ def test_tool_loop(tmp_path, monkeypatch, by, budget, credit_assignment):
     reference = dense_loss(trainer, ordered, mask, weights, advantages)
     assert loss == pytest.approx(reference.item(), rel=1e-4, abs=1e-6)
     assert relative_error(gradients, gradients_of(reference, trainer.model)) < 1e-5
+
+
+def test_a_teacher_with_a_prompt_of_its_own(tmp_path, monkeypatch):
+    """The tool loop's completions, results included, behind what the teacher reads; without tools in either template."""
+    data = SCRIPT["make_dataset"]()
+    hint = [{"role": "user", "content": "7*8=56#1+1"}]
+    trainer = build(tmp_path, train_dataset=data.add_column("teacher_prompt", [hint] * len(data)))
+    captured = capture_rollouts(trainer, monkeypatch)
+    batch = micro_batches(trainer, rows_of(trainer))[0]
+    expected = expected_rollouts(20)
+    mask = mask_of(expected)
+    assert torch.equal(captured[0].mask.long(), mask)
+    of_teacher = ids_of("<user>7*8=56#1+1<assistant>")
+    for row, (completion, _) in enumerate(expected):
+        logits = []
+        for model, prompt in ((trainer.model, batch["prompt_ids"][0].tolist()), (trainer.teacher_model, of_teacher)):
+            whole = model(torch.tensor([[*prompt, *completion]])).logits[0].double()
+            logits.append(whole[len(prompt) - 1 : -1])
+        costs = token_divergence(*logits).detach() * mask[row, : len(completion)]
+        found = captured[0].costs[row, : len(completion)].double()
+        torch.testing.assert_close(found, costs, rtol=1e-4, atol=1e-6)
 
 
 class TestRolloutFunc:

@@ -1,8 +1,8 @@
-"""Vision-language models are student and teacher on text; images are refused before training."""
+"""Vision-language models are student and teacher on text."""
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from helpers import (
     VOCAB,
     assert_gradient_is_dense,
@@ -11,7 +11,6 @@ from helpers import (
     make_scripted_trainer,
     make_teacher,
     make_tokenizer,
-    make_trainer,
     micro_batches,
     run,
     save_model,
@@ -89,9 +88,12 @@ def test_mllama_teacher_from_its_path(tmp_path):
     assert_gradient_is_dense(trainer, micro_batches(trainer, make_rows(8)))
 
 
-def test_qwen_teacher_from_its_path_says_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match="AutoModelForImageTextToText"):
-        make_trainer(tmp_path, teacher_model=save_model(tmp_path / "teacher", make_qwen(), make_tokenizer()))
+def test_qwen_teacher_from_its_path(tmp_path):
+    """It has no part for text alone, so the whole is loaded."""
+    path = save_model(tmp_path / "teacher", make_qwen(), make_tokenizer())
+    trainer = make_scripted_trainer(tmp_path, cost_limit=1e-9, teacher_model=path)
+    assert isinstance(trainer.teacher_model, Qwen2_5_VLForConditionalGeneration)
+    assert_gradient_is_dense(trainer, micro_batches(trainer, make_rows(8)))
 
 
 def test_qwen_student_from_its_path(tmp_path):
@@ -100,50 +102,19 @@ def test_qwen_student_from_its_path(tmp_path):
     assert len(history(trainer, "constraint/cost")) == 2
 
 
-def with_column(name: str) -> Dataset:
-    return Dataset.from_dict({"prompt": ["1+2="] * 4, name: [None] * 4})
+def test_a_stream_of_text_is_not_consumed(tmp_path):
+    prompts = ["1+2=", "3+4=", "5+6=", "7+8="]
+    seen = []
 
+    def reward(prompts, completions, **kwargs):
+        seen.extend(prompts)
+        return [0.0] * len(completions)
 
-def with_message() -> Dataset:
-    content = [{"type": "image", "text": None}, {"type": "text", "text": "1+2="}]
-    return Dataset.from_dict({"prompt": [[{"role": "user", "content": content}]] * 4})
-
-
-class TestImagesAreRefused:
-    @pytest.mark.parametrize(
-        ("argument", "dataset"),
-        [
-            ("train_dataset", with_column("image")),
-            ("train_dataset", with_message()),
-            ("eval_dataset", with_column("images")),
-            ("eval_dataset", {"charts": with_message()}),
-        ],
+    run(
+        tmp_path,
+        reward_funcs=reward,
+        train_dataset=IterableDataset.from_generator(lambda: ({"prompt": prompt} for prompt in prompts)),
+        shuffle_dataset=False,
+        teacher_model=make_teacher(),
     )
-    def test_before_training(self, tmp_path, argument, dataset):
-        with pytest.raises(ValueError, match="only text is supported"):
-            make_trainer(tmp_path, teacher_model=make_teacher(), **{argument: dataset})
-
-    def test_in_a_stream(self, tmp_path):
-        stream = IterableDataset.from_generator(lambda: iter([{"prompt": "1+2=", "image": None}]))
-        with pytest.raises(ValueError, match="column 'image'"):
-            make_trainer(tmp_path, train_dataset=stream, teacher_model=make_teacher())
-
-    def test_a_stream_of_text_is_not_consumed(self, tmp_path):
-        prompts = ["1+2=", "3+4=", "5+6=", "7+8="]
-        seen = []
-
-        def reward(prompts, completions, **kwargs):
-            seen.extend(prompts)
-            return [0.0] * len(completions)
-
-        run(
-            tmp_path,
-            reward_funcs=reward,
-            train_dataset=IterableDataset.from_generator(lambda: ({"prompt": prompt} for prompt in prompts)),
-            shuffle_dataset=False,
-            teacher_model=make_teacher(),
-        )
-        assert seen == ["1+2="] * 4 + ["3+4="] * 4
-
-    def test_not_without_a_teacher(self, tmp_path):
-        assert make_trainer(tmp_path, train_dataset=with_column("images")).teachers == {}
+    assert seen == ["1+2="] * 4 + ["3+4="] * 4

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from .._messages import say
-from . import calibrate, compare, completion, demo, env, evaluate, init, report, tasks, training
+from . import calibrate, compare, completion, demo, env, evaluate, init, report, serve, tasks, training
 from ._arguments import Mistake
 from ._parser import Parser, underscored
 from ._results import results
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.set_defaults(trains=False, resumes=False, json=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     training.add_parsers(commands)
-    for command in (demo, init, tasks, calibrate, compare, evaluate, report, env, completion):
+    for command in (demo, init, tasks, calibrate, compare, evaluate, report, serve, env, completion):
         command.add_parser(commands)
     if not argv:
         parser.print_help()

@@ -86,6 +86,7 @@ def _found(trainer: DistillTrainer, first: _FirstStep) -> str:
         "Dry run: one step was trained and thrown away. Nothing is saved.",
         "",
         f"first prompt:   {_shown(rollout['prompt'])}",
+        *(f"the teacher's:  {_shown(prompt)}" for prompt in trainer.latest_teacher_prompts()[:1]),
         f"its completion: {_shown(rollout['completion'])}",
         f"its scores:     {_scores(rollout)}",
         f"all rollouts:   {_averages(logged)}",

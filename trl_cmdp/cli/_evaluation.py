@@ -1,7 +1,6 @@
 """What `evaluate` and `calibrate` share: their arguments, what they load, and a student rolled out with its records."""
 
 import argparse
-import json
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -22,6 +21,7 @@ from ._arguments import (
     true_or_false,
     writable_folder,
 )
+from ._images import ADAPTER_FILE, load_adapter, load_processor, tokenizer_source
 from ._tasks import known_reward, known_task, load_problems, load_problems_up_to, load_reward, load_task, task_name
 
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from ..evaluation import EvaluationSettings, RolloutRecord
 
-ADAPTER_FILE = "adapter_config.json"
 NUM_PROBLEMS = 200
 TEACHER_KEY_VARIABLE = "TRL_CMDP_TEACHER_API_KEY"  # an argument would be in the shell's history
 
@@ -151,6 +150,7 @@ def roll_out(arguments: argparse.Namespace, records_path: Path) -> "tuple[Evalua
     from datasets.exceptions import DatasetsError
     from filelock import Timeout
 
+    from .._prompts import where_images
     from ..evaluation import evaluate
     from ..evaluation.progress import show_progress
     from ..teachers import TeacherServerError
@@ -161,15 +161,19 @@ def roll_out(arguments: argparse.Namespace, records_path: Path) -> "tuple[Evalua
         reward = task.final_answer_reward if arguments.reward is None else load_reward(arguments.reward)
         tokenizer = load_tokenizer(arguments)
         problems = problems_of(task, tokenizer, arguments)
-        student = load_student(arguments)
-        teacher = _load_teacher(student, tokenizer, arguments)
+        has_images = where_images(problems, "the dataset of problems") is not None
+        processing_class: Any = tokenizer
+        if has_images:
+            processing_class = load_processor(arguments.student, tokenizer, arguments.chat_template)
+        student = load_student(arguments, with_images=has_images)
+        teacher = _load_teacher(student, tokenizer, arguments, has_images)
         found = _fingerprints(student, tokenizer, problems, reward, teacher, arguments)
         settings = _settings(task, len(problems), found, arguments)
         with show_progress(settings.name) as progress:
             try:
                 records = evaluate(
                     student,
-                    tokenizer,
+                    processing_class,
                     problems,
                     _with_own_errors(reward),
                     settings=settings,
@@ -198,10 +202,7 @@ def load_tokenizer(arguments: argparse.Namespace) -> "PreTrainedTokenizerBase":
     """Tokenizer of the student, with the chat template that is asked for."""
     from transformers import AutoTokenizer
 
-    source, folder = arguments.student, Path(arguments.student)
-    if (folder / ADAPTER_FILE).exists() and not (folder / "tokenizer_config.json").exists():
-        source = json.loads((folder / ADAPTER_FILE).read_text())["base_model_name_or_path"]
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(arguments.student), trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if arguments.chat_template is not None:
@@ -209,11 +210,17 @@ def load_tokenizer(arguments: argparse.Namespace) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def load_student(arguments: argparse.Namespace, trainable: bool = False) -> "PreTrainedModel":
-    """Student, a model or an adapter on its base. An adapter is frozen unless it is `trainable`."""
+def load_student(
+    arguments: argparse.Namespace, trainable: bool = False, with_images: bool = False
+) -> "PreTrainedModel":
+    """
+    Student, a model or an adapter on its base. An adapter is frozen unless it is `trainable`. With images a
+    vision-language model is loaded whole.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
+
+    from ..teachers import load_model
 
     logging.disable_progress_bar()
     # `None`, the default of transformers, asks on the terminal whether to run remote code.
@@ -225,15 +232,16 @@ def load_student(arguments: argparse.Namespace, trainable: bool = False) -> "Pre
             )
         from peft import AutoPeftModelForCausalLM  # an optional dependency
 
-        student = AutoPeftModelForCausalLM.from_pretrained(arguments.student, is_trainable=trainable, **options)
+        load = load_adapter if with_images else AutoPeftModelForCausalLM.from_pretrained
+        student = load(arguments.student, is_trainable=trainable, **options)
     else:
-        student = AutoModelForCausalLM.from_pretrained(arguments.student, **options)
+        student = load_model(arguments.student, with_images, **options)
     return student.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def problems_of(task: Any, tokenizer: "PreTrainedTokenizerBase", arguments: argparse.Namespace) -> "Dataset":
     """Problems of the task, as many and of the split that the arguments say, with prompts that the tokenizer takes."""
-    from .._prompts import check_chat_template
+    from .._prompts import check_chat_template, check_prompts_of_teacher, where_images
 
     conversational = arguments.conversational
     if conversational is None:
@@ -250,7 +258,11 @@ def problems_of(task: Any, tokenizer: "PreTrainedTokenizerBase", arguments: argp
         problems = load_problems_up_to(task, NUM_PROBLEMS, arguments.split, arguments.seed, **options)
     else:
         problems = load_problems(task, arguments.num_problems, arguments.split, arguments.seed, **options)
-    if isinstance(prompt := problems[0]["prompt"], list):
+    has_teacher = arguments.teacher or arguments.teacher_model_server_url or arguments.teacher_adapter_name
+    if has_teacher and "teacher_prompt" in problems.column_names:
+        check_prompts_of_teacher(problems, "the dataset of problems")
+    # With images it is the processor's template that counts, and `evaluate` looks at it.
+    if isinstance(prompt := problems[0]["prompt"], list) and where_images(problems, "the problems") is None:
         kwargs = arguments.chat_template_kwargs
         check_chat_template(tokenizer, prompt, "the dataset of problems", chat_template_kwargs=kwargs)
     return problems
@@ -286,7 +298,7 @@ def _fingerprints(
         "teacher_fingerprint": of_teacher,
         "reward": dotted_name(reward),
         "reward_fingerprint": source_fingerprint(reward),
-        "problems_fingerprint": fingerprint_of_rows(problems),
+        "problems_fingerprint": fingerprint_of_rows(problems.with_format("arrow")[:].to_pylist()),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "student_dtype": str(student.dtype).removeprefix("torch."),
     }
@@ -314,7 +326,10 @@ def _settings(
 
 
 def _load_teacher(
-    student: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", arguments: argparse.Namespace
+    student: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    arguments: argparse.Namespace,
+    with_images: bool,
 ) -> Any:
     from ..evaluation.rollouts import eos_ids
     from ..teachers import (
@@ -343,7 +358,8 @@ def _load_teacher(
         )
         generation_config = teacher_generation_config(teacher.config.name_or_path)
     elif arguments.teacher:
-        teacher = load_teacher(arguments.teacher, arguments.teacher_model_revision, {"dtype": arguments.dtype})
+        dtype = {"dtype": arguments.dtype}
+        teacher = load_teacher(arguments.teacher, arguments.teacher_model_revision, dtype, with_images)
         teacher = teacher.to(student.device)
         generation_config = teacher.generation_config
     else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .._messages import without_secrets
 from ._arguments import Mistake, mistakes, positive_float, positive_int, refusals
 from ._evaluation import TEACHER_KEY_VARIABLE, load_student, load_tokenizer, problems_of, replace_arguments, task_of
+from ._images import load_processor
 
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def imitate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "task": arguments.dataset or arguments.task,
         "split": arguments.imitation_split,
         "num_problems": num_problems,
-        "problems_fingerprint": fingerprint_of_rows(problems),
+        "problems_fingerprint": fingerprint_of_rows(problems.with_format("arrow")[:].to_pylist()),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "steps": steps,
         "learning_rate": arguments.imitation_learning_rate,
@@ -142,11 +143,13 @@ def _make_trainer(
     from transformers import PrinterCallback
 
     from .. import GKDDistillConfig, GKDDistillTrainer
+    from .._prompts import where_images
     from ._progress import TrainingProgress
 
     on_gpu = torch.cuda.is_available()
     # As the training commands do: trained weights are float32.
-    student = load_student(replace_arguments(arguments, dtype="float32"), trainable=True)
+    has_images = where_images(problems, "the problems") is not None
+    student = load_student(replace_arguments(arguments, dtype="float32"), trainable=True, with_images=has_images)
     names = ("learning_rate", "num_generations", "max_completion_length", "temperature", "seed", "teacher_beta")
     names = (*names, "chat_template_kwargs", "teacher_eos_token")
     trainer = GKDDistillTrainer(
@@ -170,7 +173,9 @@ def _make_trainer(
             **{name: settings[name] for name in names},
         ),
         train_dataset=problems,
-        processing_class=tokenizer,
+        processing_class=load_processor(arguments.student, tokenizer, arguments.chat_template)
+        if has_images
+        else tokenizer,
         callbacks=[TrainingProgress()],
         teacher_model=arguments.teacher,
     )

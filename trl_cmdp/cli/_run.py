@@ -186,7 +186,7 @@ def evaluate_student(
     greedy: bool = False,
 ) -> list[Answer]:
     """One answer to each problem, sampled at temperature 1 or greedy, with its costs at temperature 1."""
-    from ..evaluation import sample_rollouts, score_rollouts
+    from ..evaluation import sample_rollouts, score_rollouts, with_teacher_prompts
     from ..evaluation.rollouts import eos_ids
     from ..teachers import end_ids
 
@@ -202,6 +202,11 @@ def evaluate_student(
         seed=seed,
         chat_template_kwargs=fields.get("chat_template_kwargs"),
     )
+    if "teacher_prompt" in problems.column_names:
+        kwargs = fields.get("chat_template_kwargs")
+        rollouts = with_teacher_prompts(
+            rollouts, problems["teacher_prompt"], teacher, tokenizer, chat_template_kwargs=kwargs
+        )
     costs = score_rollouts(rollouts, model, teacher, batch_size=setup.batch_size, ends=ends)
     return [Answer(*values) for values in zip(rollouts, *judge(rollouts, problems, setup), costs, strict=True)]
 

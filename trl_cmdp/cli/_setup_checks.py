@@ -135,8 +135,8 @@ def _model_fingerprint(model: str, config: "PretrainedConfig") -> str:
 
 def _check_problems(setup: Setup, tokenizer: "PreTrainedTokenizerBase", held_out: int) -> "tuple[Dataset, Dataset]":
     """Problems to train on and held-out ones: of data every one, of a task those of seed 0."""
-    from .._prompts import check_chat_template, check_prompts
-    from ..trainers.engine.checks import check_no_images
+    from .._prompts import check_chat_template, check_prompts, check_prompts_of_teacher, where_images
+    from ..trainers.engine.checks import check_teacher_prompts
 
     found = []
     for key, problems, n in (
@@ -146,12 +146,16 @@ def _check_problems(setup: Setup, tokenizer: "PreTrainedTokenizerBase", held_out
         with _of_key(key):
             rows = _draw(setup, problems, n)
             prompt = check_prompts(rows, "the dataset")
+            if "teacher_prompt" in rows.column_names:
+                check_prompts_of_teacher(rows, "the dataset")
             if not isinstance(prompt, str):
                 kwargs = setup.config_fields.get("chat_template_kwargs")
                 check_chat_template(tokenizer, prompt, "the dataset", chat_template_kwargs=kwargs)
-            check_no_images(rows, None)
+            if (where := where_images(rows, "the dataset")) is not None:
+                raise ValueError(f"{where} An experiment is on text alone: train with the commands of the methods.")
         found.append(rows)
     train, test = found
+    check_teacher_prompts(train, {"test": test}, None)
     if held_out > len(test):
         raise ValueError(
             f"`held_out` is {held_out}, and `test_dataset` has {len(test)} problems: ask for fewer, or add problems."

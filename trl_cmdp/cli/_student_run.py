@@ -56,6 +56,11 @@ def with_run_settings(arguments: argparse.Namespace, *leave_out: str) -> argpars
         say(
             "The limit of its training was on another cost than the divergence that is measured here: give --cost_limit."
         )
+    if found.get("teacher_prompt"):
+        say(
+            "The teacher of its training read prompts of its own: costs are of the same teacher on a dataset with the "
+            "column 'teacher_prompt' alone."
+        )
     defaults = {name: value for name, value in _DEFAULTS.items() if given[name] is None}
     return replace_arguments(
         arguments, **(defaults | taken), split=arguments.split or _default_split(arguments.dataset)

@@ -21,7 +21,7 @@ from .win_rates import Agreement, WinRate, agreement, judge_pairs, pair_rollouts
 
 
 if TYPE_CHECKING:
-    from .divergence import score_rollouts
+    from .divergence import score_rollouts, with_teacher_prompts
     from .evaluator import evaluate
     from .rollouts import Rollout, sample_rollouts
 
@@ -57,6 +57,7 @@ __all__ = [
     "score_rollouts",
     "summarize",
     "win_rate",
+    "with_teacher_prompts",
 ]
 
 # These need transformers, which what is computed from records should not wait for.
@@ -64,6 +65,7 @@ _OF_MODELS = {
     "Rollout": "rollouts",
     "sample_rollouts": "rollouts",
     "score_rollouts": "divergence",
+    "with_teacher_prompts": "divergence",
     "evaluate": "evaluator",
 }
 

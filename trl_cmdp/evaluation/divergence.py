@@ -1,10 +1,13 @@
 """Exact divergence of rollouts from the teacher, token by token."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .._prompts import TEACHER_PROMPT_IMAGES, Prompt
 from ..core import Comparison
 from ..teachers import (
     AdapterTeacher,
@@ -15,11 +18,13 @@ from ..teachers import (
     Teacher,
     allow_fast_kernel,
     check_reading,
+    encode_teacher_prompts,
     keep_differentiable,
     load_teacher,
     misfit,
 )
 from ..teachers.kernels import chunked_scores
+from .images import collate
 from .rollouts import Rollout
 
 
@@ -77,10 +82,14 @@ def score_rollouts(
         costs: list[torch.Tensor] = []
         for start in range(0, len(rollouts), batch_size):
             batch = rollouts[start : start + batch_size]
-            input_ids, attention_mask, mask = _collate(batch, student.device)
-            if (problem := misfit(models[1], input_ids, attention_mask)) is not None:
+            student_inputs = teacher_inputs = _collate(batch, student.device)
+            if any(rollout.teacher_prompt_ids is not None for rollout in batch):
+                teacher_inputs = _collate(list(map(_as_the_teacher_reads, batch)), student.device)
+            problem = misfit(models[1], teacher_inputs["input_ids"], teacher_inputs["attention_mask"])
+            if problem is not None:
                 raise ValueError(problem)
-            hidden = [model.hidden_states(input_ids, attention_mask, mask) for model in models]
+            inputs = (student_inputs, teacher_inputs)
+            hidden = [model.hidden_states(**own) for model, own in zip(models, inputs, strict=True)]
             scores = chunked_scores(hidden[0], student_head, hidden[1], teacher_head, comparison, memory_mb=memory_mb)
             costs.extend(scores.costs.cpu().split([len(rollout.completion_ids) for rollout in batch]))
     finally:
@@ -88,6 +97,47 @@ def score_rollouts(
     if not all(bool(cost.isfinite().all()) for cost in costs):
         raise ValueError("The divergence of a rollout is not finite: check student and teacher for NaN weights.")
     return costs
+
+
+def with_teacher_prompts(
+    rollouts: Sequence[Rollout],
+    prompts: Sequence[Prompt],
+    teacher: AnyTeacher,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[Rollout]:
+    """
+    Rollouts of which a teacher reads another prompt than the student did. [`score_rollouts`] then compares the two models
+    on the same completions, each behind its own prompt.
+
+    Args:
+        rollouts (`Sequence[Rollout]`):
+            Rollouts.
+        prompts (`Sequence[str | list[dict[str, Any]]]`):
+            The teacher's prompt of each: text, or messages for the chat template of the teacher's own tokenizer where that
+            has another than the student's, otherwise for the student's.
+        teacher (`str`, [`~transformers.PreTrainedModel`], [`~peft.PeftModel`], [`~teachers.AdapterTeacher`] or [`~teachers.RemoteTeacher`]):
+            Teacher, as [`score_rollouts`] takes it.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Student's tokenizer.
+        chat_template (`str`, *optional*):
+            Chat template in place of the student's own.
+        chat_template_kwargs (`Mapping[str, Any]`, *optional*):
+            Further arguments of either chat template.
+
+    Returns:
+        `list[Rollout]`: The rollouts, with `teacher_prompt_ids`.
+
+    Raises:
+        ValueError: If a prompt is neither text nor messages, messages cannot be rendered, or the rollouts have images.
+    """
+    if any("pixel_values" in rollout.images for rollout in rollouts):
+        raise ValueError(TEACHER_PROMPT_IMAGES)
+    model = as_teacher(teacher, torch.device("cpu"))
+    encoded = encode_teacher_prompts(prompts, model, tokenizer, chat_template, chat_template_kwargs)
+    return [replace(rollout, teacher_prompt_ids=ids) for rollout, ids in zip(rollouts, encoded, strict=True)]
 
 
 def as_teacher(teacher: AnyTeacher, device: torch.device) -> Teacher:
@@ -115,8 +165,15 @@ def _readers(
     return reader, teacher if ends is None else OneStopTeacher(teacher, ends)
 
 
-def _collate(batch: Sequence[Rollout], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Input ids and attention mask (B, P + T), prompts padded on the left and completions on the right; mask (B, T)."""
+def _as_the_teacher_reads(rollout: Rollout) -> Rollout:
+    own = rollout.teacher_prompt_ids
+    return rollout if own is None else replace(rollout, prompt_ids=own, images={})
+
+
+def _collate(batch: Sequence[Rollout], device: torch.device) -> dict[str, torch.Tensor]:
+    """
+    Input ids and attention mask (B, P + T), prompts padded on the left and completions on the right; mask (B, T); images.
+    """
     prompt_length = max(len(rollout.prompt_ids) for rollout in batch)
     completion_length = max(len(rollout.completion_ids) for rollout in batch)
     input_ids = torch.zeros(len(batch), prompt_length + completion_length, dtype=torch.long)
@@ -125,5 +182,8 @@ def _collate(batch: Sequence[Rollout], device: torch.device) -> tuple[torch.Tens
         tokens = slice(prompt_length - len(rollout.prompt_ids), prompt_length + len(rollout.completion_ids))
         input_ids[row, tokens] = torch.tensor(rollout.prompt_ids + rollout.completion_ids)
         attention_mask[row, tokens] = 1
-    input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
-    return input_ids, attention_mask, attention_mask[:, prompt_length:].bool()
+    starts = [prompt_length - len(rollout.prompt_ids) for rollout in batch]
+    images = collate([rollout.images for rollout in batch], starts, input_ids.size(1), device)
+    attention_mask = attention_mask.to(device)
+    mask = attention_mask[:, prompt_length:].bool()
+    return {"input_ids": input_ids.to(device), "attention_mask": attention_mask, "mask": mask, **images}

@@ -5,7 +5,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,20 @@ from typing import Any
 import torch
 from datasets import Dataset
 from filelock import FileLock
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from .._prompts import Prompt, check_chat_template, check_prompts
-from ..teachers import end_ids
+from .._prompts import (
+    Prompt,
+    check_chat_template,
+    check_prompts,
+    check_prompts_of_teacher,
+    images_of,
+    with_images,
+)
+from ..teachers import Teacher, check_images, check_room, encode_teacher_prompts, end_ids
 from ._lines import read_text
 from .divergence import AnyTeacher, as_teacher, score_rollouts
+from .images import AnyProcessor, previews, tokenizer_of
 from .rollout_records import EvaluationSettings, RolloutRecord, read_rollout_records
 from .rollouts import Rollout, eos_ids, sample_rollouts
 from .summary import check_cost_scope
@@ -31,7 +39,7 @@ _MAY_DIFFER = {"git_commit"}
 
 def evaluate(
     student: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyProcessor,
     problems: Dataset,
     reward: Callable[..., Sequence[float | None]],
     *,
@@ -51,11 +59,12 @@ def evaluate(
     Args:
         student ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Student, on its device.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Its tokenizer, or for problems with images its processor.
         problems ([`~datasets.Dataset`]):
             As many problems as the settings say, with the columns `prompt` and `answer`, and `difficulty` where there
-            are strata.
+            are strata. Images are as in training: in a column `images` or `image`, or in the messages. With a column
+            `teacher_prompt` costs are of a teacher that reads it in the place of `prompt`.
         reward (`Callable`):
             Reward function as TRL calls it, with prompts, completions and all columns. A final answer is correct
             where it gives 1.
@@ -78,12 +87,14 @@ def evaluate(
 
     Raises:
         ValueError: If the arguments do not fit the settings, a prompt is neither text nor messages that the chat
-            template renders, or the file is of an evaluation with other settings.
+            template renders, a `teacher_prompt` leaves no room for the completion in the teacher's positions or stands
+            beside images, or the file is of an evaluation with other settings.
         filelock.Timeout: If another evaluation is writing to the file.
     """
+    processing_class, tokenizer = tokenizer, tokenizer_of(tokenizer)
     rows = [dict(row) for row in problems]
     _check_arguments(rows, settings, teacher, engine)
-    _check_prompts(problems, tokenizer, settings)
+    has_images = _check_prompts(problems, rows, processing_class, settings)
     generate: Callable[..., list[Rollout]] = sample_rollouts
     if settings.backend == "vllm":
         from .vllm import sample_rollouts_vllm  # an optional dependency
@@ -93,6 +104,9 @@ def evaluate(
     ends = end_ids(tokenizer, stops, settings.teacher_eos_token)
     if teacher is not None:
         teacher = as_teacher(teacher, student.device)
+        if has_images:
+            check_images(teacher, processing_class, student.device)
+    own_prompts = None if teacher is None else _teacher_prompt_ids(problems, teacher, tokenizer, settings)
     batches = _batches(settings)
     total = sum(map(len, batches))
     with _records_file(records_path, settings, batches) as (records, append):
@@ -106,8 +120,8 @@ def evaluate(
             batch_rows = [rows[problem] for problem, _, _ in batch]
             rollouts = generate(
                 student if engine is None else engine,
-                tokenizer,
-                [row["prompt"] for row in batch_rows],
+                processing_class,
+                [with_images(row) if has_images else row["prompt"] for row in batch_rows],
                 max_new_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
                 greedy=batch[0][1],
@@ -116,6 +130,11 @@ def evaluate(
                 chat_template_kwargs=settings.chat_template_kwargs,
                 seed=_batch_seed(settings.seed, number),
             )
+            if own_prompts is not None:
+                rollouts = [
+                    replace(rollout, teacher_prompt_ids=own_prompts[problem])
+                    for rollout, (problem, _, _) in zip(rollouts, batch, strict=True)
+                ]
             costs: Sequence[torch.Tensor | None] = [None] * len(batch)
             if teacher is not None:
                 costs = score_rollouts(
@@ -165,6 +184,8 @@ def make_record(
         right=is_correct,
         # A cost of 0 comes as a number around it: no "-0.0".
         costs=None if costs is None else [round(value, 6) + 0.0 for value in costs.tolist()],
+        teacher_prompt=None if rollout.teacher_prompt_ids is None else _recorded(row["teacher_prompt"]),
+        images=previews(rollout.prompt),
     )
 
 
@@ -196,16 +217,48 @@ def _check_arguments(
         raise ValueError("Give an `engine`, a `vllm.LLM`, with the backend 'vllm', and with no other.")
 
 
-def _check_prompts(problems: Dataset, tokenizer: PreTrainedTokenizerBase, settings: EvaluationSettings) -> None:
+def _check_prompts(
+    problems: Dataset, rows: list[dict[str, Any]], processing_class: AnyProcessor, settings: EvaluationSettings
+) -> bool:
+    """Whether there are images among the prompts, which are checked."""
     name = "the dataset of problems"
+    if settings.teacher is not None and "teacher_prompt" in problems.column_names:
+        check_prompts_of_teacher(problems, name)
     prompt = check_prompts(problems, name)
     if isinstance(prompt, str):
-        return
-    check_chat_template(tokenizer, prompt, name, settings.chat_template, settings.chat_template_kwargs)
-    for index, messages in enumerate(problems["prompt"]):
-        contents = [message["content"] for message in messages]
-        if any(part["type"] != "text" for content in contents if isinstance(content, list) for part in content):
-            raise ValueError(f"Row {index} of {name}: only text can be evaluated, and its prompt has other content.")
+        if any(map(images_of, rows)):
+            raise ValueError(f"Prompts with images are messages, and those of {name} are text: make messages of them.")
+        return False
+    check_chat_template(processing_class, prompt, name, settings.chat_template, settings.chat_template_kwargs)
+    sees = isinstance(processing_class, ProcessorMixin)
+    for index, row in enumerate(rows):
+        contents = [message["content"] for message in row["prompt"] if isinstance(message["content"], list)]
+        kinds = {part["type"] for content in contents for part in content} | ({"image"} if images_of(row) else set())
+        if other := sorted(kinds - ({"text", "image"} if sees else {"text"})):
+            hint = (
+                "" if other != ["image"] else " Give the student's processor in the tokenizer's place, if it has one."
+            )
+            raise ValueError(
+                f"Row {index} of {name}: its prompt has content that is not evaluated ({', '.join(other)}).{hint}"
+            )
+    has_images = any(map(images_of, rows))
+    if has_images and settings.backend == "vllm":
+        raise ValueError("Prompts with images are evaluated with the backend 'transformers' alone.")
+    return has_images
+
+
+def _teacher_prompt_ids(
+    problems: Dataset, teacher: Teacher, tokenizer: PreTrainedTokenizerBase, settings: EvaluationSettings
+) -> list[list[int]] | None:
+    """Tokens of the teacher's own prompt of each problem, `None` where they have none."""
+    if "teacher_prompt" not in problems.column_names:
+        return None
+    encoded = encode_teacher_prompts(
+        problems["teacher_prompt"], teacher, tokenizer, settings.chat_template, settings.chat_template_kwargs
+    )
+    for index, ids in enumerate(encoded):
+        check_room(teacher, len(ids), settings.max_new_tokens, f"Row {index} of the dataset of problems")
+    return encoded
 
 
 def _recorded(prompt: Prompt) -> str | list[dict[str, str]]:
@@ -215,7 +268,10 @@ def _recorded(prompt: Prompt) -> str | list[dict[str, str]]:
     texts = [{name: value for name, value in message.items() if isinstance(value, str)} for message in prompt]
     contents = [message["content"] or "" for message in prompt]
     return [
-        {**text, "content": content if isinstance(content, str) else "".join(part["text"] for part in content)}
+        {
+            **text,
+            "content": content if isinstance(content, str) else "".join(part.get("text") or "" for part in content),
+        }
         for text, content in zip(texts, contents, strict=True)
     ]
 

@@ -1,6 +1,7 @@
 """The records of one evaluation, from which every figure is computed again without a model."""
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,9 @@ from .provenance import git_state, library_versions
 
 # Settings that decide which problems were rolled out: students with others are never compared.
 PROBLEM_SETTINGS = ("task", "split", "num_problems", "seed")
+
+IMAGE_PREFIX = "data:image/jpeg;base64,"
+_IMAGE = re.compile(f"{IMAGE_PREFIX}[A-Za-z0-9+/]*=*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +154,10 @@ class RolloutRecord:
         costs (`list[float]`, *optional*):
             Exact divergence from the teacher at each token, in nats, of length L, `None` without a teacher. Rounded to
             six decimals: the figures are computed from what is written.
+        teacher_prompt (`str` or `list[dict[str, str]]`, *optional*):
+            What the teacher read in the place of the prompt, `None` where it read the prompt.
+        images (`list[str]`, *optional*):
+            The prompt's images, small, as data URLs of JPEG, `None` where it has none.
     """
 
     problem: int
@@ -164,6 +172,8 @@ class RolloutRecord:
     truncated: bool
     right: bool
     costs: list[float] | None
+    teacher_prompt: str | list[dict[str, str]] | None = None
+    images: list[str] | None = None
 
     @property
     def key(self) -> tuple[int, bool, int]:
@@ -172,7 +182,10 @@ class RolloutRecord:
 
     def to_json(self) -> str:
         """The record on one line."""
-        return to_line(asdict(self))
+        values = asdict(self)
+        if self.images is None:
+            del values["images"]
+        return to_line(values)
 
     @classmethod
     def from_json(cls, line: str) -> "RolloutRecord":
@@ -186,6 +199,8 @@ class RolloutRecord:
             lengths.add(len(record.costs))
         if len(lengths) > 1:
             raise ValueError("`completion_ids`, `tokens` and `costs` of a record have different lengths.")
+        if not all(map(_IMAGE.fullmatch, record.images or [])):
+            raise ValueError(f"`images` of a record holds data URLs, `{IMAGE_PREFIX}...`, and nothing else.")
         return record
 
 

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from .._prompts import Prompt, encode_prompt
+from .._prompts import Prompt
 from ..teachers import base_model, keep_differentiable, stop_ids
+from .images import AnyProcessor, collate, encode, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -26,17 +27,23 @@ class Rollout:
             Tokens of the prompt.
         completion_ids (`list[int]`):
             Tokens of the completion, the end-of-sequence token included where there is one.
+        teacher_prompt_ids (`list[int]`, *optional*):
+            Tokens that the teacher reads in the place of `prompt_ids`, `None` where it reads these.
+        images (`Mapping[str, torch.Tensor]`, *optional*):
+            What a model reads of the prompt's images, by the names of its inputs.
     """
 
     prompt: Prompt
     completion: str
     prompt_ids: list[int]
     completion_ids: list[int]
+    teacher_prompt_ids: list[int] | None = None
+    images: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def sample_rollouts(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyProcessor,
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
@@ -54,10 +61,10 @@ def sample_rollouts(
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Model to sample from. Put in eval mode for the call.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer, with a padding token.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Its tokenizer, with a padding token, or for prompts with images its processor.
         prompts (`Sequence[str | list[dict[str, Any]]]`):
-            Prompts: text, or messages for the chat template.
+            Prompts: text, or messages for the chat template, images in their parts `{"type": "image", "image": ...}`.
         max_new_tokens (`int`):
             Longest completion.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -78,6 +85,7 @@ def sample_rollouts(
     Returns:
         `list[Rollout]`: Rollouts in the order of the prompts.
     """
+    processing_class, tokenizer = tokenizer, tokenizer_of(tokenizer)
     end_ids = eos_ids(model, tokenizer)
     if tokenizer.pad_token_id is None:
         raise ValueError("The tokenizer has no padding token. Set `tokenizer.pad_token`, for example to its EOS.")
@@ -87,6 +95,10 @@ def sample_rollouts(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=end_ids,
         disable_compile=True,
+        # As in training: it would stand for an image that there is none of.
+        suppress_tokens=[base_model(model).config.image_token_id]
+        if isinstance(processing_class, ProcessorMixin)
+        else None,
         **({} if greedy else {"temperature": temperature, "top_k": 0, "top_p": 1.0}),
     )
     keep_differentiable(model)  # it may be trained afterwards
@@ -98,15 +110,18 @@ def sample_rollouts(
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = list(prompts[start : start + batch_size])
-            batch_ids = [encode_prompt(tokenizer, prompt, chat_template, chat_template_kwargs) for prompt in batch]
+            encoded = [encode(processing_class, prompt, chat_template, chat_template_kwargs) for prompt in batch]
+            batch_ids, batch_images = map(list, zip(*encoded, strict=True))
             inputs = tokenizer.pad({"input_ids": batch_ids}, padding=True, padding_side="left", return_tensors="pt")
             inputs = inputs.to(model.device)
-            output = model.generate(**inputs, generation_config=config)  # type: ignore[operator]
-            completions = output[:, inputs["input_ids"].size(1) :].tolist()
-            for prompt, prompt_ids, ids in zip(batch, batch_ids, completions, strict=True):
+            length = inputs["input_ids"].size(1)
+            images = collate(batch_images, [length - len(ids) for ids in batch_ids], length, model.device)
+            output = model.generate(**inputs, **images, generation_config=config)  # type: ignore[operator]
+            completions = output[:, length:].tolist()
+            for prompt, prompt_ids, own_images, ids in zip(batch, batch_ids, batch_images, completions, strict=True):
                 end = next((i + 1 for i, token in enumerate(ids) if token in end_ids), len(ids))
                 text = str(tokenizer.decode(ids[:end], skip_special_tokens=True))
-                rollouts.append(Rollout(prompt, text, prompt_ids, ids[:end]))
+                rollouts.append(Rollout(prompt, text, prompt_ids, ids[:end], images=own_images))
             if progress is not None:
                 progress(len(rollouts), len(prompts))
     model.train(training)

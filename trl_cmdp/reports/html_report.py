@@ -287,10 +287,10 @@ def _browser_part(runs: Sequence[EvaluationRun], max_rollouts: int) -> dict[str,
 def _render(page: dict[str, Any]) -> str:
     folder = files("trl_cmdp.reports")
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    # Nothing is loaded, nothing is sent, and nothing runs but this style and this script.
+    # Nothing is loaded, nothing is sent, and nothing runs but this style and this script. Images are in the page itself.
     policy = (
-        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; "
-        "form-action 'none'"
+        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
     )
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["breakable"] = _breakable

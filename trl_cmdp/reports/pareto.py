@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
-from matplotlib.transforms import Bbox
 
 from .._defaults import FEASIBLE_SATISFACTION
 from ..evaluation.rates import ValueWithInterval
@@ -26,6 +25,7 @@ _LABEL_OFFSETS = [
 ]
 
 
+_Box = Sequence[float]  # left, bottom, right and top, in pixels
 _MARK = {"markersize": 9, "markeredgewidth": 1.8, "elinewidth": 1, "alpha": 0.95, "zorder": 3}
 
 
@@ -109,8 +109,8 @@ def _place_labels(
     figure.draw_without_rendering()  # fixes the layout, which the positions are measured in
     pixels_per_point = figure.dpi / 72
     line = axes.transData.transform((limit, 0))[0]
-    occupied = [text.get_window_extent() for text in taken]
-    occupied.append(Bbox.from_extents(line - 1, axes.bbox.y0, line + 1, axes.bbox.y1))
+    occupied = [text.get_window_extent().extents for text in taken]
+    occupied.append((line - 1, axes.bbox.y0, line + 1, axes.bbox.y1))
     for point in points:
         occupied += _drawn(axes, point, 8 * pixels_per_point)
     for point in points:
@@ -124,38 +124,56 @@ def _place_labels(
             arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4},
             zorder=4,
         )
+        boxes = _boxes(text)
         # A few points further away for a thin line less: crossing another name or point costs far more.
         best = min(
             _LABEL_OFFSETS,
-            key=lambda offset: _overlap(_moved(text, offset), occupied, axes.bbox) + 2 * math.hypot(*offset),
+            key=lambda offset: _overlap(boxes[offset], occupied, axes.bbox.extents) + 2 * math.hypot(*offset),
         )
         occupied.append(_moved(text, best))
 
 
-def _drawn(axes: Axes, point: ParetoPoint, radius: float) -> list[Bbox]:
+def _drawn(axes: Axes, point: ParetoPoint, radius: float) -> list[_Box]:
     """Boxes, in pixels, of a method's point, its bars and its seeds."""
     x, y = axes.transData.transform((point.cost.value, point.correct.value))
     left, bottom = axes.transData.transform((point.cost.low, point.correct.low))
     right, top = axes.transData.transform((point.cost.high, point.correct.high))
     seeds = [(*axes.transData.transform(seed), radius / 4) for seed in point.seeds]
     return [
-        Bbox.from_extents(left, y - 1, right, y + 1),
-        Bbox.from_extents(x - 1, bottom, x + 1, top),
-        *(Bbox.from_extents(x - r, y - r, x + r, y + r) for x, y, r in ((x, y, radius), *seeds)),
+        (left, y - 1, right, y + 1),
+        (x - 1, bottom, x + 1, top),
+        *((x - r, y - r, x + r, y + r) for x, y, r in ((x, y, radius), *seeds)),
     ]
 
 
-def _moved(text: Any, offset: tuple[float, float]) -> Bbox:
+def _moved(text: Any, offset: tuple[float, float]) -> _Box:
     text.set_position(offset)
     text.set(ha="left" if offset[0] >= 0 else "right", va="center")
     text.update_positions(text.figure.canvas.get_renderer())
     # Of the words alone: the line to the point may cross what it likes.
-    return Text.get_window_extent(text).padded(1)
+    return Text.get_window_extent(text).padded(1).extents
 
 
-def _overlap(box: Bbox, occupied: Sequence[Bbox], inside: Bbox) -> float:
+def _boxes(text: Any) -> dict[tuple[float, float], _Box]:
+    """Box of a label at each offset, measured at one on each side: from there it is moved alone."""
+    pixels = text.figure.dpi / 72
+    measured = {side: _moved(text, (side, 0)) for side in (1, -1)}
+    boxes = {}
+    for x, y in _LABEL_OFFSETS:
+        side = 1 if x >= 0 else -1
+        x0, y0, x1, y1 = map(float, measured[side])
+        dx, dy = (x - side) * pixels, y * pixels
+        boxes[x, y] = (x0 + dx, y0 + dy, x1 + dx, y1 + dy)
+    return boxes
+
+
+def _overlap(box: _Box, occupied: Sequence[_Box], inside: _Box) -> float:
     """Area, in square pixels, that a label shares with others or has outside the axes."""
-    shared = [Bbox.intersection(box, other) for other in occupied]
-    kept = Bbox.intersection(box, inside)
-    outside = box.width * box.height - (kept.width * kept.height if kept is not None else 0.0)
-    return sum(area.width * area.height for area in shared if area is not None) + (outside if outside > 1e-6 else 0.0)
+    outside = (box[2] - box[0]) * (box[3] - box[1]) - _shared(box, inside)
+    return sum(_shared(box, other) for other in occupied) + (outside if outside > 1e-6 else 0.0)
+
+
+def _shared(one: _Box, other: _Box) -> float:
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return width * height if width > 0 and height > 0 else 0.0

@@ -107,8 +107,28 @@ function showSelected() {
   detail.replaceChildren(
     element("p", "facts", facts.join(" · ")),
     element("pre", "prompt", promptText(problem.prompt)),
+    ...pictures(rollout.problem, problem.images),
+    ...(problem.teacher_prompt === null ? [] : [teacherPrompt(problem.teacher_prompt)]),
     columns
   );
+}
+
+function pictures(number, images) {
+  if (images.length === 0) return [];
+  const row = element("div", "pictures");
+  images.forEach((source, index) => {
+    const image = element("img");
+    image.src = source;
+    image.alt = `Image ${index + 1} of ${images.length} in the prompt of problem ${number}`;
+    row.append(image);
+  });
+  return [row];
+}
+
+function teacherPrompt(prompt) {
+  const block = element("details", "teacher-prompt");
+  block.append(element("summary", "", "What the teacher reads in its place"), element("pre", "prompt", promptText(prompt)));
+  return block;
 }
 
 function besideColumn(rollout, student) {

@@ -58,7 +58,11 @@ def choose_problems(
     sizes: dict[int, _Size] = {}
     for _, records in evaluations:
         for record in records:
-            before = sizes.get(record.problem) or (0, 0, len(script_json([record.prompt, record.answer])))
+            before = sizes.get(record.problem) or (
+                0,
+                0,
+                len(script_json([record.prompt, record.teacher_prompt, record.answer, record.images])),
+            )
             sizes[record.problem] = _sum([before, _size(record)])
     problems = sorted(sizes)
     chosen = _fitting([sizes[problem] for problem in problems], (max_rollouts, max_tokens, MAX_CHARACTERS))
@@ -123,9 +127,11 @@ def browser_data(names: Sequence[str], evaluations: Sequence[Evaluation], proble
         "problems": {
             problem: {
                 "prompt": record.prompt,
+                "teacher_prompt": record.teacher_prompt,
                 "excerpt": excerpts[problem],
                 "answer": record.answer,
                 "difficulty": record.difficulty,
+                "images": record.images or [],
             }
             for problem, record in sorted(shown.items())
         },

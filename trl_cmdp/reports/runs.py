@@ -202,7 +202,8 @@ def _check_comparable(runs: Sequence[EvaluationRun]) -> None:
     prompts: dict[int, Any] = {}
     for run in runs:
         for record in run.records:
-            if prompts.setdefault(record.problem, record.prompt) != record.prompt:
+            read = record.prompt, record.teacher_prompt
+            if prompts.setdefault(record.problem, read) != read:
                 raise ValueError(
                     f"{run.source}: problem {record.problem} has another prompt than in {runs[0].source}. Make a "
                     "report of each."

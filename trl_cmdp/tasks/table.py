@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from .._files import DATA_FORMATS, is_data_file
-from .._prompts import check_prompts
+from .._prompts import Prompt, check_prompts
 from ._verify import answer_text, final_answer_reward
 
 
@@ -112,7 +112,8 @@ def load_problems(
         name (`str`, *optional*):
             Configuration of a dataset on the Hub.
         prompt_column (`str`, *optional*, defaults to `"prompt"`):
-            Column of prompts, text or messages. Messages stay what they are.
+            Column of prompts, text or messages. Messages stay what they are. So does a column `teacher_prompt` beside it,
+            the teacher's own prompts.
         answer_column (`str`, *optional*, defaults to `"answer"`):
             Column of correct final answers, each alone: a number, or text that is one or LaTeX.
         difficulty_column (`str`, *optional*):
@@ -124,7 +125,7 @@ def load_problems(
 
     Returns:
         `datasets.Dataset`: Dataset with the columns `prompt`, `answer` and, if asked for, `difficulty`, the last two
-        as strings.
+        as strings; and `teacher_prompt`, `images` or `image`, where the dataset has them.
 
     Raises:
         ValueError: If there is no such split or column, `n` is larger than the split, a prompt is neither text nor
@@ -134,6 +135,9 @@ def load_problems(
     check_columns(rows, [prompt_column, answer_column, *([difficulty_column] if difficulty_column else [])], path)
     first = check_prompts(rows, f"the dataset {path!r}", prompt_column, one_kind=not conversational)
     messages = conversational or not isinstance(first, str)
+    has_own = "teacher_prompt" in rows.column_names
+    if has_own:
+        check_prompts(rows, f"the dataset {path!r}", "teacher_prompt", one_kind=False, text_only=True)
     if system_prompt is not None and not messages:
         raise ValueError("`system_prompt` is a message, but the prompts are text: set `conversational`.")
 
@@ -147,17 +151,24 @@ def load_problems(
                 "of final answers, or leave out the row."
             ) from None
 
+    images = [name for name in ("images", "image") if name in rows.column_names]
+
     def problem(row: dict[str, Any]) -> dict[str, Any]:
-        prompt = row[prompt_column]
-        if messages:
-            prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            prompt = [{"role": "system", "content": system_prompt}] * (system_prompt is not None) + prompt
+        prompt, of_teacher = row[prompt_column], {"teacher_prompt": row["teacher_prompt"]} if has_own else {}
+        if messages and isinstance(prompt, str):
+            prompt, of_teacher = _as_message(prompt), {name: _as_message(text) for name, text in of_teacher.items()}
+        if system_prompt is not None:
+            prompt = [{"role": "system", "content": system_prompt}, *prompt]
         texts = {"answer": _final_answer(row[answer_column], feature)}
         if difficulty_column:
             texts["difficulty"] = str(row[difficulty_column])
-        return {"prompt": prompt, **texts}
+        return {"prompt": prompt, **texts, **of_teacher, **{name: row[name] for name in images}}
 
     return Dataset.from_list([problem(row) for row in draw(rows, n, seed)])
+
+
+def _as_message(prompt: Prompt) -> Prompt:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _final_answer(answer: Any, feature: Any) -> str:

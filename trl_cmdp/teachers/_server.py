@@ -1,21 +1,29 @@
 """HTTP to a teacher server: waiting and bodies are bounded, and no other host ever sees the key."""
 
+import asyncio
 import json
 import random
-import threading
+import shlex
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from transformers.utils import logging
 
-from .._http import HttpFailure, HttpServer
+from .._http import HttpFailure, HttpServer, submit
 
 
 logger = logging.get_logger(__name__)
 
 _Item, _Result = TypeVar("_Item"), TypeVar("_Result")
+
+# What makes a vLLM server an exact teacher.
+EXACT_SERVER_ARGUMENTS = (
+    *("--runner", "pooling", "--convert", "embed", "--pooler-config"),
+    '{"task": "token_embed", "tok_pooling_type": "ALL", "use_activation": false}',
+)
+EXACT_SERVER_COMMAND = f"trl-cmdp serve MODEL (or {shlex.join(['vllm', 'serve', 'MODEL', *EXACT_SERVER_ARGUMENTS])})"
 
 _LONGEST_DELAY = 10.0  # seconds between two attempts
 _WARN_EVERY = 10.0  # seconds, over all threads
@@ -48,7 +56,7 @@ class TeacherServer(HttpServer):
         super().__init__("teacher server", url, "http://host:8000", api_key, timeout)
         self.url = self.url.removesuffix("/v1")  # which OpenAI's clients want
         self._max_wait = max_wait
-        self._concurrency = concurrency
+        self._gate = asyncio.Semaphore(concurrency)
         self._jitter = random.Random()  # its own: the global one decides the training run
         self._last_warning = float("-inf")
 
@@ -58,21 +66,20 @@ class TeacherServer(HttpServer):
     def probe(self, path: str, payload: dict[str, Any] | None = None) -> Any:
         """JSON answer to a GET or, with a payload, to a POST, tried once. The error's `status` tells a refusal."""
         try:
-            body = self._attempt(path, payload, _PROBE_BYTES)
+            body = submit(self._attempt(path, payload, _PROBE_BYTES)).result()
         except HttpFailure as failure:
             raise TeacherServerError(f"The teacher server at {self.url} is not available: {failure}.") from None
         return self.decode(body)
 
-    def post(self, path: str, payload: dict[str, Any], max_bytes: int, stop: threading.Event) -> bytearray:
+    async def post(self, path: str, payload: dict[str, Any], max_bytes: int) -> bytearray:
         """
-        Body of the answer to a POST, at most `max_bytes`, tried again with growing delays for as long as waiting may
-        help and `stop` is not set.
+        Body of the answer to a POST, at most `max_bytes`, tried again with growing delays for as long as waiting may help.
         """
         first_failure = None
         delay = 0.5
         while True:
             try:
-                return self._attempt(path, payload, max_bytes)
+                return await self._attempt(path, payload, max_bytes)
             except HttpFailure as failure:
                 now = time.monotonic()
                 first_failure = now if first_failure is None else first_failure
@@ -86,22 +93,27 @@ class TeacherServer(HttpServer):
                 if now - self._last_warning > _WARN_EVERY:
                     self._last_warning = now
                     logger.warning(f"Waiting for the teacher server at {self.url}, {left:.0f} s at most: {failure}.")
-                if stop.wait(min(self._jitter.uniform(0.5, 1.0) * delay, left)):
-                    raise TeacherServerError(f"Gave up on the teacher server at {self.url}.") from None
+                await asyncio.sleep(min(self._jitter.uniform(0.5, 1.0) * delay, left))
                 delay = min(2 * delay, _LONGEST_DELAY)
 
-    def map(self, function: Callable[[_Item, threading.Event], _Result], items: Sequence[_Item]) -> list[_Result]:
-        """`function(item, stop)` of all items in their order, computed in threads. The first error ends the others."""
-        stop = threading.Event()
-        executor = ThreadPoolExecutor(max_workers=max(1, min(self._concurrency, len(items))))
+    def ask(self, function: Callable[[_Item], Awaitable[_Result]], items: Sequence[_Item]) -> "Future[list[_Result]]":
+        """
+        `function(item)` of all items in their order, for whoever waits for the future. At most `concurrency` are under way,
+        of all that was asked. The first error ends the others, and so does cancelling the future.
+        """
+        return submit(self._all(function, items))
+
+    async def _all(self, function: Callable[[_Item], Awaitable[_Result]], items: Sequence[_Item]) -> list[_Result]:
+        async def one(item: _Item) -> _Result:
+            async with self._gate:
+                return await function(item)
+
+        tasks = [asyncio.ensure_future(one(item)) for item in items]
         try:
-            futures = [executor.submit(function, item, stop) for item in items]
-            for future in as_completed(futures):
-                future.result()
-            return [future.result() for future in futures]
+            return await asyncio.gather(*tasks)
         finally:
-            stop.set()
-            executor.shutdown(wait=False, cancel_futures=True)
+            for task in tasks:
+                task.cancel()
 
     def decode(self, body: bytearray) -> Any:
         """The JSON value of a body, or a [`TeacherServerError`]."""
@@ -117,9 +129,9 @@ class TeacherServer(HttpServer):
             "it? The last checkpoint is untouched."
         )
 
-    def _attempt(self, path: str, payload: dict[str, Any] | None, max_bytes: int) -> bytearray:
+    async def _attempt(self, path: str, payload: dict[str, Any] | None, max_bytes: int) -> bytearray:
         """Body of an answer of status 200. Raises `HttpFailure` for what waiting may cure."""
-        answer = self._request(path, None if payload is None else json.dumps(payload).encode(), max_bytes)
+        answer = await self._send(path, None if payload is None else json.dumps(payload).encode(), max_bytes)
         if answer.status != 200:
             problem = f"{self._problem(answer.status) or 'refused the request'}: {self._describe(answer)}"
             raise TeacherServerError(f"The teacher server at {self.url} {problem}.", answer.status)
@@ -128,3 +140,11 @@ class TeacherServer(HttpServer):
         if not answer.body:  # the server went away between the headers and a body of no announced length
             raise HttpFailure("bad_answer", "an empty answer")
         return answer.body
+
+
+def awaited(answers: "Future[_Result]") -> _Result:
+    """What a future gives. An interrupt of the waiting ends the requests too."""
+    try:
+        return answers.result()
+    finally:
+        answers.cancel()

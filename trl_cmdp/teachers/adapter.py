@@ -32,6 +32,7 @@ class AdapterTeacher:
     """
 
     exact = True
+    ahead = 0
 
     def __init__(self, student: torch.nn.Module, accelerator: Accelerator | None, adapter_name: str):
         self.adapter_name = adapter_name
@@ -93,10 +94,12 @@ class AdapterTeacher:
         """What the forward runs under."""
         return self._local.autocast()
 
-    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def hidden_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, **images: torch.Tensor
+    ) -> torch.Tensor:
         """Hidden states (N, H), see [`Teacher`]."""
         with self.active():
-            return self._local.hidden_states(input_ids, attention_mask, mask)
+            return self._local.hidden_states(input_ids, attention_mask, mask, **images)
 
     def head(self) -> Head:
         """Head of the base model, or of the teacher's adapter if that has one of its own (`modules_to_save`)."""

@@ -32,13 +32,7 @@ def check_vocabulary(
     """
     student_size = student.config.get_text_config().vocab_size
     teacher_size = teacher_config.get_text_config().vocab_size
-    source = teacher_config.name_or_path
-    teacher_tokenizer = None
-    if source:
-        try:
-            teacher_tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            logger.warning(f"No tokenizer found for the teacher at {source!r} ({type(error).__name__}).")
+    teacher_tokenizer = own_tokenizer(teacher_config)
     if teacher_tokenizer is None:
         if student_size != teacher_size:
             raise ValueError(
@@ -62,6 +56,18 @@ def check_vocabulary(
         "by token, so both must share one tokenizer. Choose a teacher of the student's model family (or, across "
         "tokenizers, TRL's GOLD)."
     )
+
+
+def own_tokenizer(teacher_config: PretrainedConfig) -> PreTrainedTokenizerBase | None:
+    """The teacher's tokenizer, looked up where its config came from; `None` if there is none."""
+    source = teacher_config.name_or_path
+    if not source:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        logger.warning(f"No tokenizer found for the teacher at {source!r} ({type(error).__name__}).")
+        return None
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..core import Head
+from .images import OF_IMAGES
 
 
 _CONFIG_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -51,10 +52,11 @@ class LeftAligned:
     Args:
         model_inputs:
             Inputs of a model: `attention_mask` of shape `(B, L)`, longer where a prefix is in the cache, and any of
-            shape `(B, L, ...)`.
+            shape `(B, L, ...)`. Those of images are left as they are.
 
     Attributes:
-        inputs (`dict[str, Any]`): The inputs of the moved rows, without the columns that only pad, `(B, L', ...)`.
+        inputs (`dict[str, Any]`): The inputs of the moved rows, `(B, L', ...)`, and where there are no images without the
+            columns that only pad.
     """
 
     def __init__(self, model_inputs: dict[str, Any]):
@@ -63,11 +65,13 @@ class LeftAligned:
         attended = model_inputs["attention_mask"]
         prefix, attended = attended.split([attended.size(1) - tokens.size(1), tokens.size(1)], dim=1)
         attended = attended.bool()
-        self._columns = attended.sort(dim=1, descending=True, stable=True).indices[:, : attended.sum(1).max()]
+        # An image must keep its tokens, in a completion too that is masked whole because it was cut.
+        length = attended.size(1) if model_inputs.keys() & OF_IMAGES else int(attended.sum(1).max())
+        self._columns = attended.sort(dim=1, descending=True, stable=True).indices[:, :length]
         self._index = (attended.cumsum(1) - 1).clamp(min=0)  # (B, L), where each token has gone
         self.inputs = {
             name: self.align(values)
-            if isinstance(values, torch.Tensor) and values.shape[:2] == self._shape
+            if name not in OF_IMAGES and isinstance(values, torch.Tensor) and values.shape[:2] == self._shape
             else values
             for name, values in model_inputs.items()
         }
@@ -109,7 +113,8 @@ def last_hidden_state(
         head (`torch.nn.Module`):
             Its head, `get_output_embeddings()`.
         model_inputs:
-            Inputs of the model, `input_ids` of shape `(B, P + T)` and `attention_mask` among them, padded anywhere.
+            Inputs of the model, `input_ids` of shape `(B, P + T)` and `attention_mask` among them, padded anywhere, and
+            images.
 
     Returns:
         `torch.Tensor`: Hidden states of shape `(B, P + T, H)`, for each row as if it were alone.

@@ -7,7 +7,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..core import Head
 from ..core.fingerprint import fingerprint
-from .server_teacher import ServerTeacher
+from .server_teacher import ServerAnswer, ServerTeacher
 from .teacher import Teacher
 
 
@@ -26,11 +26,18 @@ class OneStopTeacher:
     def __init__(self, teacher: Teacher, ends: tuple[int, int]):
         self._teacher, self._ends = teacher, ends
         self.exact, self.vocab_size, self.max_length = teacher.exact, teacher.vocab_size, teacher.max_length
+        self.ahead = teacher.ahead
         self._head: Head | None = None
 
-    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def hidden_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, **images: torch.Tensor
+    ) -> torch.Tensor:
         """Hidden states (N, H), see [`Teacher`]. The teacher reads the student's tokens as they are."""
-        return self._teacher.hidden_states(input_ids, attention_mask, mask)
+        return self._teacher.hidden_states(input_ids, attention_mask, mask, **images)
+
+    def ask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> ServerAnswer:
+        """As [`ServerTeacher.ask`]."""
+        return self._server.ask(input_ids, attention_mask, mask)
 
     def head(self) -> Head:
         """The teacher's head with two rows swapped: a copy, which is kept, as a teacher does not change."""
@@ -46,9 +53,9 @@ class OneStopTeacher:
                 )
         return self._head
 
-    def log_probs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def ask_log_probs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> ServerAnswer:
         """
-        As [`ServerTeacher.log_probs`]. A server gives the probability of the tokens that it reads, so it is given the other
+        As [`ServerTeacher.ask_log_probs`]. A server gives the probability of the tokens that it reads, so it is given the other
         end in place of one: at the end of a completion, which nothing follows, and inside it in a row that ends there.
         """
         start, length = input_ids.size(1) - mask.size(1), input_ids.size(1)
@@ -58,7 +65,7 @@ class OneStopTeacher:
         asked = torch.nn.functional.pad(mask, (start, 0))  # (B, P + T)
         inside = asked & (input_ids != others) & ~at_end
         rows, ends = inside.nonzero().unbind(1)  # (M,)
-        logps = self._server.log_probs(
+        answer = self._server.ask_log_probs(
             torch.cat(
                 [
                     torch.where(at_end, others, input_ids),
@@ -68,16 +75,20 @@ class OneStopTeacher:
             torch.cat([attention_mask, attention_mask[rows] * (columns <= ends[:, None])]),
             torch.cat([mask, (columns == ends[:, None])[:, start:]]),
         )
-        values = logps.new_zeros(asked.shape)
-        values[asked], values[inside] = logps[: len(logps) - len(rows)], logps[len(logps) - len(rows) :]
-        return values[asked]
 
-    def top_k(
+        def of_either_end(logps: torch.Tensor) -> torch.Tensor:
+            values = logps.new_zeros(asked.shape)
+            values[asked], values[inside] = logps[: len(logps) - len(rows)], logps[len(logps) - len(rows) :]
+            return values[asked]
+
+        return answer.read_as(of_either_end)
+
+    def ask_top_k(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, k: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As [`ServerTeacher.top_k`]."""
-        token_ids, logps = self._server.top_k(input_ids, attention_mask, mask, k)
-        return swapped(token_ids, self._ends), logps
+    ) -> ServerAnswer:
+        """As [`ServerTeacher.ask_top_k`]."""
+        answer = self._server.ask_top_k(input_ids, attention_mask, mask, k)
+        return answer.read_as(lambda both: torch.stack([swapped(both[..., 0], self._ends), both[..., 1]], -1))
 
     def fingerprint(self) -> str:
         """Of the teacher and the two tokens."""
@@ -85,7 +96,7 @@ class OneStopTeacher:
 
     @property
     def _server(self) -> ServerTeacher:
-        assert isinstance(self._teacher, ServerTeacher)  # what else has log-probabilities alone
+        assert isinstance(self._teacher, ServerTeacher)  # what else is asked ahead, or has log-probabilities alone
         return self._teacher
 
 

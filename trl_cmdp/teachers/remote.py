@@ -1,21 +1,19 @@
 """A teacher behind a vLLM server: its hidden states, and so the exact divergence, or its log-probabilities alone."""
 
 import sys
-import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 import torch
 
 from ..core.fingerprint import fingerprint, fingerprint_of_weights
 from ._checkpoint import load_config, load_head
-from ._server import TeacherServer, TeacherServerError
+from ._server import EXACT_SERVER_COMMAND, TeacherServer, TeacherServerError, awaited
 
 
-EXACT_SERVER_COMMAND = (
-    "vllm serve MODEL --runner pooling --convert embed --pooler-config "
-    """'{"task": "token_embed", "tok_pooling_type": "ALL", "use_activation": false}'"""
-)
+_Position = tuple[dict[int, float], int]  # log-probabilities by token id, and the sequence's own token id
+_Read = TypeVar("_Read")
 _PROBE = [0, 1, 2]  # token ids that every vocabulary has
 _WIRE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _ENTRY_BYTES = 512  # of one token's log-probability in JSON, its text included
@@ -52,6 +50,7 @@ class RemoteTeacher:
         vocab_size (`int`): Size of its vocabulary, padding included.
         max_model_len (`int`): Longest sequence that the server takes, in tokens.
         head ([`~core.Head`] or `None`): The teacher's head on the CPU, in the dtype that the server computes in, if exact.
+        concurrency (`int`): Number of sequences under way at once.
         dtype (`torch.dtype`): That dtype, and the hidden states'; `float32` if not exact.
 
     Raises:
@@ -71,6 +70,7 @@ class RemoteTeacher:
         concurrency: int = 16,
     ):
         self._server = TeacherServer(url, api_key, timeout=timeout, max_wait=max_wait, concurrency=concurrency)
+        self.concurrency = concurrency
         self.url = self._server.url
         self._model_id, root, self.max_model_len = self._describe()
         hidden = self._probe_hidden_states()
@@ -118,6 +118,10 @@ class RemoteTeacher:
             TeacherServerError: If the server is gone for longer than `max_wait`, or answers what cannot be true.
             ValueError: If the server is not exact, or a sequence is too long for it.
         """
+        return awaited(self.ask_hidden_states(sequences, num_last))
+
+    def ask_hidden_states(self, sequences: Sequence[list[int]], num_last: Sequence[int]) -> Future[list[torch.Tensor]]:
+        """As [`~RemoteTeacher.hidden_states`], for whoever waits for it; cancelling it ends the requests."""
         if self.head is None:
             raise ValueError(
                 f"The teacher server at {self.url} returns log-probabilities only, and the full-vocabulary divergence "
@@ -127,7 +131,7 @@ class RemoteTeacher:
         self._check(sequences, num_last, [len(sequence) - 1 for sequence in sequences], self.max_model_len)
         width = self.head.weight.size(1)
 
-        def fetch(item: tuple[list[int], int], stop: threading.Event) -> torch.Tensor:
+        async def fetch(item: tuple[list[int], int]) -> torch.Tensor:
             sequence, count = item
             if count == 0:
                 return torch.empty(0, width, dtype=self.dtype)
@@ -141,7 +145,7 @@ class RemoteTeacher:
                 "endianness": sys.byteorder,
             }
             expected = (len(sequence) - 1) * width * self.dtype.itemsize
-            body = self._server.post("/pooling", payload, expected, stop)
+            body = await self._server.post("/pooling", payload, expected)
             if len(body) != expected:
                 raise self._server.unexpected(
                     f"{len(body)} bytes where {len(sequence) - 1} hidden states of {width} values in {self.dtype} "
@@ -150,7 +154,7 @@ class RemoteTeacher:
             hidden = torch.frombuffer(body, dtype=self.dtype).view(-1, width)
             return hidden[-count:].clone()  # not the whole sequence's memory
 
-        return self._server.map(fetch, list(zip(sequences, num_last, strict=True)))
+        return self._server.ask(fetch, list(zip(sequences, num_last, strict=True)))
 
     def log_probs(
         self, sequences: Sequence[list[int]], num_last: Sequence[int], temperature: float = 1.0
@@ -173,10 +177,17 @@ class RemoteTeacher:
             TeacherServerError: If the server is gone for longer than `max_wait`, or answers what cannot be true.
             ValueError: If the server is exact, a sequence too long for it, or the temperature not 1.
         """
-        return [
-            torch.tensor([position[token_id] for position, token_id in row], dtype=torch.float32)
-            for row in self._score(sequences, num_last, 0, temperature)
-        ]
+        return awaited(self.ask_log_probs(sequences, num_last, temperature))
+
+    def ask_log_probs(
+        self, sequences: Sequence[list[int]], num_last: Sequence[int], temperature: float = 1.0
+    ) -> Future[list[torch.Tensor]]:
+        """As [`~RemoteTeacher.log_probs`], for whoever waits for it; cancelling it ends the requests."""
+
+        def own_tokens(row: list[_Position]) -> torch.Tensor:
+            return torch.tensor([position[token_id] for position, token_id in row], dtype=torch.float32)
+
+        return self._score(own_tokens, sequences, num_last, 0, temperature)
 
     def top_k(
         self, sequences: Sequence[list[int]], num_last: Sequence[int], k: int, temperature: float = 1.0
@@ -205,20 +216,26 @@ class RemoteTeacher:
                 be right.
             ValueError: If the server is exact, a sequence too long for it, or the temperature not 1.
         """
+        return awaited(self.ask_top_k(sequences, num_last, k, temperature))
+
+    def ask_top_k(
+        self, sequences: Sequence[list[int]], num_last: Sequence[int], k: int, temperature: float = 1.0
+    ) -> Future[list[tuple[torch.Tensor, torch.Tensor]]]:
+        """As [`~RemoteTeacher.top_k`], for whoever waits for it; cancelling it ends the requests."""
         if k < 1:
             raise ValueError(f"`k` must be at least 1, got {k}.")
-        results = []
-        for row in self._score(sequences, num_last, k, temperature):
+
+        def likeliest(row: list[_Position]) -> tuple[torch.Tensor, torch.Tensor]:
             # The sequence's own token comes on top of the k where it is not among them.
             likely = [sorted(position.items(), key=lambda entry: -entry[1])[:k] for position, _ in row]
             token_ids = torch.tensor([[token_id for token_id, _ in entries] for entries in likely], dtype=torch.int64)
             logps = torch.tensor([[logp for _, logp in entries] for entries in likely], dtype=torch.float32)
-            results.append((token_ids.view(-1, k), logps.view(-1, k)))
-        return results
+            return token_ids.view(-1, k), logps.view(-1, k)
 
-    def _score(self, sequences, num_last, k, temperature) -> list[list[tuple[dict[int, float], int]]]:
-        """Log-probabilities by token id (the k likeliest and the sequence's own) and own token id, at each of the last
-        positions, per sequence."""
+        return self._score(likeliest, sequences, num_last, k, temperature)
+
+    def _score(self, read: Callable[[list[_Position]], _Read], sequences, num_last, k, temperature) -> Future:
+        """What is read of the positions of each sequence, with the log-probabilities of the k likeliest tokens."""
         if self.exact:
             raise ValueError(
                 f"The teacher server at {self.url} returns hidden states: compute log-probabilities from them and "
@@ -233,27 +250,25 @@ class RemoteTeacher:
         # The server insists on generating one token after the sequence.
         self._check(sequences, num_last, [len(sequence) for sequence in sequences], self.max_model_len - 1)
 
-        def fetch(item: tuple[list[int], int], stop: threading.Event) -> list:
+        async def fetch(item: tuple[list[int], int]) -> _Read:
             sequence, count = item
             if count == 0:
-                return []
+                return read([])
             payload = self._completion_payload(sequence, k)
             max_bytes = len(sequence) * (k + 1) * _ENTRY_BYTES + 2**16
-            answer = self._server.decode(self._server.post("/v1/completions", payload, max_bytes, stop))
+            answer = self._server.decode(await self._server.post("/v1/completions", payload, max_bytes))
             try:
                 positions = answer["choices"][0]["prompt_logprobs"]
                 if len(positions) != len(sequence):
                     raise self._server.unexpected(f"{len(positions)} positions for {len(sequence)} tokens")
-                return [
-                    (self._read_position(position, token_id, k), token_id)
-                    for position, token_id in zip(positions[-count:], sequence[-count:], strict=True)
-                ]
+                own = zip(positions[-count:], sequence[-count:], strict=True)
+                return read([(self._read_position(position, token_id, k), token_id) for position, token_id in own])
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
                 raise self._server.unexpected(
                     f"log-probabilities that cannot be read ({type(error).__name__})"
                 ) from None
 
-        return self._server.map(fetch, list(zip(sequences, num_last, strict=True)))
+        return self._server.ask(fetch, list(zip(sequences, num_last, strict=True)))
 
     def _read_position(self, position: dict[str, dict[str, Any]], token_id: int, k: int) -> dict[int, float]:
         logps = {int(key): float(entry["logprob"]) for key, entry in position.items()}

@@ -1,6 +1,7 @@
 """
 Trains the same global batch in one process or in several, on rollouts that depend on nothing but the prompt and the
-place in the group, and saves what came of it. Started by test_processes.py.
+place in the group, and saves what came of it; then runs the scripts of this folder that need several processes. One
+launch serves all, as importing takes longer than training. Started by test_processes.py.
 
     torchrun --nproc_per_node 2 several_processes.py OUTPUT
 """
@@ -8,9 +9,12 @@ place in the group, and saves what came of it. Started by test_processes.py.
 import math
 import os
 import sys
+import threading
 from pathlib import Path
 
 import torch
+from fake_server import answer
+from fake_vllm import FakeServer
 from helpers import (
     EOS,
     FIRST,
@@ -29,6 +33,7 @@ from peft import get_peft_model
 from transformers import TrainerCallback
 
 from trl_cmdp import ConstrainedDistillTrainer, GKDDistillTrainer, LagrangianDistillTrainer, MiniLLMDistillTrainer
+from trl_cmdp.teachers import RemoteTeacher, TeacherServerError
 
 
 ROLLOUTS = 16  # per step, over all processes
@@ -41,6 +46,10 @@ SETTINGS = {
     # The first two prompts fill process 0, so each process has rollouts of one teacher alone.
     "several_teachers": {"several": True, "cost_limit": {"first": 1.5, "second": 2.5}},
     "several_recomputed": {"several": True, "teacher_hidden_memory_mb": 1e-6},
+    # Of unequal lengths, the longest on process 1.
+    "teacher_prompt": {"own_prompts": True, "teacher_hidden_memory_mb": 1e-6},
+    # Each process asks servers of its own, in the loss too.
+    "servers": {"several": True, "served": True, "teacher_hidden_memory_mb": 1e-6},
     "adapter": {"teacher_adapter_name": "base", "cost_limit": 0.5},
     # A limit on the sum, which the short rollouts of process 0 all keep: it has nothing to distil, and the other one
     # nothing that is feasible.
@@ -110,15 +119,32 @@ class Poison(TrainerCallback):
                 self.teacher.model.norm.weight.fill_(math.nan)
 
 
+def served_folder(path: Path, teacher) -> str:
+    return str(path / f"served_{os.environ.get('RANK', '0')}_{teacher.config.hidden_size}")
+
+
+def serve(path: Path, teacher, fault=None) -> RemoteTeacher:
+    """A teacher behind a server that lasts as long as this process."""
+    server = FakeServer(teacher.eval(), served_folder(path, teacher))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    remote = RemoteTeacher(server.url)
+    server.fault = fault
+    return remote
+
+
 def expect_error(path: Path, name: str, trainer) -> None:
     try:
         trainer.train()
-    except ValueError as error:
+    except (ValueError, TeacherServerError) as error:
         (path / f"{name}_{trainer.accelerator.process_index}.txt").write_text(str(error))
 
 
 def name_teachers(dataset):
     return dataset.add_column("teacher", ["first" if prompt[0] in "13" else "second" for prompt in dataset["prompt"]])
+
+
+def give_teachers_prompts(dataset):
+    return dataset.add_column("teacher_prompt", [prompt * int(prompt[0]) for prompt in dataset["prompt"]])
 
 
 def with_adapter():
@@ -136,6 +162,8 @@ def build(
     model=None,
     teacher=None,
     several=False,
+    own_prompts=False,
+    served=False,
     rollout=rollout,
     callbacks=(),
     evaluated=(0, 1, 2, 3),
@@ -143,11 +171,14 @@ def build(
     **settings,
 ):
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    dataset = make_dataset(4)
+    with_prompts = give_teachers_prompts if own_prompts else lambda dataset: dataset
+    dataset = with_prompts(make_dataset(4))
     if processes == 1:  # what accelerate makes of it for several
         evaluated = [*evaluated, *evaluated][:4]
     if teacher is None and "teacher_adapter_name" not in settings:
         teacher = {"first": make_teacher(), "second": make_teacher(2, hidden_size=20)} if several else make_teacher()
+    if served:
+        teacher = {name: serve(output.parent, one) for name, one in teacher.items()}
     if model is None:
         model = with_adapter() if "teacher_adapter_name" in settings else make_model(spread=0.4)
     return make_trainer(
@@ -159,7 +190,7 @@ def build(
         teacher_model=teacher,
         rollout_func=masked if rollout == "masked" else rollout,
         callbacks=list(callbacks),
-        eval_dataset=name_teachers(make_dataset(1).select(evaluated)),
+        eval_dataset=name_teachers(with_prompts(make_dataset(1).select(evaluated))),
         shuffle_dataset=False,
         per_device_train_batch_size=ROLLOUTS // processes,
         per_device_eval_batch_size=ROLLOUTS // processes,
@@ -174,6 +205,9 @@ def build(
 def main(output: str) -> None:
     torch.set_num_threads(1)
     path = Path(output)
+    for teacher in (make_teacher(), make_teacher(2, hidden_size=20)):
+        # While no process knows of the others: later only the first one saves.
+        save_model(served_folder(path, teacher), teacher, make_tokenizer())
     results = {}
     for name, settings in SETTINGS.items():
         trainer = build(path / name, **settings)
@@ -195,6 +229,8 @@ def main(output: str) -> None:
     if trainer.accelerator.num_processes > 1:
         teacher = make_teacher()
         expect_error(path, "poisoned", build(path / "poisoned", teacher=teacher, callbacks=[Poison(teacher)]))
+        refuses = answer(400, {}) if trainer.accelerator.process_index == 1 else None
+        expect_error(path, "refused", build(path / "refused", teacher=serve(path, make_teacher(), refuses)))
         teacher_path = path / "teacher"
         if trainer.accelerator.is_main_process:
             save_model(teacher_path, make_teacher(), make_tokenizer())
@@ -204,4 +240,9 @@ def main(output: str) -> None:
 
 
 if __name__ == "__main__":
+    import nonfinite_processes
+    import resume_processes
+
     main(sys.argv[1])
+    resume_processes.main(Path(sys.argv[1], "resume"))
+    nonfinite_processes.main(Path(sys.argv[1], "nonfinite"))

@@ -4,7 +4,6 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from trl import GRPOConfig
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
 
-from ..._prompts import check_chat_template, check_column, check_prompts
+from ..._prompts import check_chat_template, check_column, check_prompts, check_prompts_of_teacher, where_images
+from ...teachers import SERVERS_READ_TEXT, AdapterTeacher, RemoteTeacher
 from .config import DistillConfig
 
 
@@ -26,11 +26,6 @@ _FOUND_OTHERWISE = {"azure_ml", "flyte"}
 _REWARD_ARGUMENTS = {
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"
 }  # fmt: skip
-IMAGES_REFUSED = (
-    "With a teacher only text is supported: the cost of a token is computed from the text alone. Vision-language models "
-    "can be student and teacher on text prompts. Remove the images (`dataset.remove_columns`, or the image parts of the "
-    "messages), or train without a teacher."
-)
 
 _logger = logging.getLogger(__name__)
 
@@ -49,6 +44,13 @@ def has_teacher(teacher_model: Any, args: GRPOConfig) -> bool:
         raise ValueError(
             "With `teacher_model_server_url` the server runs the teacher: leave out `teacher_model`, or give the path "
             "or hub id of the checkpoint that the server runs."
+        )
+    given = teacher_model.values() if isinstance(teacher_model, dict) else [teacher_model]
+    elsewhere = by_server or by_adapter or all(isinstance(one, RemoteTeacher | AdapterTeacher) for one in given)
+    if args.teacher_offload and elsewhere:
+        raise ValueError(
+            "`teacher_offload` moves the weights of a teacher that is loaded beside the student, and here none is: a server "
+            "has its own memory, and the student's own base stays where the student is. Leave it out."
         )
     return by_server or by_adapter or teacher_model is not None
 
@@ -107,7 +109,7 @@ def check_data(
     Check the prompts of the datasets, and that the student's chat template renders messages. A `rollout_func` may take
     prompts of any kind, and an environment may bring them in place of the column.
     """
-    for name, dataset in _named(train_dataset, eval_dataset).items():
+    for name, dataset in named_datasets(train_dataset, eval_dataset).items():
         if not isinstance(dataset, Dataset | IterableDataset):
             continue
         columns = dataset.column_names or next(iter(dataset), {})
@@ -136,7 +138,7 @@ def no_reward(completions: list, **kwargs: Any) -> list[float]:
 
 def check_reward_columns(reward_funcs: list, names: list[str], train_dataset: Any, eval_dataset: Any) -> None:
     """A column that a reward function needs and a dataset lacks is an error now, not at the first step."""
-    for dataset_name, dataset in _named(train_dataset, eval_dataset).items():
+    for dataset_name, dataset in named_datasets(train_dataset, eval_dataset).items():
         if not isinstance(dataset, Dataset):
             continue
         for reward_func, name in zip(reward_funcs, names, strict=True):
@@ -198,25 +200,27 @@ def check_violation_penalty(rewards: torch.Tensor, penalty: float, step: int) ->
         )
 
 
-def check_no_images(train_dataset: Any, eval_dataset: Any) -> None:
-    """Refuse datasets with images, by their first rows."""
-    for name, dataset in _named(train_dataset, eval_dataset).items():
-        if dataset is None:
-            continue
-        for row in islice(dataset, 1):
-            columns = sorted({"image", "images"} & row.keys())
-            if columns:
-                raise ValueError(f"The {name} dataset has the column {columns[0]!r}. {IMAGES_REFUSED}")
-            prompt = row.get("prompt")
-            messages = [message for message in prompt if isinstance(message, dict)] if isinstance(prompt, list) else []
-            contents = [content for message in messages if isinstance(content := message.get("content"), list)]
-            if any(isinstance(part, dict) and part.get("type") == "image" for content in contents for part in content):
-                raise ValueError(f"A message of the {name} dataset has an image. {IMAGES_REFUSED}")
+def check_images_can_be_read(train_dataset: Any, eval_dataset: Any, teacher_model: Any, args: DistillConfig) -> None:
+    """Refuse datasets with images, by their first rows, where a teacher is a server."""
+    given = teacher_model.values() if isinstance(teacher_model, dict) else [teacher_model]
+    if args.teacher_model_server_url is None and not any(isinstance(one, RemoteTeacher) for one in given):
+        return
+    if (where := find_images(train_dataset, eval_dataset)) is not None:
+        raise ValueError(f"{where} {SERVERS_READ_TEXT}")
+
+
+def find_images(train_dataset: Any, eval_dataset: Any) -> str | None:
+    """Where the datasets of a trainer have images by their first rows, in words; `None` if they have none there."""
+    found = (
+        where_images(dataset, f"the {name} dataset")
+        for name, dataset in named_datasets(train_dataset, eval_dataset).items()
+    )
+    return next((where for where in found if where is not None), None)
 
 
 def check_teacher_column(teachers: Sequence[str], train_dataset: Any, eval_dataset: Any) -> None:
     """With several teachers, check that each row of the data names one of them. A stream is checked as it comes."""
-    for dataset in _named(train_dataset, eval_dataset).values():
+    for dataset in named_datasets(train_dataset, eval_dataset).values():
         if isinstance(dataset, Dataset):
             names = dataset.unique("teacher") if "teacher" in dataset.column_names else [None]
             for name in names:
@@ -231,6 +235,29 @@ def check_teacher_name(name: str | None, teachers: Sequence[str]) -> None:
             "With several teachers the dataset's column `teacher` chooses one for each prompt, of "
             f"{', '.join(map(repr, teachers))}; found {found}. Add or correct the column."
         )
+
+
+def check_teacher_prompts(train_dataset: Any, eval_dataset: Any, environment_factory: Any) -> None:
+    """Check the datasets' column `teacher_prompt`, the teacher's own prompts, if they have one."""
+    named = named_datasets(train_dataset, eval_dataset).items()
+    rows = {name: next(iter(one), {}) for name, one in named if isinstance(one, Dataset | IterableDataset)}
+    having = [name for name, row in rows.items() if "teacher_prompt" in row]
+    if not having:
+        return
+    if lacking := [name for name in rows if name not in having]:
+        raise ValueError(
+            f"The {having[0]} dataset has the column 'teacher_prompt', and the {lacking[0]} dataset has not: its costs would "
+            "be of a teacher that sees less. Add the column there (where the teacher sees no more than the student, a copy "
+            "of 'prompt'), or remove it everywhere."
+        )
+    if environment_factory is not None:
+        raise ValueError(
+            "`environment_factory` cannot be used together with the column 'teacher_prompt': what an environment's `reset` "
+            "adds to the prompt would be missing from the teacher's. Remove the column, or use `tools` or a `rollout_func`."
+        )
+    for name, dataset in named:
+        if name in rows:
+            check_prompts_of_teacher(dataset, f"the {name} dataset")
 
 
 def checked_rollout_func(rollout_func: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -259,7 +286,7 @@ def checked_rollout_func(rollout_func: Callable[..., dict[str, Any]]) -> Callabl
     return checked
 
 
-def _named(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
     """The datasets of a trainer by what messages call them."""
     evaluation = eval_dataset if isinstance(eval_dataset, dict) else {"evaluation": eval_dataset}
     return {"training": train_dataset, **evaluation}

@@ -88,6 +88,10 @@ class DistillConfig(GRPOConfig):
             they do not fit they are computed once more; the loss is the same.
         teacher_hidden_offload (`bool`, *optional*, defaults to `False`):
             Keep them in (pinned) host memory.
+        teacher_offload (`bool`, *optional*, defaults to `False`):
+            Keep the weights of a teacher in this process in (pinned) host memory while the student generates and learns;
+            for scoring they are copied to the device. Its head stays there. Of several teachers one at a time is on the
+            device. On a CPU this saves nothing.
         cost_limit (`float`, *optional*, defaults to `0.35`):
             Limit d on the cost of a rollout, in nats: per token for `cost_scope` `"mean"` and `"worst_prefix"`, per
             rollout for `"sum"`. A method without a limit of its own only measures satisfaction against it.
@@ -123,6 +127,7 @@ class DistillConfig(GRPOConfig):
     divergence_memory_mb: float | None = None
     teacher_hidden_memory_mb: float = 256
     teacher_hidden_offload: bool = False
+    teacher_offload: bool = False
 
     cost_limit: float = COST_LIMIT
     cost_scope: CostScope = COST_SCOPE

@@ -15,7 +15,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
 from ...core.signal import Rollouts, Signal
-from ...teachers import base_model
+from ...teachers import base_model, offloaded
 from ..telemetry.card import distillation_facts, write_model_card
 from ..telemetry.metrics import DistillMetrics
 from ..telemetry.run_settings import of_limit, of_teachers
@@ -23,15 +23,16 @@ from ..telemetry.selection import asks_for_feasible_reward
 from ..telemetry.shading import ShadedCompletions
 from ..telemetry.symptoms import Symptoms
 from .checks import (
-    IMAGES_REFUSED,
     check_arguments,
     check_data,
-    check_no_images,
+    check_images_can_be_read,
     check_reward_columns,
     check_reward_templates,
     check_rewards_finite,
+    check_teacher_prompts,
     check_trackers,
     checked_rollout_func,
+    find_images,
     has_teacher,
     no_reward,
 )
@@ -42,7 +43,8 @@ from .policy_loss import loss_mask, policy_token_weight
 from .processes import gather_rows, on_any_process
 from .scoring import RolloutScorer
 from .student import prepare_student
-from .teachers import Teacher, TeacherModel, common_end, make_teachers, teacher_index, with_common_end
+from .teacher_prompts import TeacherPrompts
+from .teachers import Teacher, TeacherModel, common_end, count_waiting, make_teachers, teacher_index, with_common_end
 from .trl_hooks import check_trl_hooks
 
 
@@ -54,7 +56,8 @@ class DistillTrainer(OffPolicyGRPOTrainer):
     Args:
         teacher_model (`str`, [`~transformers.PreTrainedModel`] or `dict`, *optional*):
             Teacher: path, hub id or instance. It is frozen, in eval mode, and keeps its own dtype. Several by name, in a
-            `dict`: the dataset's column `teacher` then names each prompt's.
+            `dict`: the dataset's column `teacher` then names each prompt's. With a column `teacher_prompt` a teacher reads that
+            in the place of `prompt`.
 
     All other arguments are [`~trl.GRPOTrainer`]'s, in its order. With a teacher, `reward_funcs` may be `None`.
     """
@@ -96,7 +99,8 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         check_arguments(self._config_class, args, with_teacher, has_reward, self._imitates)
         check_trackers(args.report_to)
         if with_teacher:
-            check_no_images(train_dataset, eval_dataset)
+            check_teacher_prompts(train_dataset, eval_dataset, environment_factory)
+            check_images_can_be_read(train_dataset, eval_dataset, teacher_model, args)
             if not has_reward:
                 reward_funcs = no_reward
             if rollout_func is not None:
@@ -132,6 +136,10 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         self.teachers: dict[str, Teacher] = make_teachers(self, teacher_model) if with_teacher else {}
         if not self.teachers:
             return
+        self._offload = offloaded(self.teachers.values() if args.teacher_offload else ())
+        self._teacher_prompts = TeacherPrompts(self)
+        if find_images(train_dataset, eval_dataset) is not None:
+            self._check_images()
         if self._samples_from_teacher:
             self._sampling_teacher()  # refuse before training what cannot sample
         prepare_student(self)
@@ -193,8 +201,8 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         if not self.teachers:
             return output
-        if on_any_process(self.accelerator, "pixel_values" in output):  # in a later row, or returned by a tool
-            raise ValueError(IMAGES_REFUSED)
+        if on_any_process(self.accelerator, "pixel_values" in output):
+            self._check_images()
         if self._used_in_one_step:
             # vLLM's correction leaves them there. They equal the loss's own, but for rounding.
             output.pop("old_per_token_logps", None)
@@ -247,7 +255,8 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         """Scores (b, T) of this process's rollouts, and the teachers' hidden states per rollout if they fit."""
         args, training = self.args, self._mode == "train"
         tokens_per_process = mask.sum(1).view(self.accelerator.num_processes, -1).sum(1)
-        with disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
+        checkpointing = disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs)
+        with checkpointing, self._offload.unloaded_afterwards():
             return self._scorer.score(
                 self.model,
                 output,
@@ -268,6 +277,7 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         else:
             loss = super()._compute_loss(model, inputs)
             self._count("distill_loss", 0, 1)
+        count_waiting(self)
         if self._mode == "train":
             self._after_micro_step(inputs)
         return loss
@@ -276,7 +286,8 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         mask = loss_mask(inputs)
         token_weight = policy_token_weight(self, mask, inputs["num_items_in_batch"])  # (B, 1) or ()
         weights = inputs["divergence_weights"] * token_weight * self._divergence_coefficient  # (B, T)
-        states = self._scorer.weighted_states(inputs, inputs["divergence_weights"] != 0)
+        with self._offload.unloaded_afterwards():  # the teachers run once more if their hidden states were not kept
+            states = self._scorer.weighted_states(inputs, inputs["divergence_weights"] != 0)
         request = DivergenceRequest(
             states,
             weights,
@@ -333,6 +344,8 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         if self.teachers:
             settings |= of_limit(self.args, self._token_cost, self.state.log_history)
             settings |= of_teachers(self.teachers, self._given_teacher, self.args, self.accelerator)
+            if self._teacher_prompts.used:
+                settings["teacher_prompt"] = True
         return settings
 
     def _saved_state(self) -> dict[str, Any]:

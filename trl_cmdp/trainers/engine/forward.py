@@ -14,11 +14,23 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from ... import core
 from ...core import Head, chunked_log_probs, default_memory_mb
-from ...teachers import LeftAligned, backbone, predicting, read_head, swapped
+from ...teachers import (
+    OF_IMAGES,
+    OF_TOKENS,
+    LeftAligned,
+    ServerAnswer,
+    backbone,
+    predicting,
+    read_head,
+    swapped,
+    without_no_images,
+)
 from ...teachers.kernels import chunked_divergence, chunked_policy_divergence, chunked_scores
 from .config import DistillConfig
 
 
+# What a teacher that completions are sampled from reads of the student's inputs.
+_READ_BY_TEACHER = ("input_ids", "attention_mask", "position_ids", *OF_IMAGES, *OF_TOKENS)
 _logger = logging.getLogger(__name__)
 
 
@@ -27,8 +39,18 @@ class TeacherStates:
     """What one teacher says of a batch."""
 
     mask: torch.Tensor  # booleans of shape `(B, T)`, the N positions that it was asked for
-    hidden: torch.Tensor  # its hidden states there, of shape `(N, H_t)`, in row-major order
+    answer: torch.Tensor | ServerAnswer  # its hidden states there, of shape `(N, H_t)`, in row-major order
     head: Head  # its head
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The hidden states. A server is waited for: read them only when the student's own are there."""
+        return self.answer if isinstance(self.answer, torch.Tensor) else self.answer.result()
+
+    def cancel(self) -> None:
+        """They are not read any more."""
+        if isinstance(self.answer, ServerAnswer):
+            self.answer.cancel()
 
 
 @dataclass
@@ -89,14 +111,22 @@ class StudentForward:
             yield
         finally:
             self._request = None
+            for states in request.teachers:
+                states.cancel()
 
     @contextmanager
-    def mixing(self, alpha: float, teacher: torch.nn.Module, ends: tuple[int, int] | None = None):
+    def mixing(
+        self,
+        alpha: float,
+        teacher: torch.nn.Module,
+        ends: tuple[int, int] | None = None,
+        prompts: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ):
         """
         Generation inside samples from α·teacher + (1 − α)·student, both at the training temperature. `ends` are as in
-        [`OneStopTeacher`].
+        [`OneStopTeacher`]; `prompts` are the teacher's own, ids and mask (B, P), where it does not read the student's.
         """
-        self._mixture = _TeacherMixture(alpha, teacher, self._comparison.temperature, ends)
+        self._mixture = _TeacherMixture(alpha, teacher, self._comparison.temperature, ends, prompts)
         try:
             yield
         finally:
@@ -129,7 +159,7 @@ class StudentForward:
 
     def _last_hidden_state(self, **model_inputs: Any) -> torch.Tensor:
         # Not by the head's input, as a teacher's: FSDP2 shards again what a backward does not reach by its output.
-        rows = LeftAligned(model_inputs)
+        rows = LeftAligned(without_no_images(model_inputs))
         return rows.restore(backbone(self._student)(**rows.inputs, use_cache=False).last_hidden_state)
 
     def _differentiate_fused(
@@ -280,13 +310,23 @@ def score_without_left_padding(model: PreTrainedModel) -> None:
 class _TeacherMixture:
     """Mixes the teacher into each generation step's logits. It keeps the teacher's own cache of the same tokens."""
 
-    def __init__(self, alpha: float, teacher: torch.nn.Module, temperature: float, ends: tuple[int, int] | None):
+    def __init__(
+        self,
+        alpha: float,
+        teacher: torch.nn.Module,
+        temperature: float,
+        ends: tuple[int, int] | None,
+        prompts: tuple[torch.Tensor, torch.Tensor] | None,
+    ):
         self._alpha, self._teacher, self._temperature, self._ends = alpha, teacher, temperature, ends
+        self._prompts = prompts  # the teacher's own
         self._cache = DynamicCache()
 
     def __call__(self, logits: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Logits (B, 1, V) that, divided by the temperature, are the mixture's log-probabilities."""
-        inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in kwargs}
+        inputs = {name: kwargs[name] for name in _READ_BY_TEACHER if kwargs.get(name) is not None}
+        if self._prompts is not None:
+            inputs = self._behind_own_prompts(**inputs)
         teacher_logits = self._teacher(**inputs, past_key_values=self._cache, use_cache=True).logits
         if self._ends is not None:
             tokens = torch.arange(teacher_logits.size(-1), device=teacher_logits.device)
@@ -301,3 +341,17 @@ class _TeacherMixture:
         mixed = torch.full_like(logits, -torch.inf, dtype=torch.float32)
         mixed[..., :shared] = self._temperature * mixture_logps
         return mixed
+
+    def _behind_own_prompts(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **_: Any
+    ) -> dict[str, torch.Tensor]:
+        """The inputs of a generation step with the teacher's prompts in place of the student's."""
+        prompt_ids, mask = self._prompts
+        if (read := self._cache.get_seq_length()) == 0:
+            input_ids = prompt_ids
+        # What was generated is attended to, to the end of the batch's longest completion.
+        mask = torch.nn.functional.pad(mask, (0, read + input_ids.size(1) - mask.size(1)), value=1)
+        inputs = {"input_ids": input_ids, "attention_mask": mask}
+        if position_ids is not None:
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.size(1) :]
+        return inputs

@@ -1,17 +1,20 @@
 """A `GRPOTrainer` whose completions need not be the student's own: how methods get others to train on."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from ...teachers import LocalTeacher
+from ..._prompts import TEACHER_PROMPT_IMAGES, with_images
+from ...teachers import LocalTeacher, Offload, check_images
 from .forward import StudentForward
-from .resumable_trainer import ResumableGRPOTrainer
+from .processes import on_any_process
+from .teacher_prompts import TeacherPrompts
 from .teachers import Teacher
+from .vision_trainer import VisionGRPOTrainer
 
 
-class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
+class OffPolicyGRPOTrainer(VisionGRPOTrainer):
     """
     [`~trl.GRPOTrainer`] that with a teacher can also train on completions of the dataset, of the teacher, or of a
     mixture of student and teacher. The only change is where training completions come from.
@@ -21,10 +24,15 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
 
     teachers: dict[str, Teacher]
     _student_forward: StudentForward
+    _offload: Offload
     _teacher_mixed_alpha = 0.0  # share of the teacher in what training rollouts are sampled from
     _samples_from_teacher = False
     _ends: tuple[int, int] | None = None  # of a turn, the student's and the teacher's, where both are one stop action
     _rows: list[dict[str, Any]]  # of the dataset, that are being generated for
+    _teacher_prompts: TeacherPrompts
+    _teacher_prompt_ids: list[list[int]] | None = None  # of these rows, where the teacher has prompts of its own
+    _multimodal_fields: dict[str, Any]  # what their images are to a model
+    _images_are_checked = False
 
     @property
     def teacher_model(self) -> torch.nn.Module | None:
@@ -36,24 +44,48 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
+    def latest_teacher_prompts(self) -> list[str]:
+        """What the teachers read before this process's latest rollouts, where they have prompts of their own."""
+        return [self._tokenizer.decode(ids) for ids in self._teacher_prompt_ids or []]
+
+    def _check_images(self) -> None:
+        """Once: before training or, where only a later row has an image or a tool returns one, with the first of them."""
+        if self._images_are_checked:
+            return
+        with self._offload.unloaded_afterwards():
+            for teacher in self.teachers.values():
+                check_images(teacher, self.processing_class, self.accelerator.device)
+        self._images_are_checked = True
+
     def _off_policy_completions(self, prompt_ids: list[list[int]]) -> list[list[int]] | None:
         """Token ids of the training completions that are not sampled from the student, `None` if all are."""
         return None
 
     def _generate_and_score_completions(self, inputs):
         self._rows = inputs
-        return super()._generate_and_score_completions(inputs)
+        self._teacher_prompt_ids = self._teacher_prompts.token_ids(inputs) if self.teachers else None
+        output = super()._generate_and_score_completions(inputs)
+        if self._teacher_prompt_ids is None:
+            return output
+        if on_any_process(self.accelerator, "pixel_values" in output):  # returned by a tool
+            raise ValueError(TEACHER_PROMPT_IMAGES)
+        ids, mask = self._teacher_prompts.padded(self._teacher_prompt_ids)
+        return {**output, "teacher_prompt_ids": ids, "teacher_prompt_mask": mask}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
         training = bool(self.teachers) and self._mode == "train"
+        self._multimodal_fields = multimodal_fields
         completions = self._off_policy_completions(prompt_ids) if training else None
         if completions is not None:
             return completions, None
         alpha = self._teacher_mixed_alpha if training else 0.0
-        mixed = (
-            self._student_forward.mixing(alpha, self._sampling_teacher(), self._ends) if alpha > 0 else nullcontext()
-        )
-        with mixed:
+        with ExitStack() as mixed:
+            if alpha > 0:
+                teacher, own = self._sampling_teacher(), self._teacher_prompt_ids
+                prompts = None if own is None else self._teacher_prompts.padded(own)
+                mixed.enter_context(self._offload.unloaded_afterwards())
+                self._offload.load(teacher)
+                mixed.enter_context(self._student_forward.mixing(alpha, teacher, self._ends, prompts))
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
             )
@@ -70,6 +102,9 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
 
     def _teacher_completions(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """Completions sampled from the teacher: TRL's own generation, with the teacher in the student's place."""
+        multimodal_fields = self._multimodal_fields
+        if self._teacher_prompt_ids is not None:  # which are text alone
+            prompt_ids, multimodal_fields = self._teacher_prompt_ids, {}
         student, stops = self.model_wrapped, self.eos_token_ids
         backends = self.use_vllm, self.use_transformers_continuous_batching
         self.model_wrapped = self._sampling_teacher()
@@ -77,7 +112,11 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
         if self._ends is not None:
             self.eos_token_ids = self.generation_config.eos_token_id = [*stops, self._ends[1]]
         try:
-            completions, _ = super()._generate_single_turn(prompt_ids, None, {}, self.num_generations)
+            with self._offload.unloaded_afterwards():
+                self._offload.load(self.model_wrapped)
+                completions, _ = super()._generate_single_turn(
+                    prompt_ids, None, multimodal_fields, self.num_generations
+                )
         finally:
             self.model_wrapped = student
             self.use_vllm, self.use_transformers_continuous_batching = backends
@@ -108,13 +147,14 @@ class OffPolicyGRPOTrainer(ResumableGRPOTrainer):
                         "tokens are not the student's to learn. Give each assistant turn a row of its own, with what "
                         "came before in its `prompt`."
                     )
-                whole = tokenizer.apply_chat_template(
-                    [*row["prompt"], *completion],
+                messages = with_images(row, *completion) if self._is_vlm else [*row["prompt"], *completion]
+                whole = self.processing_class.apply_chat_template(
+                    [messages],
                     chat_template=self.chat_template,
                     tokenize=True,
                     return_dict=True,
                     **self.chat_template_kwargs,
-                )["input_ids"]
+                )["input_ids"][0]
                 if whole[: len(ids)] != ids:
                     raise ValueError(
                         "The chat template does not continue its own prompt when the completion is added, so the "

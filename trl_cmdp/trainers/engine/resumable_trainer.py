@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
 from torch.utils.data import Sampler
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..._files import RUN_FILE
@@ -273,6 +275,28 @@ class ResumableGRPOTrainer(FiniteGRPOTrainer):
             write_progress(folder, progress)
 
     # --------------------------------------------------------------------------------------------------------- resuming
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_renamed(Path(resume_from_checkpoint))
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._load_renamed(Path(self.state.best_model_checkpoint))
+
+    def _load_renamed(self, checkpoint: Path) -> None:
+        """
+        Load weights that transformers saves by other names than the model has (of vision-language models, of experts):
+        when it resumes it looks for the model's own names, and silently leaves out what it does not find.
+        """
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not isinstance(self.model, PreTrainedModel):
+            return
+        saved: set[str] = set()
+        for path in checkpoint.glob("model*.safetensors"):
+            with safe_open(path, "pt") as file:
+                saved |= set(file.keys())
+        if not saved <= self.model.state_dict().keys():
+            self.model.load_state_dict(type(self.model).from_pretrained(checkpoint, dtype="auto").state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -39,7 +39,7 @@ _FREE = {
     *("num_generations", "generation_batch_size", "auto_find_batch_size"),
     *("use_cpu", "tf32", "use_cache", "use_liger_kernel", "full_determinism", "accelerator_config", "local_rank"),
     *("deepspeed", "parallelism_config", "ds3_gather_for_generation", "cache_implementation", "divergence_memory_mb"),
-    *("transformers_continuous_batching_config",),
+    *("transformers_continuous_batching_config", "teacher_offload"),
 }
 _DECIDE = ("dataloader_drop_last", "vllm_importance_sampling")  # prefixes of exceptions
 

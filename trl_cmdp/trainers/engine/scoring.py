@@ -1,15 +1,22 @@
 """Scoring finished rollouts against their teachers, and what the loss then needs of them."""
 
-from typing import Any
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 
 from ...core import top_k_divergence_lower_bound
-from ...teachers import OneStopTeacher, ServerTeacher, Teacher, misfit
+from ...teachers import OneStopTeacher, ServerAnswer, ServerTeacher, Teacher, misfit, model_inputs, take_rows
 from .config import DistillConfig
 from .forward import DivergenceRequest, StudentForward, TeacherStates
 from .processes import on_any_process
+
+
+_Asked = TypeVar("_Asked", TeacherStates, ServerAnswer)
 
 
 class RolloutScorer:
@@ -47,21 +54,30 @@ class RolloutScorer:
         kept: list[torch.Tensor] = []
         keep = exact and most_tokens * self._bytes_per_token() <= self._args.teacher_hidden_memory_mb * 2**20
         teacher_is_finite = True
-        for start in range(0, len(mask), batch_size):
-            rows = slice(start, start + batch_size)
-            row_inputs, row_mask, token_ids = _model_inputs(inputs, rows), mask[rows], inputs["completion_ids"][rows]
+
+        def ask(rows: slice) -> list[TeacherStates] | list[ServerAnswer]:
+            batch = take_rows(inputs, range(len(mask))[rows])
             if exact:
-                states = self._states(row_inputs, row_mask, inputs["teacher_index"][rows])
-                teacher_is_finite = teacher_is_finite and all(bool(part.hidden.isfinite().all()) for part in states)
-                request = DivergenceRequest(states, scored_mask=row_mask, token_ids=token_ids if log_probs else None)
-                self._answer(student, request, row_inputs)
-                answer = request.scores
-                if keep:
-                    kept.extend(self._per_rollout(states, row_mask))
-            else:
-                answer = self._score_log_probs(student, teachers[0], row_inputs, row_mask, token_ids)
-            for name, values in answer.items():
-                scores.setdefault(name, torch.zeros(mask.shape, device=mask.device))[rows] = values
+                return self._states(batch, mask[rows], inputs["teacher_index"][rows])
+            return self._ask_log_probs(teachers[0], _teacher_inputs(batch), mask[rows])
+
+        with closing(self._asked_ahead(ask, len(mask), batch_size)) as batches:
+            for rows, asked in batches:
+                row_inputs, row_mask = model_inputs(take_rows(inputs, range(len(mask))[rows])), mask[rows]
+                token_ids = inputs["completion_ids"][rows]
+                if exact:
+                    request = DivergenceRequest(
+                        asked, scored_mask=row_mask, token_ids=token_ids if log_probs else None
+                    )
+                    self._answer(student, request, row_inputs)
+                    teacher_is_finite = teacher_is_finite and all(bool(part.hidden.isfinite().all()) for part in asked)
+                    answer = request.scores
+                    if keep:
+                        kept.extend(self._per_rollout(asked, row_mask))
+                else:
+                    answer = self._score_log_probs(student, asked, row_inputs, row_mask, token_ids)
+                for name, values in answer.items():
+                    scores.setdefault(name, torch.zeros(mask.shape, device=mask.device))[rows] = values
         teacher_failed = on_any_process(self._accelerator, not teacher_is_finite)
         scores_are_finite = all(bool(values.isfinite().all()) for values in scores.values())
         if teacher_failed or on_any_process(self._accelerator, not scores_are_finite):
@@ -73,30 +89,59 @@ class RolloutScorer:
         with self._accelerator.autocast(), self._student_forward.answering(request):
             student(**inputs)
 
+    def _asked_ahead(
+        self, ask: Callable[[slice], list[_Asked]], num_rows: int, batch_size: int
+    ) -> Iterator[tuple[slice, list[_Asked]]]:
+        """
+        Batches of rows, with what the teachers were asked about each. Servers are asked about the next ones too, so that they
+        compute while the student does. What is not waited for any more is cancelled.
+        """
+        ahead = min(teacher.ahead for teacher in self._teachers.values())
+        asked: deque[list[_Asked]] = deque()
+        next_start = 0
+        try:
+            for start in range(0, num_rows, batch_size):
+                while next_start < min(start + batch_size + ahead, num_rows):
+                    asked.append(ask(slice(next_start, next_start + batch_size)))
+                    next_start += batch_size
+                yield slice(start, start + batch_size), asked[0]
+                asked.popleft()
+        finally:
+            for answer in itertools.chain(*asked):
+                answer.cancel()
+
+    def _ask_log_probs(
+        self, teacher: ServerTeacher | OneStopTeacher, inputs: dict[str, torch.Tensor], mask: torch.Tensor
+    ) -> list[ServerAnswer]:
+        """Log-probabilities of the tokens, and the likeliest tokens if they are wanted."""
+        k = self._args.teacher_model_server_top_k
+        top_k = [teacher.ask_top_k(**inputs, mask=mask, k=k)] if k > 0 else []
+        return [teacher.ask_log_probs(**inputs, mask=mask), *top_k]
+
     def _score_log_probs(
         self,
         student: torch.nn.Module,
-        teacher: ServerTeacher | OneStopTeacher,
+        asked: list[ServerAnswer],
         inputs: dict[str, torch.Tensor],
         mask: torch.Tensor,
         token_ids: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """Scores (b, T) by a teacher that knows log-probabilities alone: both models', and a bound if asked for."""
-        k = self._args.teacher_model_server_top_k
+        log_probs, *top_k = asked
         wanted = token_ids.unsqueeze(-1)  # (b, T, 1 + k)
-        if k > 0:
-            likely_ids, teacher_top_k = teacher.top_k(**inputs, mask=mask, k=k)  # (N, k) each
-            wanted = torch.cat([wanted, wanted.expand(*mask.shape, k)], -1)
-            wanted[..., 1:][mask] = likely_ids
+        if top_k:
+            likely_ids, teacher_top_k = top_k[0].result().unbind(-1)  # (N, k) each
+            wanted = torch.cat([wanted, wanted.expand(*mask.shape, likely_ids.size(1))], -1)
+            wanted[..., 1:][mask] = likely_ids.long()
         request = DivergenceRequest([], scored_mask=mask, token_ids=wanted)
         self._answer(student, request, inputs)
         student_logps = request.scores["student_logps"]  # (b, T, 1 + k)
         teacher_logps = torch.zeros(mask.shape, device=mask.device)
-        teacher_logps[mask] = teacher.log_probs(**inputs, mask=mask)
+        teacher_logps[mask] = log_probs.result()
         scores = {"student_logps": student_logps[..., 0], "teacher_logps": teacher_logps}
-        if k > 0:
+        if top_k:
             bound = torch.zeros_like(teacher_logps)
-            bound[mask] = top_k_divergence_lower_bound(student_logps[mask][:, 1:], teacher_top_k)
+            bound[mask] = top_k_divergence_lower_bound(student_logps[mask][:, 1:], teacher_top_k.float())
             scores["divergence_lower_bound"] = bound
         return scores
 
@@ -118,7 +163,7 @@ class RolloutScorer:
     def weighted_states(self, inputs: dict[str, Any], mask: torch.Tensor) -> list[TeacherStates]:
         """Teachers' hidden states at the tokens (b, T) that the loss weights: those kept, or computed once more."""
         if "teacher_hidden" not in inputs:
-            return self._states(_model_inputs(inputs), mask, inputs["teacher_index"])
+            return self._states(inputs, mask, inputs["teacher_index"])
         states = []
         for index, teacher in enumerate(self._teachers.values()):
             # Also a teacher that no rollout here has: gathering a sharded head takes all processes.
@@ -132,9 +177,7 @@ class RolloutScorer:
             states.append(TeacherStates(mask & own.unsqueeze(1), hidden, head))
         return states
 
-    def _states(
-        self, model_inputs: dict[str, torch.Tensor], mask: torch.Tensor, teacher_index: torch.Tensor
-    ) -> list[TeacherStates]:
+    def _states(self, batch: dict[str, Any], mask: torch.Tensor, teacher_index: torch.Tensor) -> list[TeacherStates]:
         states = []
         for index, teacher in enumerate(self._teachers.values()):
             own = teacher_index == index  # (b,)
@@ -144,9 +187,9 @@ class RolloutScorer:
             # A sharded teacher runs on all processes or on none: where it has no rollout, it reads one for nothing.
             selected = own if own.any() else torch.arange(len(own), device=own.device) == 0
             own_mask = mask & own.unsqueeze(1)
-            own_inputs = {name: values[selected] for name, values in model_inputs.items()}
-            hidden = teacher.hidden_states(**own_inputs, mask=own_mask[selected])
-            states.append(TeacherStates(own_mask, hidden, teacher.head()))
+            own_inputs = _teacher_inputs(take_rows(batch, selected.nonzero().flatten().tolist()))
+            ask = teacher.ask if teacher.ahead else teacher.hidden_states
+            states.append(TeacherStates(own_mask, ask(**own_inputs, mask=own_mask[selected]), teacher.head()))
         return states
 
     def _per_rollout(self, states: list[TeacherStates], mask: torch.Tensor) -> list[torch.Tensor]:
@@ -161,8 +204,9 @@ class RolloutScorer:
 
     def _check_fit(self, inputs: dict[str, Any], step: int) -> None:
         teachers = list(self._teachers.values())
-        model_inputs = _model_inputs(inputs)
-        problem = next(filter(None, (misfit(teacher, **model_inputs) for teacher in teachers)), None)
+        read = _teacher_inputs(inputs)
+        problems = (misfit(teacher, read["input_ids"], read["attention_mask"]) for teacher in teachers)
+        problem = next(filter(None, problems), None)
         if on_any_process(self._accelerator, problem is not None):
             raise ValueError(
                 f"At step {step}: {problem or 'a rollout of another process does not fit, see its error.'}"
@@ -185,8 +229,8 @@ class RolloutScorer:
         )
 
 
-def _model_inputs(inputs: dict[str, Any], rows: slice = slice(None)) -> dict[str, torch.Tensor]:
-    return {
-        "input_ids": torch.cat([inputs["prompt_ids"][rows], inputs["completion_ids"][rows]], dim=1),
-        "attention_mask": torch.cat([inputs["prompt_mask"][rows], inputs["completion_mask"][rows]], dim=1),
-    }
+def _teacher_inputs(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What teachers read of a batch: as the student, but behind their own prompts where the dataset has them."""
+    if "teacher_prompt_ids" in batch:
+        batch = {**batch, "prompt_ids": batch["teacher_prompt_ids"], "prompt_mask": batch["teacher_prompt_mask"]}
+    return model_inputs(batch)

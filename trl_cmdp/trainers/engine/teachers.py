@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig, ProcessorMixin
 from trl import GRPOTrainer
 from trl.models.utils import prepare_deepspeed
 
@@ -77,6 +77,17 @@ def teacher_index(rows: list[dict[str, Any]], teachers: list[str], device: torch
     return torch.tensor([teachers.index(row["teacher"]) for row in rows], device=device)
 
 
+def count_waiting(trainer: GRPOTrainer) -> None:
+    """Log how long the slowest process has waited for teacher servers: per optimizer step, in evaluation per batch."""
+    servers = [teacher for teacher in trainer.teachers.values() if isinstance(teacher, ServerTeacher)]
+    if servers:
+        seconds = torch.tensor(
+            sum(server.take_seconds_waited() for server in servers), device=trainer.accelerator.device
+        )
+        steps = 1 / trainer.current_gradient_accumulation_steps if trainer._mode == "train" else 1
+        trainer._count("teacher/wait_time", trainer.accelerator.gather(seconds).max(), steps)
+
+
 def _adapter_teacher(trainer: GRPOTrainer, name: str) -> AdapterTeacher:
     teacher = AdapterTeacher(trainer.model, trainer.accelerator, name)
     if not trainer.is_deepspeed_enabled and trainer.model.device == trainer.accelerator.device:
@@ -87,6 +98,11 @@ def _adapter_teacher(trainer: GRPOTrainer, name: str) -> AdapterTeacher:
 
 def _local_teacher(trainer: GRPOTrainer, model: str | torch.nn.Module) -> LocalTeacher:
     args, accelerator = trainer.args, trainer.accelerator
+    if args.teacher_offload and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        raise ValueError(
+            "`teacher_offload` moves whole teachers, and FSDP and DeepSpeed shard them: use what they have themselves, "
+            "`fsdp_offload_params: true` or ZeRO-3's `offload_param_device: cpu` in accelerate's configuration."
+        )
     # Before the teacher is frozen, which would freeze what it shares with the student.
     trained = {id(parameter) for parameter in trainer.model.parameters()}
     if isinstance(model, torch.nn.Module) and any(id(shared) in trained for shared in model.parameters()):
@@ -95,7 +111,8 @@ def _local_teacher(trainer: GRPOTrainer, model: str | torch.nn.Module) -> LocalT
             "another instance, or the teacher's path. For a student that trains an adapter, "
             "`teacher_adapter_name='base'` takes its base model as the teacher."
         )
-    model = load_teacher(model, args.teacher_model_revision, args.teacher_model_init_kwargs)
+    with_images = isinstance(trainer.processing_class, ProcessorMixin)
+    model = load_teacher(model, args.teacher_model_revision, args.teacher_model_init_kwargs, with_images)
     _check_agreement(trainer, model.config, model.generation_config)
     if trainer.is_deepspeed_enabled:
         return LocalTeacher(prepare_deepspeed(model, accelerator), accelerator)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard, get_token
-from transformers import is_wandb_available
+from transformers import ProcessorMixin, is_wandb_available
 from trl import GRPOTrainer, is_conversational
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
@@ -81,7 +81,8 @@ def write_model_card(
     adapter = is_peft_model(trainer.accelerator.unwrap_model(trainer.model))
     if adapter:
         data.library_name = "peft"
-    data.pipeline_tag = "text-generation"
+    sees = isinstance(trainer.processing_class, ProcessorMixin)
+    data.pipeline_tag = "image-text-to-text" if sees else "text-generation"
     vars(data).pop("licence", None)  # TRL's card says "license" there
     base = get_config_model_id(trainer.model.config)
     vars(data).update({"license": licence} if licence else _licence_of(base))
@@ -109,7 +110,8 @@ def write_model_card(
         ],
         step=trainer.state.global_step,
         hub_model_id=trainer.hub_model_id or data.model_name,
-        prompt=_example_prompt(trainer),
+        task=data.pipeline_tag,
+        prompt=_example_prompt(trainer, sees),
         max_new_tokens=args.max_completion_length,
         evaluation=None if evaluation is None else _evaluation_table(evaluation),
         curves=CURVES_FILE if Path(args.output_dir, CURVES_FILE).exists() else None,
@@ -133,6 +135,7 @@ def distillation_facts(trainer: Any) -> DistillationFacts | None:
     return DistillationFacts(
         teachers=[
             describe_teacher(name, teacher, trainer.accelerator, args.teacher_model_revision)
+            + ", behind prompts of its own (`teacher_prompt`)" * trainer._teacher_prompts.used
             for name, teacher in trainer.teachers.items()
         ],
         cost=describe_cost(trainer._token_cost, args.teacher_beta, args.temperature, args.cost_scope),
@@ -298,9 +301,15 @@ def _evaluation_table(evaluation: Any) -> dict[str, Any]:
     return {"heading": heading, "rows": rows}
 
 
-def _example_prompt(trainer: GRPOTrainer) -> str:
-    """A question as Python, in messages where the student was trained on them. Never the data's own: it may be private."""
+def _example_prompt(trainer: GRPOTrainer, sees: bool) -> str:
+    """
+    A question as Python, in messages where the student was trained on them, with an image if it `sees`. Never the data's
+    own: it may be private.
+    """
     question, dataset = "What is 17 + 25?", trainer.train_dataset
+    if sees:
+        parts = [{"type": "image", "url": "picture.png"}, {"type": "text", "text": "What does the picture show?"}]
+        return f"text={[{'role': 'user', 'content': parts}]!r}"
     if isinstance(dataset, Dataset) and is_conversational(dataset[0]):
         return repr([{"role": "user", "content": question}])
     return repr(question)
