@@ -1,6 +1,8 @@
 """A `GRPOTrainer` whose completions need not be the student's own: how methods get others to train on."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ class OffPolicyGRPOTrainer(VisionGRPOTrainer):
     _samples_from_teacher = False
     _ends: tuple[int, int] | None = None  # of a turn, the student's and the teacher's, where both are one stop action
     _rows: list[dict[str, Any]]  # of the dataset, that are being generated for
-    _multimodal_fields: dict[str, Any]  # what their images are to a model
+    _multimodal_fields: Mapping[str, Any] = MappingProxyType({})  # what their images are to a model
     _images_are_checked = False
 
     @property
