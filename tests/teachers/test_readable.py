@@ -4,10 +4,20 @@ from types import MethodType
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate.utils import convert_outputs_to_fp32
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from trl_cmdp.teachers import LocalTeacher, check_reading
+
+
+class Autocast:
+    """What of an accelerator a teacher asks for. A real one shares its precision with every other in the process."""
+
+    def autocast(self):
+        return torch.autocast("cpu", torch.bfloat16)
+
+    def unwrap_model(self, model):
+        return model
 
 
 @pytest.fixture(params=["weights", "autocast"])
@@ -24,12 +34,10 @@ def deep(request):
         tie_word_embeddings=False,
         initializer_range=0.3,
     )
-    dtype = torch.bfloat16 if request.param == "weights" else torch.float32
-    model = Qwen2ForCausalLM(config).to(dtype).eval()
-    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
-    prepared = accelerator.prepare_model(model, evaluation_mode=True)
-    assert prepared(input_ids=torch.arange(3)[None]).logits.dtype == torch.float32
-    return prepared, LocalTeacher(prepared, accelerator)
+    model = Qwen2ForCausalLM(config).to(torch.bfloat16 if request.param == "weights" else torch.float32).eval()
+    model.forward = convert_outputs_to_fp32(model.forward)
+    assert model(input_ids=torch.arange(3)[None]).logits.dtype == torch.float32
+    return model, LocalTeacher(model, None if request.param == "weights" else Autocast())
 
 
 def test_rounding_of_half_precision_is_no_other_reading(deep):

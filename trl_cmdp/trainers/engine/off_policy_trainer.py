@@ -1,6 +1,8 @@
 """A `GRPOTrainer` whose completions need not be the student's own: how methods get others to train on."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ class OffPolicyGRPOTrainer(VisionGRPOTrainer):
     _rows: list[dict[str, Any]]  # of the dataset, that are being generated for
     _teacher_prompts: TeacherPrompts
     _teacher_prompt_ids: list[list[int]] | None = None  # of these rows, where the teacher has prompts of its own
-    _multimodal_fields: dict[str, Any]  # what their images are to a model
+    _multimodal_fields: Mapping[str, Any] = MappingProxyType({})  # what their images are to a model
     _images_are_checked = False
 
     @property
