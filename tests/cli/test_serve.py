@@ -187,7 +187,7 @@ def test_a_server_that_is_of_no_use(stage, monkeypatch, capfd, arguments, plan, 
 
 @pytest.mark.parametrize("ready", [True, False], ids=["ready", "starting"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_stop_it(stage, number, code, ready):
+def test_signals_stop_it(stage, in_foreground, number, code, ready):
     stage.plan(ends_after="never", seconds_to_start=0 if ready else 600)
     awaited = "answered /pooling\n" * 3 if ready else "loading\n"
     log, deadline = Path("teacher_server.log"), time.monotonic() + 20

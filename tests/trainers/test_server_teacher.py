@@ -215,7 +215,7 @@ def test_requests_are_bounded_and_out_before_they_are_needed(tmp_path, exact_ser
 
 
 @pytest.mark.parametrize("how", ["the student fails", "interrupt"])
-def test_no_request_outlives_its_step(tmp_path, exact_server, how):
+def test_no_request_outlives_its_step(tmp_path, in_foreground, exact_server, how):
     """What is under way is given up at once, what is not sent stays unsent, and no thread waits for it."""
     teacher = RemoteTeacher(exact_server.url, exact_server.key, concurrency=2, max_wait=1)
     trainer = make_scripted_trainer(tmp_path, teacher_model=teacher)
