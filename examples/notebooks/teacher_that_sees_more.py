@@ -51,8 +51,8 @@ logging.disable_progress_bar()
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 # %% tags=["parameters"]
-STEPS = 32  # optimizer steps of self-distillation, of 2 prompts x 4 rollouts
-PROMPT_STEPS = 20  # the same of prompt distillation
+STEPS = 28  # optimizer steps of self-distillation, of 2 prompts x 4 rollouts
+PROMPT_STEPS = 12  # the same of prompt distillation
 HELD_OUT = 80  # problems to evaluate on
 TOKENS = 14  # longest completion
 COST_LIMIT = 0.5  # nats per token
@@ -73,7 +73,7 @@ tokenizer = AutoTokenizer.from_pretrained(weights)
 
 # %%
 pairs = [(a, b) for a in range(2, 20) for b in range(2, 20)]
-random.Random(0).shuffle(pairs)
+random.Random(1).shuffle(pairs)
 
 
 SYSTEM = {"role": "system", "content": "You add numbers."}  # the template's own is longer
@@ -161,7 +161,8 @@ for rollout, other in zip(start[0][:4], informed[0][:4], strict=True):
 # ## Self-distillation under a limit
 #
 # `teacher_adapter_name="base"` makes the student's own base the teacher. Nothing else is to be set: the dataset has the
-# column. Rewards are rare at first, so the teacher is asked where they are silent too (`unrewarded_distill_coef`).
+# column. Rewards are rare at first and steps are few, so the teacher is asked at full weight: where rewards are silent
+# (`unrewarded_distill_coef`), and outside the limit (`violation_distill_coef`).
 
 
 # %%
@@ -197,7 +198,8 @@ def train(trainer_class, config_class, dataset, name, steps, reward_funcs=None, 
 
 
 constrained = (ConstrainedDistillTrainer, ConstrainedDistillConfig)
-trainer = train(*constrained, train_problems, "self", STEPS, reward, unrewarded_distill_coef=0.1)
+asked = {"unrewarded_distill_coef": 1.0, "violation_distill_coef": 1.0}
+trainer = train(*constrained, train_problems, "self", STEPS, reward, **asked)
 student = trainer.accelerator.unwrap_model(trainer.model)
 after = measure(student, AdapterTeacher(student, None, "base"), held_out)
 print_rates("start", *start[1:])
