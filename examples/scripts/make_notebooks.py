@@ -5,7 +5,7 @@ Executes the notebooks' sources and writes each with its outputs.
     python examples/scripts/make_notebooks.py quickstart choosing_the_limit
 
 The source of a notebook is `examples/notebooks/NAME.py` (percent format); `NAME.ipynb` beside it is made from it.
-Needs `pip install --group notebooks`, and `qlora_quantised_teacher` what `demo_llm.py` needs.
+Needs `pip install --group notebooks`, and `qlora_quantised_teacher` and `teacher_that_sees_more` what `demo_llm.py` needs.
 """
 
 import argparse

@@ -26,6 +26,7 @@ FIGURES = {
     "choosing_the_limit": 2,
     "custom_rewards_and_tasks": 2,
     "reading_an_evaluation": 4,
+    "teacher_that_sees_more": 2,
 }
 SMALL = {
     "quickstart": {"STEPS": 2, "HELD_OUT": 16},
@@ -34,6 +35,7 @@ SMALL = {
     "choosing_the_limit": {"IMITATION_STEPS": 1, "LIMITS": [0.1, 1.0], "STEPS": 1, "HELD_OUT": 16},
     "custom_rewards_and_tasks": {"STEPS": 1, "HELD_OUT": 16},
     "reading_an_evaluation": {"SIMULATIONS": 100},
+    "teacher_that_sees_more": {"STEPS": 1, "PROMPT_STEPS": 1, "HELD_OUT": 2, "TOKENS": 6},
 }
 # Of any machine: where files lie, and what opens an account.
 PRIVATE = re.compile(
