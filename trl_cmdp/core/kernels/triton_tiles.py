@@ -84,6 +84,7 @@ class TiledRows:
     statistics: torch.Tensor = field(init=False)  # the fields of `RowStatistics` by N
     tile_rows: int = field(init=False)
     product_rows: int = field(init=False)  # whose gradients are multiplied at once
+    sums_in_half: bool = field(init=False)  # whether the products add up to the head's gradient in its own bfloat16
     _kept: dict[int, Tile] = field(default_factory=dict, init=False)  # by their first row
     _workspace: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
 
@@ -99,23 +100,17 @@ class TiledRows:
         self.tile_rows = max(1, fitting - fitting % unit)
         self.product_rows = tiles_per_product * self.tile_rows
         spare = memory - self.tile_rows * row_bytes  # for logits that are kept, and more gradients
-        policy = self.token_ids is not None
-        if tiles_per_product > 1 and (policy or self.sums_in_half):
+        policy, rounded = self.token_ids is not None, self.gradient_dtype == student.rounding == torch.bfloat16
+        few = len(self.hidden) <= 2 * _MAX_TILES_PER_PRODUCT * self.tile_rows
+        if tiles_per_product > 1 and (policy or (few and rounded)):
             gradient_bytes = self.tile_rows * student.rounding.itemsize
             unneeded = spare - len(self.hidden) * logit_bytes if policy else spare
             more = min(max(int(unneeded // gradient_bytes), 0), _MAX_TILES_PER_PRODUCT - tiles_per_product)
             self.product_rows += more * self.tile_rows
             spare -= more * gradient_bytes
         self._keepable_rows = int(spare // logit_bytes)
-
-    @property
-    def sums_in_half(self) -> bool:
-        """
-        Whether the products add up to the head's gradient in its own half precision. Each product has float32 sums, and
-        of two the sum is rounded once more; bfloat16 alone has float32's range.
-        """
-        few = len(self.hidden) <= 2 * _MAX_TILES_PER_PRODUCT * self.tile_rows
-        return few and self.gradient_dtype == torch.bfloat16
+        # Each product has float32 sums, and of two the sum is rounded once more. bfloat16 alone has float32's range.
+        self.sums_in_half = rounded and len(self.hidden) <= 2 * self.product_rows
 
     def tiles(self, keep: bool = False) -> Iterator[Tile]:
         """All rows, projected by both heads: what was kept before as it is, and with `keep` as many as memory takes."""
