@@ -96,7 +96,7 @@ def check_prompts(
         if fault is None and one_kind and first is not None and isinstance(prompt, str) != isinstance(first, str):
             found, expected = ("text", "messages") if isinstance(prompt, str) else ("messages", "text")
             fault = f"is {found}, and that of row 0 is {expected}. Make all of one kind (`dataset.map`)."
-        if fault is None and text_only and not _is_text(prompt):
+        if fault is None and text_only and any(part["type"] != "text" for part in parts_of(prompt)):
             fault = "has content other than text. Leave it out (`dataset.map`)."
         if fault is not None:
             raise ValueError(f"Row {index} of {name}: the prompt (column {column!r}) {fault}")
@@ -132,11 +132,14 @@ def images_of(row: Mapping[str, Any]) -> list[Any]:
     """The images of a row of a dataset, as TRL reads them: of its columns `images` and `image`, or of its messages."""
     if in_columns := _images_in_columns(row):
         return in_columns
-    prompt = row.get("prompt")
+    return [part.get("image") for part in parts_of(row.get("prompt")) if part.get("type") == "image"]
+
+
+def parts_of(prompt: Any) -> list[dict[str, Any]]:
+    """The parts of messages whose content is a list of them, of text, images or other kinds."""
     messages = [message for message in prompt if isinstance(message, dict)] if isinstance(prompt, list) else []
     contents = [content for message in messages if isinstance(content := message.get("content"), list)]
-    parts = [part for content in contents for part in content if isinstance(part, dict)]
-    return [part.get("image") for part in parts if part.get("type") == "image"]
+    return [part for content in contents for part in content if isinstance(part, dict)]
 
 
 def with_images(row: Mapping[str, Any], *more: dict[str, Any]) -> list[dict[str, Any]]:
@@ -246,11 +249,6 @@ def _message_fault(number: int, message: Any) -> str | None:
             "such as `{'type': 'text', 'text': ...}`."
         )
     return None
-
-
-def _is_text(prompt: Prompt) -> bool:
-    contents = [] if isinstance(prompt, str) else [message.get("content") for message in prompt]
-    return all(part["type"] == "text" for content in contents if isinstance(content, list) for part in content)
 
 
 def _is_part(part: Any) -> bool:

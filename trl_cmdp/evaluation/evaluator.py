@@ -21,6 +21,7 @@ from .._prompts import (
     check_prompts,
     check_prompts_of_teacher,
     images_of,
+    parts_of,
     with_images,
 )
 from ..teachers import Teacher, check_images, check_room, encode_teacher_prompts, end_ids
@@ -232,8 +233,7 @@ def _check_prompts(
     check_chat_template(processing_class, prompt, name, settings.chat_template, settings.chat_template_kwargs)
     sees = isinstance(processing_class, ProcessorMixin)
     for index, row in enumerate(rows):
-        contents = [message["content"] for message in row["prompt"] if isinstance(message["content"], list)]
-        kinds = {part["type"] for content in contents for part in content} | ({"image"} if images_of(row) else set())
+        kinds = {part["type"] for part in parts_of(row["prompt"])} | ({"image"} if images_of(row) else set())
         if other := sorted(kinds - ({"text", "image"} if sees else {"text"})):
             hint = (
                 "" if other != ["image"] else " Give the student's processor in the tokenizer's place, if it has one."

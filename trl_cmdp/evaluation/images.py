@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_utils import load_image
 
-from .._prompts import Prompt, encode_prompt, with_images
+from .._prompts import Prompt, encode_prompt, parts_of, with_images
 from ..teachers import OF_IMAGES, OF_TOKENS
 from .rollout_records import IMAGE_PREFIX
 
@@ -88,9 +88,7 @@ def _padded(values: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 def previews(prompt: Prompt) -> list[str] | None:
     """Small copies of the images of a prompt, as records and reports have them; `None` where there are none."""
-    contents = [] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return [_preview(part["image"]) for part in parts if part["type"] == "image"] or None
+    return [_preview(part["image"]) for part in parts_of(prompt) if part["type"] == "image"] or None
 
 
 def _preview(image: Any) -> str:

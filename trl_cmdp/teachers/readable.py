@@ -44,9 +44,8 @@ def check_reading(role: str, module: torch.nn.Module, teacher: LocalTeacher | Ad
     mask[0] = True
     try:
         with teacher.autocast():
-            own = module(input_ids=short, attention_mask=torch.ones_like(short)).logits[
-                0, -short.size(1) : -1
-            ]  # (4, V)
+            logits = module(input_ids=short, attention_mask=torch.ones_like(short)).logits
+            own = logits[0, -short.size(1) : -1]  # (4, V)
             rounding = HALF_ROUNDING if computes_in_half(module, own) else _ROUNDING
         hidden, head = teacher.hidden_states(input_ids, attention_mask, mask), teacher.head()
     except (AttributeError, IndexError, RuntimeError, StopIteration, TypeError, ValueError) as error:

@@ -1,5 +1,7 @@
 """The pass over both heads by the Triton kernels, as a differentiable function."""
 
+from functools import partial
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -41,15 +43,16 @@ class TritonHeads(torch.autograd.Function):
         )
         weights = _ordered(weights.to(device=student_hidden.device, dtype=torch.float32), order)  # (N,)
         gradients, formed = None, differentiated and not policy
+        make_gradients = partial(_Gradients, rows, ctx.needs_input_grad, weights.expand(3, -1))
         with torch.autocast(student_hidden.device.type, enabled=False):
             for tile in rows.tiles(keep=differentiated and policy):
                 rows.read(tile)
                 if formed:
                     # Once the device has work to do.
-                    gradients = gradients or _Gradients(rows, ctx.needs_input_grad, weights.expand(3, -1))
+                    gradients = gradients or make_gradients()
                     gradients.add(rows, tile)
         if formed and gradients is None:
-            gradients = _Gradients(rows, ctx.needs_input_grad, weights.expand(3, -1))  # of no rows
+            gradients = make_gradients()  # of no rows
         statistics = RowStatistics(*rows.statistics)
         if differentiated:
             if policy:

@@ -45,8 +45,8 @@ def has_teacher(teacher_model: Any, args: GRPOConfig) -> bool:
             "With `teacher_model_server_url` the server runs the teacher: leave out `teacher_model`, or give the path "
             "or hub id of the checkpoint that the server runs."
         )
-    given = teacher_model.values() if isinstance(teacher_model, dict) else [teacher_model]
-    elsewhere = by_server or by_adapter or all(isinstance(one, RemoteTeacher | AdapterTeacher) for one in given)
+    elsewhere = all(isinstance(one, RemoteTeacher | AdapterTeacher) for one in _given_teachers(teacher_model))
+    elsewhere = elsewhere or by_server or by_adapter
     if args.teacher_offload and elsewhere:
         raise ValueError(
             "`teacher_offload` moves the weights of a teacher that is loaded beside the student, and here none is: a server "
@@ -202,11 +202,15 @@ def check_violation_penalty(rewards: torch.Tensor, penalty: float, step: int) ->
 
 def check_images_can_be_read(train_dataset: Any, eval_dataset: Any, teacher_model: Any, args: DistillConfig) -> None:
     """Refuse datasets with images, by their first rows, where a teacher is a server."""
-    given = teacher_model.values() if isinstance(teacher_model, dict) else [teacher_model]
-    if args.teacher_model_server_url is None and not any(isinstance(one, RemoteTeacher) for one in given):
+    remote = any(isinstance(one, RemoteTeacher) for one in _given_teachers(teacher_model))
+    if args.teacher_model_server_url is None and not remote:
         return
     if (where := find_images(train_dataset, eval_dataset)) is not None:
         raise ValueError(f"{where} {SERVERS_READ_TEXT}")
+
+
+def _given_teachers(teacher_model: Any) -> list[Any]:
+    return list(teacher_model.values()) if isinstance(teacher_model, dict) else [teacher_model]
 
 
 def find_images(train_dataset: Any, eval_dataset: Any) -> str | None:

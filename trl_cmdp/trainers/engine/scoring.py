@@ -1,6 +1,5 @@
 """Scoring finished rollouts against their teachers, and what the loss then needs of them."""
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -55,16 +54,14 @@ class RolloutScorer:
         keep = exact and most_tokens * self._bytes_per_token() <= self._args.teacher_hidden_memory_mb * 2**20
         teacher_is_finite = True
 
-        def ask(rows: slice) -> list[TeacherStates] | list[ServerAnswer]:
-            batch = take_rows(inputs, range(len(mask))[rows])
+        def ask(batch: dict[str, Any], rows: slice) -> list[TeacherStates] | list[ServerAnswer]:
             if exact:
                 return self._states(batch, mask[rows], inputs["teacher_index"][rows])
             return self._ask_log_probs(teachers[0], _teacher_inputs(batch), mask[rows])
 
-        with closing(self._asked_ahead(ask, len(mask), batch_size)) as batches:
-            for rows, asked in batches:
-                row_inputs, row_mask = model_inputs(take_rows(inputs, range(len(mask))[rows])), mask[rows]
-                token_ids = inputs["completion_ids"][rows]
+        with closing(self._asked_ahead(ask, inputs, len(mask), batch_size)) as batches:
+            for rows, batch, asked in batches:
+                row_inputs, row_mask, token_ids = model_inputs(batch), mask[rows], batch["completion_ids"]
                 if exact:
                     request = DivergenceRequest(
                         asked, scored_mask=row_mask, token_ids=token_ids if log_probs else None
@@ -90,25 +87,32 @@ class RolloutScorer:
             student(**inputs)
 
     def _asked_ahead(
-        self, ask: Callable[[slice], list[_Asked]], num_rows: int, batch_size: int
-    ) -> Iterator[tuple[slice, list[_Asked]]]:
+        self,
+        ask: Callable[[dict[str, Any], slice], list[_Asked]],
+        inputs: dict[str, Any],
+        num_rows: int,
+        batch_size: int,
+    ) -> Iterator[tuple[slice, dict[str, Any], list[_Asked]]]:
         """
-        Batches of rows, with what the teachers were asked about each. Servers are asked about the next ones too, so that they
+        Batches of rows, which they are, and what the teachers were asked about each. Servers are asked about the next ones too, so that they
         compute while the student does. What is not waited for any more is cancelled.
         """
         ahead = min(teacher.ahead for teacher in self._teachers.values())
-        asked: deque[list[_Asked]] = deque()
+        asked: deque[tuple[slice, dict[str, Any], list[_Asked]]] = deque()
         next_start = 0
         try:
             for start in range(0, num_rows, batch_size):
                 while next_start < min(start + batch_size + ahead, num_rows):
-                    asked.append(ask(slice(next_start, next_start + batch_size)))
+                    rows = slice(next_start, next_start + batch_size)
+                    batch = take_rows(inputs, range(num_rows)[rows])
+                    asked.append((rows, batch, ask(batch, rows)))
                     next_start += batch_size
-                yield slice(start, start + batch_size), asked[0]
+                yield asked[0]
                 asked.popleft()
         finally:
-            for answer in itertools.chain(*asked):
-                answer.cancel()
+            for *_, answers in asked:
+                for answer in answers:
+                    answer.cancel()
 
     def _ask_log_probs(
         self, teacher: ServerTeacher | OneStopTeacher, inputs: dict[str, torch.Tensor], mask: torch.Tensor
