@@ -21,7 +21,7 @@ from ._arguments import (
     true_or_false,
     writable_folder,
 )
-from ._images import ADAPTER_FILE, load_adapter, load_processor, tokenizer_source
+from ._images import ADAPTER_FILE, fingerprint_of_problems, load_adapter, load_processor, tokenizer_source
 from ._tasks import known_reward, known_task, load_problems, load_problems_up_to, load_reward, load_task, task_name
 
 
@@ -279,7 +279,7 @@ def _fingerprints(
     """What decides the records beside the arguments themselves: an evaluation of anything else is another one."""
     from transformers import PreTrainedModel
 
-    from ..core.fingerprint import fingerprint_of_rows, fingerprint_of_weights
+    from ..core.fingerprint import fingerprint_of_weights
     from ..evaluation.provenance import (
         dotted_name,
         source_fingerprint,
@@ -298,7 +298,7 @@ def _fingerprints(
         "teacher_fingerprint": of_teacher,
         "reward": dotted_name(reward),
         "reward_fingerprint": source_fingerprint(reward),
-        "problems_fingerprint": fingerprint_of_rows(problems.with_format("arrow")[:].to_pylist()),
+        "problems_fingerprint": fingerprint_of_problems(problems),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "student_dtype": str(student.dtype).removeprefix("torch."),
     }

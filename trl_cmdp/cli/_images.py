@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
@@ -18,6 +19,13 @@ def tokenizer_source(student: str) -> str:
     if (folder / ADAPTER_FILE).exists() and not (folder / "tokenizer_config.json").exists():
         return str(json.loads((folder / ADAPTER_FILE).read_text())["base_model_name_or_path"])
     return student
+
+
+def fingerprint_of_problems(problems: "Dataset") -> str:
+    """Of the rows as they are stored: images are not decoded."""
+    from ..core.fingerprint import fingerprint_of_rows
+
+    return fingerprint_of_rows(problems.with_format("arrow")[:].to_pylist())
 
 
 def load_processor(student: str, tokenizer: "PreTrainedTokenizerBase", chat_template: str | None) -> "ProcessorMixin":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .._messages import without_secrets
 from ._arguments import Mistake, mistakes, positive_float, positive_int, refusals
 from ._evaluation import TEACHER_KEY_VARIABLE, load_student, load_tokenizer, problems_of, replace_arguments, task_of
-from ._images import load_processor
+from ._images import fingerprint_of_problems, load_processor
 
 
 if TYPE_CHECKING:
@@ -63,7 +63,6 @@ def imitate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """
     from datasets.exceptions import DatasetsError
 
-    from ..core.fingerprint import fingerprint_of_rows
     from ..evaluation.provenance import library_versions, tokenizer_fingerprint, weights_fingerprint
     from ..teachers import TeacherServerError
 
@@ -81,7 +80,7 @@ def imitate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "task": arguments.dataset or arguments.task,
         "split": arguments.imitation_split,
         "num_problems": num_problems,
-        "problems_fingerprint": fingerprint_of_rows(problems.with_format("arrow")[:].to_pylist()),
+        "problems_fingerprint": fingerprint_of_problems(problems),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "steps": steps,
         "learning_rate": arguments.imitation_learning_rate,
