@@ -19,7 +19,7 @@ from trl_cmdp.tasks.arithmetic import demo_model_path, final_answer_reward, load
 COST_LIMIT = 0.25  # d, in nats per token
 PENALTY = 20.0  # n
 VIOLATION_COEF = 0.1  # of the differentiated divergence, on rollouts outside the limit
-UNREWARDED_COEF = 0.0  # and where the reward is silent; 1 where the teacher knows more than the student
+UNREWARDED_COEF = 1.0  # and where the reward is silent; 0 leaves the student alone with its reward inside the limit
 GROUP = 8  # G, rollouts per prompt
 
 
