@@ -20,7 +20,7 @@ def weight_of(own: float, group: list[float], feasible: bool) -> float:
     scored = [success for success in group if not math.isnan(success)]
     mean = sum(scored) / len(scored) if scored else 0.0
     better = not math.isnan(own) and own > min(scored) and own > mean
-    return 0.0 if better and feasible else 1 - mean
+    return 0.0 if better and feasible else (1 - mean) ** 2
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -46,7 +46,7 @@ def test_by_hand():
     costs, mask = torch.zeros(20, 1), torch.ones(20, 1)
     costs[6] = 2.0
     weights = unrewarded_weights(success, costs, mask, GROUP, 1.0).flatten()
-    expected = [1, 1, 1, 1, 0, 0.5, 0.5, 0.5, 0, 0, 0, 0, 2 / 3, 2 / 3, 0, 2 / 3, 0.9, 0.9, 0.9, 0.9]
+    expected = [1, 1, 1, 1, 0, 0.25, 0.25, 0.25, 0, 0, 0, 0, 4 / 9, 4 / 9, 0, 4 / 9, 0.81, 0.81, 0.81, 0.81]
     torch.testing.assert_close(weights, torch.tensor(expected))
 
 

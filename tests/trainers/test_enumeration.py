@@ -115,7 +115,7 @@ class Problem:
         feasible = rollout_cost(self.costs.detach(), MASK, self.scope) <= self.cost_limit
         mean = (success.unsqueeze(1) + success) / 2  # (S, S), of each sequence and its companion
         better = (success.unsqueeze(1) > success) & feasible.unsqueeze(1)
-        weights = torch.where(better, 0.0, 1 - mean)
+        weights = torch.where(better, 0.0, (1 - mean) ** 2)
         probabilities = self.probabilities.detach()
         return -(probabilities * (MASK * self.costs).sum(1) * (weights @ probabilities)).sum()
 

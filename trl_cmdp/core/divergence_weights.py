@@ -88,8 +88,8 @@ def unrewarded_weights(
     scope: CostScope = "mean",
 ) -> torch.Tensor:
     """
-    Weights w_t of the differentiated divergence where the reward is silent: 1 less the mean success of the rollout's
-    group, and 0 on a feasible rollout that did better than its group.
+    Weights w_t of the differentiated divergence where the reward is silent: the square of 1 less the mean success of
+    the rollout's group, and 0 on a feasible rollout that did better than its group.
 
     Args:
         success (`torch.Tensor`):
@@ -114,5 +114,5 @@ def unrewarded_weights(
     lowest = group.nan_to_num(nan=torch.inf).amin(1, keepdim=True)
     better = (group > mean) & (group > lowest)  # a mean of equal values may be below them by a rounding error
     feasible = rollout_cost(costs, mask, scope) <= cost_limit  # (B,)
-    silence = (1 - mean).expand_as(group).flatten().masked_fill(better.flatten() & feasible, 0.0)  # (B,)
+    silence = (1 - mean).square().expand_as(group).flatten().masked_fill(better.flatten() & feasible, 0.0)  # (B,)
     return silence.unsqueeze(-1) * (mask != 0)
