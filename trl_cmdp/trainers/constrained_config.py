@@ -43,8 +43,9 @@ class ConstrainedDistillConfig(DistillConfig):
         violation_distill_coef (`float`, *optional*, defaults to `0.1`):
             Coefficient of the differentiated part on violating rollouts. 0 turns it off.
         unrewarded_distill_coef (`float`, *optional*, defaults to `1.0`):
-            Coefficient of the differentiated divergence where the reward is silent: times the square of 1 less the
-            mean success of the rollout's group, on every rollout but a feasible one that did better than its group. At 0 the student
+            Coefficient of the differentiated divergence where the reward is silent: times 1 less the mean success of
+            the rollout's group, on every rollout but a feasible one that did better than its group, and times d/C
+            where its cost C exceeds the limit d. At 0 the student
             is trained by its reward alone inside the limit, as in arXiv 2509.22921, and with a limit that nothing
             exceeds it is GRPO, bit for bit.
         violation_distill_loss (`str`, *optional*, defaults to `"divergence"`):
