@@ -57,7 +57,8 @@ def advantages_and_weights(rewards, costs, mask):
     # Imitate outside the budget, and as much as the group fails: all but what did better than it, inside the budget,
     # and less the further outside.
     success = grouped_rewards.mean(1, keepdim=True)  # (B / G, 1), of rewards 0 and 1
-    silence = torch.where(feasible & (grouped_rewards > success), 0.0, 1 - success) * COST_LIMIT / grouped_cost.clamp(min=COST_LIMIT)
+    silence = torch.where(feasible & (grouped_rewards > success), 0.0, 1 - success)
+    silence = silence * COST_LIMIT / grouped_cost.clamp(min=COST_LIMIT)
     weights = (VIOLATION_COEF * ~feasible + UNREWARDED_COEF * silence).flatten().unsqueeze(1) * mask
     return advantages, weights
 

@@ -45,9 +45,8 @@ class ConstrainedDistillConfig(DistillConfig):
         unrewarded_distill_coef (`float`, *optional*, defaults to `1.0`):
             Coefficient of the differentiated divergence where the reward is silent: times 1 less the mean success of
             the rollout's group, on every rollout but a feasible one that did better than its group, and times d/C
-            where its cost C exceeds the limit d. At 0 the student
-            is trained by its reward alone inside the limit, as in arXiv 2509.22921, and with a limit that nothing
-            exceeds it is GRPO, bit for bit.
+            where its cost C exceeds the limit d. At 0 the student is trained by its reward alone inside the limit, as
+            in arXiv 2509.22921, and with a limit that nothing exceeds it is GRPO, bit for bit.
         violation_distill_loss (`str`, *optional*, defaults to `"divergence"`):
             What is differentiated there: `"divergence"`, or `"teacher_nll"`, the expectation of −log μ under the
             student over the full vocabulary (the single-step gradient of 2610.00332).
