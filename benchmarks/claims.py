@@ -85,7 +85,9 @@ def tables() -> str:
     methods = dict.fromkeys(method for verdict in said.values() for method in verdict)
     seeds = {bed: len({record.seed for record in records}) for bed, records in beds.items()}
     lines = [
-        "| method | " + " | ".join(f"{BEDS[bed]} ({seeds[bed]} seeds)" for bed in beds) + " | holds on |",
+        "| method | "
+        + " | ".join(f"{BEDS[bed]} ({seeds[bed]} seed{'s' * (seeds[bed] > 1)})" for bed in beds)
+        + " | holds on |",
         "| :--- |" + " :--- |" * (len(beds) + 1),
     ]
     held = {method: sum(said[bed].get(method) == "holds" for bed in beds) for method in methods}
