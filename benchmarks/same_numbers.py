@@ -53,7 +53,8 @@ SETTINGS = {
     "minillm": ("minillm", {}, "local"),
     "minillm, no mixture": ("minillm", {"teacher_mixed_alpha": 0.0, "temperature": 0.7}, "local"),
 }
-VIOLATION_DISTILL_COEF = 0.5  # given, as its default may change
+# Of the constrained method: given, as their defaults may change, where a commit has them.
+COEFFICIENTS = {"violation_distill_coef": 0.5, "unrewarded_distill_coef": 0.0}
 
 
 def train(name: str) -> str:
@@ -84,7 +85,8 @@ def train(name: str) -> str:
     dataset = load_problems(64, "train", seed=5)
     if teacher == "two":
         dataset = dataset.add_column("teacher", ["a", "b"] * 32)
-    known = {} if method != "constrained" else {"violation_distill_coef": VIOLATION_DISTILL_COEF}
+    fields = config_class.__dataclass_fields__
+    known = {name: value for name, value in COEFFICIENTS.items() if name in fields}
     peft_config = None
     if "teacher_adapter_name" in arguments:
         from peft import LoraConfig

@@ -117,8 +117,12 @@ def length_reward(completions: list[str], **kwargs) -> list[float]:
 def make_args(
     output_dir: str | Path, config_class: type[GRPOConfig] = ConstrainedDistillConfig, **kwargs
 ) -> GRPOConfig:
-    """Arguments of a minute run."""
-    return config_class(str(output_dir), **{**MINUTE_RUN, **kwargs})
+    """
+    Arguments of a minute run. The constrained method's are without its third place, so that what is inside the limit
+    is GRPO: tests/trainers/test_unrewarded_distillation.py has it, at its default too.
+    """
+    defaults = {"unrewarded_distill_coef": 0.0} if config_class is ConstrainedDistillConfig else {}
+    return config_class(str(output_dir), **{**MINUTE_RUN, **defaults, **kwargs})
 
 
 def make_trainer(

@@ -22,6 +22,7 @@
 import csv
 import random
 import re
+from logging import ERROR, getLogger
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -34,6 +35,7 @@ from trl_cmdp.evaluation import Rate, sample_rollouts, score_rollouts
 from trl_cmdp.tasks import arithmetic, table
 
 
+getLogger("trl_cmdp").setLevel(ERROR)  # that a trainer has no teacher is meant
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 torch.set_num_threads(1)

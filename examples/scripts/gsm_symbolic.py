@@ -10,8 +10,8 @@ The paper's experiment on GSM-Symbolic, end to end, with SmolLM2: a teacher, a s
    (`gpu`) all its weights.
 3. `student`: the first and last layers of the teacher, healed on worked solutions; at scale `gpu` until it is right a
    third to a half as often as its teacher, on problems that are not reported.
-4. `grpo`, `gkd`, `lambda`, `dual`, `pid`, `constrained`, `unrewarded` (constrained, and the teacher where no reward
-   speaks): the student trained by each method, on the same prompts, with the same number of rollouts.
+4. `grpo`, `gkd`, `lambda`, `dual`, `pid`, `constrained`, `unrewarded-0` (constrained, with its reward alone inside the
+   limit): the student trained by each method, on the same prompts, with the same number of rollouts.
 5. `evaluate`: all of them on new problems of the train templates (validation) and on held-out templates (test); then
    the table and the plots, from the records alone.
 

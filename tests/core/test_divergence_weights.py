@@ -15,12 +15,12 @@ NAN = math.nan
 GROUP = 4
 
 
-def weight_of(own: float, group: list[float], feasible: bool) -> float:
-    """One rollout's weight: 1 less the group's success, and nothing where it did better within the limit."""
+def weight_of(own: float, group: list[float], cost: float, limit: float) -> float:
+    """One rollout's weight: 1 less the group's success, less outside, and nothing where it did better within the limit."""
     scored = [success for success in group if not math.isnan(success)]
     mean = sum(scored) / len(scored) if scored else 0.0
     better = not math.isnan(own) and own > min(scored) and own > mean
-    return 0.0 if better and feasible else 1 - mean
+    return 0.0 if better and cost <= limit else (1 - mean) * limit / max(cost, limit)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -34,19 +34,19 @@ def test_equals_the_loops(scope, batch, data):
     success = data.draw(st.lists(values, min_size=rows, max_size=rows))
     expected = torch.zeros_like(costs)
     for row, own in enumerate(success):
-        feasible = rollout_cost(costs[row : row + 1], mask[row : row + 1], scope).item() <= limit
-        expected[row] = weight_of(own, success[row // GROUP * GROUP :][:GROUP], feasible) * (mask[row] != 0)
+        cost = rollout_cost(costs[row : row + 1], mask[row : row + 1], scope).item()
+        expected[row] = weight_of(own, success[row // GROUP * GROUP :][:GROUP], cost, limit) * (mask[row] != 0)
     weights = unrewarded_weights(torch.tensor(success, dtype=torch.float64), costs, mask, GROUP, limit, scope)
     torch.testing.assert_close(weights, expected)
 
 
 def test_by_hand():
-    """All wrong; half correct, one of them outside; all correct; one not scored; one value, whose mean rounds."""
+    """All wrong; half correct, one of them at twice the limit; all correct; one not scored; one value, whose mean rounds."""
     success = torch.tensor([0, 0, 0, 0, 1, 0, 1, 0, 1, 1, 1, 1, 0, NAN, 1, 0, 0.1, 0.1, 0.1, 0.1])
     costs, mask = torch.zeros(20, 1), torch.ones(20, 1)
     costs[6] = 2.0
     weights = unrewarded_weights(success, costs, mask, GROUP, 1.0).flatten()
-    expected = [1, 1, 1, 1, 0, 0.5, 0.5, 0.5, 0, 0, 0, 0, 2 / 3, 2 / 3, 0, 2 / 3, 0.9, 0.9, 0.9, 0.9]
+    expected = [1, 1, 1, 1, 0, 0.5, 0.25, 0.5, 0, 0, 0, 0, 2 / 3, 2 / 3, 0, 2 / 3, 0.9, 0.9, 0.9, 0.9]
     torch.testing.assert_close(weights, torch.tensor(expected))
 
 

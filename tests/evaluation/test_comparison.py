@@ -85,6 +85,16 @@ def test_the_reference_is_the_first_trained_method_without_constrained():
     assert compare_methods(records[:1]).reference is None
 
 
+def test_a_reference_that_is_asked_for():
+    records = [make_cell("constrained", 0, outcomes(5, 9)), make_cell("a", 0, outcomes(9, 9))]
+    comparison = compare_methods(records, reference="a")
+    assert comparison.reference == "a"
+    assert row(comparison, "constrained").right_difference.value == pytest.approx(-4 / 20)
+    assert row(comparison, "a").right_difference is None
+    with pytest.raises(ValueError, match="`reference='b'` is not a trained method"):
+        compare_methods(records, reference="b")
+
+
 def test_only_common_seeds_are_paired():
     comparison = compare_methods(
         [

@@ -109,13 +109,13 @@ class Problem:
         return -(self.probabilities.detach() * (weights * self.costs).sum(1)).sum()
 
     def closeness(self) -> torch.Tensor:
-        """−E over pairs of Σ_t w_t D_t where the reward is silent: w = 1 less the mean success of the pair, and 0 on
-        the better of the two within the limit."""
+        """−E over pairs of Σ_t w_t D_t where the reward is silent: w = 1 less the mean success of the pair, times d/C
+        outside the limit, and 0 on the better of the two within it."""
         success = (REWARDS - REWARDS.min()) / (REWARDS.max() - REWARDS.min())
-        feasible = rollout_cost(self.costs.detach(), MASK, self.scope) <= self.cost_limit
+        cost = rollout_cost(self.costs.detach(), MASK, self.scope).unsqueeze(1)
         mean = (success.unsqueeze(1) + success) / 2  # (S, S), of each sequence and its companion
-        better = (success.unsqueeze(1) > success) & feasible.unsqueeze(1)
-        weights = torch.where(better, 0.0, 1 - mean)
+        better = (success.unsqueeze(1) > success) & (cost <= self.cost_limit)
+        weights = torch.where(better, 0.0, 1 - mean) * self.cost_limit / cost.clamp(min=self.cost_limit)
         probabilities = self.probabilities.detach()
         return -(probabilities * (MASK * self.costs).sum(1) * (weights @ probabilities)).sum()
 

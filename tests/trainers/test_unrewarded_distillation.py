@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import (
+    MINUTE_RUN,
     assert_gradient_is_dense,
     capture_rollouts,
     history,
@@ -14,6 +15,7 @@ from helpers import (
     run,
 )
 
+from trl_cmdp import ConstrainedDistillConfig
 from trl_cmdp.core import RewardRange, unrewarded_weights, violation_weights
 
 
@@ -48,6 +50,18 @@ def test_advantages_are_grpos_inside_the_limit(tmp_path, monkeypatch):
     signal = trainer._signal(captured[0])
     assert torch.equal(signal.advantages, captured[0].grpo_advantages)
     assert signal.advantages.count_nonzero() > 0
+
+
+def test_the_default_asks_the_teacher_inside_the_limit(tmp_path):
+    """As it stands, without a word in the arguments; at 0 nothing but the reward is heard there."""
+    default = ConstrainedDistillConfig("unused", **MINUTE_RUN).unrewarded_distill_coef
+    losses = {}
+    for coefficient in (0.0, default):
+        trainer = make_scripted_trainer(tmp_path, cost_limit=1e6, unrewarded_distill_coef=coefficient)
+        trainer.train()
+        losses[coefficient] = history(trainer, "distill_loss")
+    assert default == 1.0
+    assert max(losses[0.0], default=0.0) == 0.0 < min(losses[default])
 
 
 def test_resumed_run_knows_the_rewards_it_has_seen(tmp_path):

@@ -267,7 +267,9 @@ def _announce(
     print(f"On the shell: {' '.join(on_the_shell)}")
     print("In a file:    " + "\n              ".join(in_a_file))
     if arguments.log_probs:
-        print('It serves cost="log_ratio" and "teacher_nll", with violation_distill_coef=0.')
+        print(
+            'It serves cost="log_ratio" and "teacher_nll", with violation_distill_coef=0 and unrewarded_distill_coef=0.'
+        )
     print("Ctrl-C stops it.", flush=True)
 
 

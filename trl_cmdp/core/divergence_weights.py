@@ -89,7 +89,8 @@ def unrewarded_weights(
 ) -> torch.Tensor:
     """
     Weights w_t of the differentiated divergence where the reward is silent: 1 less the mean success of the rollout's
-    group, and 0 on a feasible rollout that did better than its group.
+    group, and 0 on a feasible rollout that did better than its group. Outside the limit they fall with the cost C, as
+    d/C: far from the teacher the limit leads, and the student is not made a copy first.
 
     Args:
         success (`torch.Tensor`):
@@ -113,6 +114,7 @@ def unrewarded_weights(
     mean = group.nanmean(1, keepdim=True).nan_to_num(nan=0.0)
     lowest = group.nan_to_num(nan=torch.inf).amin(1, keepdim=True)
     better = (group > mean) & (group > lowest)  # a mean of equal values may be below them by a rounding error
-    feasible = rollout_cost(costs, mask, scope) <= cost_limit  # (B,)
-    silence = (1 - mean).expand_as(group).flatten().masked_fill(better.flatten() & feasible, 0.0)  # (B,)
-    return silence.unsqueeze(-1) * (mask != 0)
+    cost = rollout_cost(costs, mask, scope)  # (B,)
+    limit = torch.as_tensor(cost_limit, dtype=cost.dtype, device=cost.device).expand_as(cost)
+    silence = (1 - mean).expand_as(group).flatten().masked_fill(better.flatten() & (cost <= limit), 0.0)  # (B,)
+    return (silence * limit / torch.maximum(cost, limit)).unsqueeze(-1) * (mask != 0)

@@ -62,25 +62,27 @@ class Comparison:
     task: str  # task of all cells
     cost_limit: float  # limit of the evaluation, in the unit of the scope
     num_problems: int  # held-out problems of each seed
-    # Method that the differences are to: `"constrained"` where it is there, else the first trained one
+    # Method that the differences are to: the one asked for, or `"constrained"` where it is there, or the first trained
     reference: str | None
     methods: list[MethodSummary]  # rows, by rank; those without a trainer at the end
     cost_scope: CostScope = COST_SCOPE  # scope of the limit and the costs
 
 
-def compare_methods(records: Sequence[CellRecord]) -> Comparison:
+def compare_methods(records: Sequence[CellRecord], reference: str | None = None) -> Comparison:
     """
     Compare methods, each over its seeds.
 
     Args:
         records (`Sequence[CellRecord]`):
             Cells of one task, one limit and scope, and one number of held-out problems.
+        reference (`str`, *optional*):
+            Trained method that the differences are to. By default `"constrained"` where it is there, else the first.
 
     Returns:
         `Comparison`: The table.
 
     Raises:
-        ValueError: If there is no record, or they do not belong together.
+        ValueError: If there is no record, they do not belong together, or the reference is not among them.
     """
     if not records:
         raise ValueError("There are no records to compare.")
@@ -94,7 +96,10 @@ def compare_methods(records: Sequence[CellRecord]) -> Comparison:
     for record in records:
         cells.setdefault(record.method, {})[record.seed] = record
     trained = [record.method for record in records if record.trainer != "none"]
-    reference = "constrained" if "constrained" in trained else trained[0] if trained else None
+    if reference is None:
+        reference = "constrained" if "constrained" in trained else trained[0] if trained else None
+    elif reference not in trained:
+        raise ValueError(f"`reference={reference!r}` is not a trained method of the records: {sorted(set(trained))}.")
 
     values = _figures(records, limit)
     rows = [_summary(by_seed, cells.get(reference or ""), values) for by_seed in cells.values()]

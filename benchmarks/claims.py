@@ -1,0 +1,115 @@
+"""
+What the committed comparisons say of the claims in docs/comparison.md, from their records alone.
+
+    python benchmarks/claims.py            # writes benchmarks/results/claims.md and prints it
+
+First table: whether a method holds on a test bed. It does where at least 95% of its rollouts are within the limit, and
+no other such method is ahead of it by more than a point: the paired 95% interval of the difference in correct answers,
+or in valid ones, lies above +0.01. Second table: what reward alone does to the reasoning, by the process judge. An
+answer is preferred where its steps are valid and the other's to the same problem are not.
+"""
+
+from collections import Counter
+from pathlib import Path
+from statistics import mean
+
+from trl_cmdp._files import write_whole
+from trl_cmdp.evaluation import CellRecord, MethodSummary, compare_methods, read_records
+
+
+RESULTS = Path(__file__).parent / "results"
+BEDS = {
+    "arithmetic": "chained sums",
+    "nested": "nested expressions",
+    "chains": "longer chains",
+    "middling": "word problems, middling",
+    "rare": "word problems, rare",
+    "mediocre": "word problems, mediocre teacher",
+}
+MARGIN = 0.01
+
+
+def records_of(bed: str) -> list[CellRecord]:
+    """Committed records of a test bed, none where there are none yet."""
+    for folder in (RESULTS / bed, RESULTS / f"word-problems-{bed}"):
+        if (folder / "records.jsonl").exists():
+            return read_records((folder / "records.jsonl").read_text())
+    return []
+
+
+def lead(records: list[CellRecord], ahead: MethodSummary, behind: MethodSummary) -> str | None:
+    """By how much one method is ahead of another in correct or in valid answers, where that is beyond the margin."""
+    seeds = ahead.right.by_seed.keys() & behind.right.by_seed.keys()
+    if not seeds or not any(
+        mean(of.by_seed[seed] - other.by_seed[seed] for seed in seeds) > MARGIN
+        for of, other in ((ahead.right, behind.right), (ahead.valid, behind.valid))
+    ):
+        return None  # no interval can lie above the margin
+    both = [record for record in records if record.method in (ahead.method, behind.method)]
+    rows = {row.method: row for row in compare_methods(both, reference=behind.method).methods}
+    row = rows[ahead.method]
+    for what, difference in (("correct", row.right_difference), ("valid", row.valid_difference)):
+        if difference.low > MARGIN:
+            return f"{ahead.method} {difference.value:+.3f} {what}"
+    return None
+
+
+def verdicts(records: list[CellRecord]) -> dict[str, str]:
+    """Of each trained method on one bed: "holds", or why it does not."""
+    rows = [row for row in compare_methods(records).methods if row.trainer != "none"]
+    said = {}
+    for row in rows:
+        if row.feasible:
+            leads = (lead(records, other, row) for other in rows if other.feasible and other is not row)
+            said[row.method] = next((found for found in leads if found), "holds")
+        else:
+            said[row.method] = f"{row.satisfaction.value:.3f} inside"
+    return said
+
+
+def preferences(records: list[CellRecord], method: str, other: str) -> tuple[int, int, int]:
+    """Problems on which one method's steps alone are valid, the other's alone, and all that both answered."""
+    cells = {(record.method, record.seed): record for record in records}
+    seeds = [seed for name, seed in cells if name == method and (other, seed) in cells]
+    counts: Counter[tuple[int | None, int | None]] = Counter()
+    for seed in seeds:
+        pairs = zip(cells[method, seed].outcomes, cells[other, seed].outcomes, strict=True)
+        counts.update((mine.valid, theirs.valid) for mine, theirs in pairs)
+    return counts[1, 0], counts[0, 1], counts.total()
+
+
+def tables() -> str:
+    """Both tables as markdown."""
+    beds = {bed: records for bed in BEDS if (records := records_of(bed))}
+    said = {bed: verdicts(records) for bed, records in beds.items()}
+    methods = dict.fromkeys(method for verdict in said.values() for method in verdict)
+    seeds = {bed: len({record.seed for record in records}) for bed, records in beds.items()}
+    lines = [
+        "| method | "
+        + " | ".join(f"{BEDS[bed]} ({seeds[bed]} seed{'s' * (seeds[bed] > 1)})" for bed in beds)
+        + " | holds on |",
+        "| :--- |" + " :--- |" * (len(beds) + 1),
+    ]
+    held = {method: sum(said[bed].get(method) == "holds" for bed in beds) for method in methods}
+    for method in sorted(methods, key=lambda name: -held[name]):
+        run = sum(method in verdict for verdict in said.values())
+        cells = [said[bed].get(method, "not run") for bed in beds]
+        lines.append(f"| {method} | {' | '.join(cells)} | {held[method]} of {run} |")
+    lines += [
+        "",
+        "| test bed | GRPO inside | constrained inside | constrained preferred | GRPO preferred | problems |",
+        "| :--- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for bed, records in beds.items():
+        rows = {row.method: row for row in compare_methods(records).methods}
+        if "grpo" in rows and "constrained" in rows:
+            ours, theirs, problems = preferences(records, "constrained", "grpo")
+            inside = " | ".join(f"{rows[name].satisfaction.value:.3f}" for name in ("grpo", "constrained"))
+            lines.append(f"| {BEDS[bed]} | {inside} | {ours} | {theirs} | {problems} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    text = tables()
+    write_whole(RESULTS / "claims.md", text)
+    print(text)

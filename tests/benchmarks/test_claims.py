@@ -1,0 +1,43 @@
+"""benchmarks/claims.py: what is said of made-up comparisons, and that the committed tables follow from the records."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import make_cell
+
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+import claims
+
+
+def cell(method, right, valid, inside, n=400):
+    """The first `right` answers correct, the first `valid` with valid steps, and the first `inside` within the limit."""
+    return make_cell(method, 0, [(int(i < right), int(i < valid), 0.1 if i < inside else 0.9, 10) for i in range(n)])
+
+
+def test_a_method_holds_unless_another_that_is_inside_is_ahead():
+    records = [
+        cell("constrained", 380, 380, 400),
+        cell("level", 378, 378, 390),
+        cell("behind", 380, 340, 400),  # in valid answers alone
+        cell("outside", 400, 400, 379),
+    ]
+    assert claims.verdicts(records) == {
+        "constrained": "holds",
+        "level": "holds",
+        "behind": "constrained +0.100 valid",
+        "outside": "0.948 inside",
+    }
+
+
+def test_preferred_are_valid_steps_where_the_others_are_not():
+    records = [cell("constrained", 400, 300, 400), cell("grpo", 400, 100, 50), cell("student", 9, 9, 9)]
+    assert claims.preferences(records, "constrained", "grpo") == (200, 0, 400)
+    assert claims.preferences(records, "grpo", "constrained") == (0, 200, 400)
+
+
+@pytest.mark.slow  # a minute of bootstraps
+def test_the_committed_tables():
+    assert (claims.RESULTS / "claims.md").read_text() == claims.tables()
