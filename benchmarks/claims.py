@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 
 from trl_cmdp._files import write_whole
-from trl_cmdp.evaluation import CellRecord, MethodSummary, compare_methods, read_records
+from trl_cmdp.evaluation import CellRecord, Comparison, MethodSummary, compare_methods, read_records
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,9 +54,9 @@ def lead(records: list[CellRecord], ahead: MethodSummary, behind: MethodSummary)
     return None
 
 
-def verdicts(records: list[CellRecord]) -> dict[str, str]:
+def verdicts(records: list[CellRecord], comparison: Comparison) -> dict[str, str]:
     """Of each trained method on one bed: "holds", or why it does not."""
-    rows = [row for row in compare_methods(records).methods if row.trainer != "none"]
+    rows = [row for row in comparison.methods if row.trainer != "none"]
     said = {}
     for row in rows:
         if row.feasible:
@@ -81,7 +81,8 @@ def preferences(records: list[CellRecord], method: str, other: str) -> tuple[int
 def tables() -> str:
     """Both tables as markdown."""
     beds = {bed: records for bed in BEDS if (records := records_of(bed))}
-    said = {bed: verdicts(records) for bed, records in beds.items()}
+    comparisons = {bed: compare_methods(records) for bed, records in beds.items()}
+    said = {bed: verdicts(records, comparisons[bed]) for bed, records in beds.items()}
     methods = dict.fromkeys(method for verdict in said.values() for method in verdict)
     seeds = {bed: len({record.seed for record in records}) for bed, records in beds.items()}
     lines = [
@@ -101,7 +102,7 @@ def tables() -> str:
         "| :--- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for bed, records in beds.items():
-        rows = {row.method: row for row in compare_methods(records).methods}
+        rows = {row.method: row for row in comparisons[bed].methods}
         if "grpo" in rows and "constrained" in rows:
             ours, theirs, problems = preferences(records, "constrained", "grpo")
             inside = " | ".join(f"{rows[name].satisfaction.value:.3f}" for name in ("grpo", "constrained"))

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from helpers import make_cell
 
+from trl_cmdp.evaluation import compare_methods
+
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -24,7 +26,7 @@ def test_a_method_holds_unless_another_that_is_inside_is_ahead():
         cell("behind", 380, 340, 400),  # in valid answers alone
         cell("outside", 400, 400, 379),
     ]
-    assert claims.verdicts(records) == {
+    assert claims.verdicts(records, compare_methods(records)) == {
         "constrained": "holds",
         "level": "holds",
         "behind": "constrained +0.100 valid",
