@@ -1,6 +1,6 @@
 """
-The words, units, defaults and checks of a limit. No library is imported here, so that the command line is fast to say what
-is wrong.
+The words, units, defaults and checks of a limit, and where a key is looked for. No library is imported here, so that the
+command line is fast to say what is wrong.
 """
 
 import json
@@ -20,6 +20,9 @@ AUTO = "auto"  # in place of a limit: from the costs that imitation reaches
 VIOLATION_PENALTY = 20.0
 # Share of rollouts within the limit from which on a student counts as one that satisfies it.
 FEASIBLE_SATISFACTION = 0.95
+# Environment variable from which the commands take the key of a teacher's server: an argument would be in the shell's
+# history, and every user of the machine could read it.
+TEACHER_KEY_VARIABLE = "TRL_CMDP_TEACHER_API_KEY"
 
 
 def check_not_zero(*limits: float) -> None:

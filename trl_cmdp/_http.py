@@ -107,7 +107,8 @@ class HttpServer:
         except (TimeoutError, httpx2.TimeoutException):
             raise HttpFailure("timeout", f"no whole answer within {self._timeout:g} s") from None
         except httpx2.TransportError as error:  # not `from error`, which may quote the server
-            raise HttpFailure(failure, printable(self._hide_key(f"{type(error).__name__}: {error}"))[:300]) from None
+            said = printable(self._hide_key(f"{type(error).__name__}: {error}"))[:300]
+            raise HttpFailure(failure, said.rstrip(".")) from None  # which ends a sentence
         return Answer(response.status_code, response.headers, body)
 
     def _describe(self, answer: Answer) -> str:

@@ -115,8 +115,9 @@ def test_an_exact_teacher_from_start_to_end(stage, monkeypatch, capfd):
         f'In Python:    teacher_model_server_url="{url}", teacher_model_server_api_key=os.environ["TRL_CMDP_TEACHER_API_KEY"]'
         in said.out
     )
-    assert f"On the shell: --teacher_model_server_url {url} --config FILE\n" in said.out
+    assert f"On the shell: --teacher_model_server_url {url}\n" in said.out
     assert f"In a file:    teacher_model_server_url: {url}\n" in said.out
+    assert "read it from TRL_CMDP_TEACHER_API_KEY in the environment" in said.out
     assert "ended by itself" in said.err
     assert "of an earlier server" not in said.err
     assert "answered /pooling" in said.err

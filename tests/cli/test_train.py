@@ -13,6 +13,8 @@ import threading
 import pytest
 import torch
 import yaml
+from fake_server import KEY, serving
+from fake_vllm import FakeServer
 from filelock import FileLock
 from helpers import (
     CHARACTERS,
@@ -153,6 +155,22 @@ def test_problems_of_a_task_are_drawn_by_seed(folder, tmp_path, monkeypatch):
     arguments = [*TASK, "--seed", "7", "--task_problems", "5"]
     assert train("constrained", folder / "config.yaml", tmp_path, *arguments) == 0
     assert calls == [((5, "train", 7), {"path": str(folder / "data.jsonl")})]
+
+
+def test_the_key_of_a_server_is_read_from_the_environment(folder, tmp_path, monkeypatch, capsys):
+    """Without it the mistake names the variable; with it the run trains, and the key is in no file."""
+    monkeypatch.setenv("TRL_CMDP_TEACHER_API_KEY", "")  # none
+    with serving(FakeServer(make_teacher().eval(), str(folder / "teacher"), key=KEY)) as server:
+        arguments = ["--max_steps", "1", "--teacher_model_server_url", server.url]
+        assert train("constrained", folder / "config.yaml", tmp_path, *arguments) == 2
+        said = error_line(capsys)
+        assert "needs an API key" in said
+        assert "TRL_CMDP_TEACHER_API_KEY in the environment" in said
+        monkeypatch.setenv("TRL_CMDP_TEACHER_API_KEY", KEY)
+        assert train("constrained", folder / "config.yaml", tmp_path, *arguments) == 0
+    assert trained_args(tmp_path).max_steps == 1
+    assert KEY not in "".join(capsys.readouterr())
+    assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_a_reward_of_the_working_directory(folder, tmp_path, monkeypatch, capsys):

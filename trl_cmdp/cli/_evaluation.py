@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from .._defaults import COST_SCOPE, CostScope
+from .._defaults import COST_SCOPE, TEACHER_KEY_VARIABLE, CostScope
 from .._messages import hide_secrets, without_secrets
 from ._arguments import (
     data_source,
@@ -34,7 +34,11 @@ if TYPE_CHECKING:
     from ..evaluation import EvaluationSettings, RolloutRecord
 
 NUM_PROBLEMS = 200
-TEACHER_KEY_VARIABLE = "TRL_CMDP_TEACHER_API_KEY"  # an argument would be in the shell's history
+
+
+def teacher_server_key() -> str | None:
+    """Key of the teacher's server, from the environment; `None` without one. It goes where the command sends it alone."""
+    return os.environ.get(TEACHER_KEY_VARIABLE) or None
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser, records_help: str) -> "argparse._ArgumentGroup":
@@ -349,10 +353,9 @@ def _load_teacher(
 
         return AdapterTeacher(student, Accelerator(), arguments.teacher_adapter_name)
     if arguments.teacher_model_server_url:
-        key = os.environ.get(TEACHER_KEY_VARIABLE)
         teacher: Any = RemoteTeacher(
             arguments.teacher_model_server_url,
-            key,
+            teacher_server_key(),
             model=arguments.teacher,
             revision=arguments.teacher_model_revision,
         )

@@ -2,13 +2,12 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._messages import without_secrets
 from ._arguments import Mistake, mistakes, positive_float, positive_int, refusals
-from ._evaluation import TEACHER_KEY_VARIABLE, load_student, load_tokenizer, problems_of, replace_arguments, task_of
+from ._evaluation import load_student, load_tokenizer, problems_of, replace_arguments, task_of, teacher_server_key
 from ._images import fingerprint_of_problems, load_processor
 
 
@@ -161,7 +160,7 @@ def _make_trainer(
             teacher_model_revision=arguments.teacher_model_revision,
             teacher_adapter_name=arguments.teacher_adapter_name,
             teacher_model_server_url=arguments.teacher_model_server_url,
-            teacher_model_server_api_key=os.environ.get(TEACHER_KEY_VARIABLE),
+            teacher_model_server_api_key=teacher_server_key(),
             teacher_model_init_kwargs={"dtype": arguments.dtype},
             logging_steps=1,
             save_strategy="no",

@@ -43,6 +43,7 @@ from ..trainers.telemetry.hub import describe_error
 from ..trainers.telemetry.live_state import LiveState
 from ._arguments import Mistake, mistakes, mistakes_of, models_named, refusals
 from ._dry_run import dry_run, nothing_kept
+from ._evaluation import teacher_server_key
 from ._progress import TrainingProgress
 from ._results import show_markdown
 from ._run_summary import closing, opening
@@ -246,6 +247,8 @@ def _make_trainer(
     training_args.resume_from_checkpoint = checkpoint
     if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
         raise ValueError(f"--resume_from_checkpoint: there is no folder {checkpoint!r}.")
+    if training_args.teacher_model_server_url and training_args.teacher_model_server_api_key is None:
+        training_args.teacher_model_server_api_key = teacher_server_key()
     reward_funcs: list[Any] = [load_reward(name) for name in script_args.reward_funcs or []]
     if script_args.reward_model_name_or_path:
         reward_funcs.insert(0, script_args.reward_model_name_or_path)

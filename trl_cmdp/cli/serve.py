@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .._defaults import TEACHER_KEY_VARIABLE
 from .._messages import say
 from . import beside_vllm
 from ._arguments import existing_file, mistakes, model_source, positive_int
-from ._evaluation import TEACHER_KEY_VARIABLE
 from ._parser import Mistake
 from ._server_process import ServerProcess, ended_by_signals
 
@@ -261,11 +261,11 @@ def _announce(
     in_a_file = [f"{name}: {value}" for name, value in settings.items()]
     if key_variable is not None:
         in_python.append(f'teacher_model_server_api_key=os.environ["{key_variable}"]')
-        on_the_shell.append("--config FILE")  # every user of the machine can read a command line
-        in_a_file.append("teacher_model_server_api_key: (the key)")
     print(f"In Python:    {', '.join(in_python)}")
     print(f"On the shell: {' '.join(on_the_shell)}")
     print("In a file:    " + "\n              ".join(in_a_file))
+    if key_variable is not None:
+        print(f"Its key:      the commands read it from {TEACHER_KEY_VARIABLE} in the environment.")
     if arguments.log_probs:
         print(
             'It serves cost="log_ratio" and "teacher_nll", with violation_distill_coef=0 and unrewarded_distill_coef=0.'

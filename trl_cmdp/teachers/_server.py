@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from transformers.utils import logging
 
+from .._defaults import TEACHER_KEY_VARIABLE
 from .._http import HttpFailure, HttpServer, submit
 
 
@@ -134,6 +135,10 @@ class TeacherServer(HttpServer):
         answer = await self._send(path, None if payload is None else json.dumps(payload).encode(), max_bytes)
         if answer.status != 200:
             problem = f"{self._problem(answer.status) or 'refused the request'}: {self._describe(answer)}"
+            if answer.status in (401, 403):
+                problem += (
+                    f". Set `teacher_model_server_api_key`, or {TEACHER_KEY_VARIABLE} in the environment of a command"
+                )
             raise TeacherServerError(f"The teacher server at {self.url} {problem}.", answer.status)
         if len(answer.body) > max_bytes:
             raise self.unexpected(f"more than the {max_bytes} bytes that an answer can have")

@@ -64,7 +64,8 @@ class DistillConfig(GRPOConfig):
             divergence; a completion server only log-probabilities. `teacher_model`, if given, is then the path or hub id
             of the checkpoint that the server runs, for its tokenizer and head; by default what the server names.
         teacher_model_server_api_key (`str`, *optional*):
-            Key of that server. Sent to it alone, and never logged or saved.
+            Key of that server. Sent to it alone, and never logged or saved. The commands read it from
+            `TRL_CMDP_TEACHER_API_KEY` in the environment unless it is given.
         teacher_model_server_timeout (`float`, *optional*, defaults to `120.0`):
             Seconds that the server may stay silent.
         teacher_model_server_max_wait (`float`, *optional*, defaults to `600.0`):
