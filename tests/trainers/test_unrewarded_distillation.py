@@ -37,6 +37,8 @@ def test_signal_and_gradient(tmp_path, monkeypatch, limit):
     expected = violation_weights(rollouts.costs, rollouts.mask, limit) + 0.5 * unrewarded
     weights = torch.cat([batch["divergence_weights"] for batch in batches])
     assert 0 < unrewarded.count_nonzero() < rollouts.mask.sum()
+    logged = trainer._distill_metrics.close("train", 0)["constraint/unrewarded_weight"]
+    assert logged == pytest.approx(0.5 * float(unrewarded.sum() / rollouts.mask.sum()))
     # The rollouts of a batch are shuffled before they are split.
     assert sorted(weights.sum(1).tolist()) == pytest.approx(sorted(expected.sum(1).tolist()))
     assert_gradient_is_dense(trainer, batches)

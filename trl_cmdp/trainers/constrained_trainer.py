@@ -129,6 +129,7 @@ class ConstrainedDistillTrainer(DistillTrainer):
             success = self._reward_range.success(rollouts.rewards)
             unrewarded = unrewarded_weights(success, costs, mask, rollouts.num_generations, limit, args.cost_scope)
             unrewarded = args.unrewarded_distill_coef * unrewarded
+            self._count("constraint/unrewarded_weight", unrewarded.sum(), mask.sum())
             weights = unrewarded if weights is None else weights + unrewarded
         return Signal(advantages, weights, columns)
 
