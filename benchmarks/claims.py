@@ -22,19 +22,20 @@ BEDS = {
     "arithmetic": "chained sums",
     "nested": "nested expressions",
     "chains": "longer chains",
-    "middling": "word problems, middling",
-    "rare": "word problems, rare",
-    "mediocre": "word problems, mediocre teacher",
+    "word-problems-middling": "word problems, middling",
+    "word-problems-rare": "word problems, rare",
+    "word-problems-mediocre": "word problems, mediocre teacher",
+    "word-problems-middling-long": "middling, 400 steps",
+    "word-problems-rare-long": "rare, 400 steps",
+    "word-problems-mediocre-long": "mediocre teacher, 400 steps",
 }
 MARGIN = 0.01
 
 
 def records_of(bed: str) -> list[CellRecord]:
     """Committed records of a test bed, none where there are none yet."""
-    for folder in (RESULTS / bed, RESULTS / f"word-problems-{bed}"):
-        if (folder / "records.jsonl").exists():
-            return read_records((folder / "records.jsonl").read_text())
-    return []
+    path = RESULTS / bed / "records.jsonl"
+    return read_records(path.read_text()) if path.exists() else []
 
 
 def lead(records: list[CellRecord], ahead: MethodSummary, behind: MethodSummary) -> str | None:
