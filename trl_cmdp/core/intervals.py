@@ -183,8 +183,9 @@ def two_level_bootstrap_interval(
         batch = max(1, 2**22 // values.numel())  # bounded memory, however many observations there are
         for start in range(0, len(positions), batch):
             resamples, slots = positions[start : start + batch].unbind(1)
-            draws = torch.randint(values.numel(), (len(resamples), values.numel()), generator=generator)
-            means[resamples, slots] = values.double()[draws].mean(1)
+            shape = (len(resamples), values.numel())
+            draws = torch.randint(values.numel(), shape, generator=generator, dtype=torch.int32).flatten()
+            means[resamples, slots] = values.double().index_select(0, draws).view(shape).mean(1)
     return _percentiles(means.mean(1), confidence)
 
 
