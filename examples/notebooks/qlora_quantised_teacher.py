@@ -73,7 +73,8 @@ print(held_out[1]["prompt"][0]["content"], "->", held_out[1]["answer"])
 # `bnb_4bit_compute_dtype="bfloat16"`; here everything is computed in float32, as few CPUs multiply in bfloat16.
 
 # %%
-INT8 = BitsAndBytesConfig(load_in_8bit=True)
+# With its threshold for outliers, what an 8-bit layer says of a rollout depends on those beside it in the batch.
+INT8 = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
 trainer = ConstrainedDistillTrainer(
     model=str(weights),
     quantization_config=NF4,

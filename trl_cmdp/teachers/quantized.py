@@ -1,5 +1,5 @@
 """
-Layers that bitsandbytes keeps in 4 bits, on CPUs with AVX512-BF16.
+Layers that bitsandbytes keeps in 8 bits, and in 4 on CPUs with AVX512-BF16.
 
 There `Linear4bit` packs its weights for a faster kernel in its first forward in eval mode. The kernel is outside
 autograd, so from then on no gradient passes through the layer, in training mode either. It also takes only some shapes
@@ -52,6 +52,25 @@ def allow_fast_kernel(model: torch.nn.Module) -> None:
     for layer in _layers_4bit(model):
         if layer.out_features % _PACKED_ROWS or layer.in_features % layer.weight.blocksize:
             layer.support_avx512bf16_for_cpu = False
+
+
+def keeps_outliers_apart(model: torch.nn.Module) -> bool:
+    """
+    Whether 8-bit layers of a model leave the features that are large in any row of a batch unquantised (LLM.int8,
+    2208.07339). What they say of a row then depends on the rows beside it.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model.
+
+    Returns:
+        `bool`: Never true of a model whose `llm_int8_threshold` is 0.
+    """
+    if "bitsandbytes" not in sys.modules:
+        return False
+    from bitsandbytes.nn import Linear8bitLt
+
+    return any(isinstance(module, Linear8bitLt) and module.state.threshold > 0 for module in model.modules())
 
 
 def _layers_4bit(model: torch.nn.Module) -> Iterator["Linear4bit"]:

@@ -6,6 +6,7 @@ from ..core import chunked_log_probs
 from .adapter import AdapterTeacher
 from .local import LocalTeacher
 from .models import base_model
+from .quantized import keeps_outliers_apart
 from .teacher import Teacher
 
 
@@ -57,10 +58,15 @@ def check_reading(role: str, module: torch.nn.Module, teacher: LocalTeacher | Ad
     tokens = torch.linspace(0, vocab_size - 1, 16, device=own.device).long()
     read = chunked_log_probs(hidden, head.first(vocab_size), tokens.expand(len(hidden), -1))  # (4, 16)
     if differ(read, own[:, :vocab_size].float().log_softmax(-1)[:, tokens], rounding):
+        remedy = "Use another model or adapter, or merge the adapter (`merge_and_unload`)."
+        if keeps_outliers_apart(module):
+            remedy = (
+                "Its 8-bit layers leave unquantised what is large in any row of a batch: load it with "
+                "`llm_int8_threshold=0.0` in the quantization config, or in 4 bits."
+            )
         raise ValueError(
             f"The {role}, {name}, cannot be scored exactly: the log-probabilities read from its hidden states and head "
-            "are not those of the model itself, or change with what stands beside a rollout in a batch. Use another "
-            "model or adapter, or merge the adapter (`merge_and_unload`)."
+            f"are not those of the model itself, or change with what stands beside a rollout in a batch. {remedy}"
         )
 
 
