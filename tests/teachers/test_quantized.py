@@ -164,6 +164,17 @@ def test_eight_bits_that_keep_outliers_apart_are_refused(tmp_path, monkeypatch, 
     run(tmp_path, max_steps=1, **settings(0.0))
 
 
+@pytest.mark.parametrize("threshold", [6.0, 0.0])
+def test_eight_bits_that_keep_outliers_apart_are_named(tmp_path, caplog, teacher_path, threshold):
+    """Where two rows differ by less than rounding, which in half precision is a fifth, others may differ by more."""
+    config = BitsAndBytesConfig(**INT8, llm_int8_threshold=threshold)
+    make_trainer(tmp_path, teacher_model=teacher_path, teacher_model_init_kwargs={"quantization_config": config})
+    warnings = [
+        record.getMessage() for record in caplog.records if "8-bit layers leave unquantised" in record.getMessage()
+    ]
+    assert [warning.partition(",")[0] for warning in warnings] == (["The teacher"] if threshold else [])
+
+
 @pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
 @pytest.mark.parametrize(("supported", "calls", "tolerance"), [(False, 0, 1e-5), (True, 4, 0.03)])
 def test_teacher_uses_the_fast_kernel_where_it_takes_the_shape(

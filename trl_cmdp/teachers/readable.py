@@ -1,5 +1,7 @@
 """Whether a model can be scored: that what is read of it is what it says itself, and that it can read the rollouts."""
 
+import logging
+
 import torch
 
 from ..core import chunked_log_probs
@@ -15,6 +17,12 @@ from .teacher import Teacher
 _ROUNDING, HALF_ROUNDING = 0.01, 0.2
 _MIXES_ROWS = "LILY"  # this adapter averages over all tokens of a batch
 _LENGTHS = (5, 8)
+_OUTLIERS = (
+    "Its 8-bit layers leave unquantised what is large in any row of a batch: load it with `llm_int8_threshold=0.0` in the "
+    "quantization config, or in 4 bits."
+)
+
+_logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -57,17 +65,17 @@ def check_reading(role: str, module: torch.nn.Module, teacher: LocalTeacher | Ad
     vocab_size = min(own.size(-1), head.vocab_size)
     tokens = torch.linspace(0, vocab_size - 1, 16, device=own.device).long()
     read = chunked_log_probs(hidden, head.first(vocab_size), tokens.expand(len(hidden), -1))  # (4, 16)
+    outliers = keeps_outliers_apart(module)
     if differ(read, own[:, :vocab_size].float().log_softmax(-1)[:, tokens], rounding):
         remedy = "Use another model or adapter, or merge the adapter (`merge_and_unload`)."
-        if keeps_outliers_apart(module):
-            remedy = (
-                "Its 8-bit layers leave unquantised what is large in any row of a batch: load it with "
-                "`llm_int8_threshold=0.0` in the quantization config, or in 4 bits."
-            )
+        if outliers:
+            remedy = _OUTLIERS
         raise ValueError(
             f"The {role}, {name}, cannot be scored exactly: the log-probabilities read from its hidden states and head "
             f"are not those of the model itself, or change with what stands beside a rollout in a batch. {remedy}"
         )
+    if outliers:  # other rollouts may have more of them than the rows that were tried
+        _logger.warning(f"The {role}, {name}, may say another thing of a rollout beside other rollouts. {_OUTLIERS}")
 
 
 def computes_in_half(module: torch.nn.Module, outputs: torch.Tensor) -> bool:
