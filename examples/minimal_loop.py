@@ -20,6 +20,7 @@ COST_LIMIT = 0.25  # d, in nats per token
 PENALTY = 20.0  # n
 VIOLATION_COEF = 0.1  # of the differentiated divergence, on rollouts outside the limit
 UNREWARDED_COEF = 1.0  # and where the reward is silent; 0 leaves the student alone with its reward inside the limit
+LEAST_WEIGHT = 0.3  # of the part where the reward is silent: a right answer does not say by what steps
 GROUP = 8  # G, rollouts per prompt
 
 
@@ -54,11 +55,11 @@ def advantages_and_weights(rewards, costs, mask):
         worst = z.min().clamp(max=0)
         utility[group] = torch.where(inside, z, worst - 1 - grouped_cost[group].clamp(max=PENALTY) / PENALTY)
     advantages = (utility - utility.mean(1, keepdim=True)).flatten()
-    # Imitate outside the budget, and as much as the group fails: all but what did better than it, inside the budget,
+    # Imitate outside the budget, and as much as the group fails: what did better than it, inside the budget, the least,
     # and less the further outside.
     success = grouped_rewards.mean(1, keepdim=True)  # (B / G, 1), of rewards 0 and 1
     silence = torch.where(feasible & (grouped_rewards > success), 0.0, 1 - success)
-    silence = silence * COST_LIMIT / grouped_cost.clamp(min=COST_LIMIT)
+    silence = silence.clamp(min=LEAST_WEIGHT) * COST_LIMIT / grouped_cost.clamp(min=COST_LIMIT)
     weights = (VIOLATION_COEF * ~feasible + UNREWARDED_COEF * silence).flatten().unsqueeze(1) * mask
     return advantages, weights
 

@@ -16,11 +16,12 @@ GROUP = 4
 
 
 def weight_of(own: float, group: list[float], cost: float, limit: float) -> float:
-    """One rollout's weight: 1 less the group's success, less outside, and nothing where it did better within the limit."""
+    """One rollout's weight: 1 less the group's success, 0.3 at least and where it did better within the limit, times d/C."""
     scored = [success for success in group if not math.isnan(success)]
     mean = sum(scored) / len(scored) if scored else 0.0
     better = not math.isnan(own) and own > min(scored) and own > mean
-    return 0.0 if better and cost <= limit else (1 - mean) * limit / max(cost, limit)
+    weight = 0.0 if better and cost <= limit else 1 - mean
+    return max(weight, 0.3) * limit / max(cost, limit)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -41,12 +42,13 @@ def test_equals_the_loops(scope, batch, data):
 
 
 def test_by_hand():
-    """All wrong; half correct, one of them at twice the limit; all correct; one not scored; one value, whose mean rounds."""
+    """All wrong; half correct, one of them at twice the limit; all correct, one at twice the limit; one not scored; one
+    value, whose mean rounds."""
     success = torch.tensor([0, 0, 0, 0, 1, 0, 1, 0, 1, 1, 1, 1, 0, NAN, 1, 0, 0.1, 0.1, 0.1, 0.1])
     costs, mask = torch.zeros(20, 1), torch.ones(20, 1)
-    costs[6] = 2.0
+    costs[6] = costs[8] = 2.0
     weights = unrewarded_weights(success, costs, mask, GROUP, 1.0).flatten()
-    expected = [1, 1, 1, 1, 0, 0.5, 0.25, 0.5, 0, 0, 0, 0, 2 / 3, 2 / 3, 0, 2 / 3, 0.9, 0.9, 0.9, 0.9]
+    expected = [1, 1, 1, 1, 0.3, 0.5, 0.25, 0.5, 0.15, 0.3, 0.3, 0.3, 2 / 3, 2 / 3, 0.3, 2 / 3, 0.9, 0.9, 0.9, 0.9]
     torch.testing.assert_close(weights, torch.tensor(expected))
 
 

@@ -109,13 +109,14 @@ class Problem:
         return -(self.probabilities.detach() * (weights * self.costs).sum(1)).sum()
 
     def closeness(self) -> torch.Tensor:
-        """−E over pairs of Σ_t w_t D_t where the reward is silent: w = 1 less the mean success of the pair, times d/C
-        outside the limit, and 0 on the better of the two within it."""
+        """−E over pairs of Σ_t w_t D_t where the reward is silent: w = 1 less the mean success of the pair, at least 0.3,
+        which is also that of the better of the two within the limit, and times d/C outside it."""
         success = (REWARDS - REWARDS.min()) / (REWARDS.max() - REWARDS.min())
         cost = rollout_cost(self.costs.detach(), MASK, self.scope).unsqueeze(1)
         mean = (success.unsqueeze(1) + success) / 2  # (S, S), of each sequence and its companion
         better = (success.unsqueeze(1) > success) & (cost <= self.cost_limit)
-        weights = torch.where(better, 0.0, 1 - mean) * self.cost_limit / cost.clamp(min=self.cost_limit)
+        silence = torch.where(better, 0.0, 1 - mean).clamp(min=0.3)
+        weights = silence * self.cost_limit / cost.clamp(min=self.cost_limit)
         probabilities = self.probabilities.detach()
         return -(probabilities * (MASK * self.costs).sum(1) * (weights @ probabilities)).sum()
 

@@ -36,7 +36,7 @@ def test_signal_and_gradient(tmp_path, monkeypatch, limit):
     unrewarded = unrewarded_weights(seen.success(rollouts.rewards), rollouts.costs, rollouts.mask, 4, limit)
     expected = violation_weights(rollouts.costs, rollouts.mask, limit) + 0.5 * unrewarded
     weights = torch.cat([batch["divergence_weights"] for batch in batches])
-    assert 0 < unrewarded.count_nonzero() < rollouts.mask.sum()
+    assert len(unrewarded[rollouts.mask != 0].unique()) > 1
     logged = trainer._distill_metrics.close("train", 0)["constraint/unrewarded_weight"]
     assert logged == pytest.approx(0.5 * float(unrewarded.sum() / rollouts.mask.sum()))
     # The rollouts of a batch are shuffled before they are split.

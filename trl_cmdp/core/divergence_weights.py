@@ -8,6 +8,11 @@ import torch
 from .budget import CostScope, CreditAssignment, _check_credit_assignment, infeasible_steps, rollout_cost
 
 
+# The least weight of `unrewarded_weights`. Where most answers are right the reward no longer sees by what steps: without
+# it a tenth of the word problems' answers were right by steps that do not hold (docs/test_beds.md).
+LEAST_WEIGHT = 0.3
+
+
 def violation_weights(
     costs: torch.Tensor,
     mask: torch.Tensor,
@@ -88,9 +93,10 @@ def unrewarded_weights(
     scope: CostScope = "mean",
 ) -> torch.Tensor:
     """
-    Weights w_t of the differentiated divergence where the reward is silent: 1 less the mean success of the rollout's
-    group, and 0 on a feasible rollout that did better than its group. Outside the limit they fall with the cost C, as
-    d/C: far from the teacher the limit leads, and the student is not made a copy first.
+    Weights w_t of the differentiated divergence for what the reward does not say: 1 less the mean success of the
+    rollout's group, and never less than 0.3, which is also the weight of a feasible rollout that did better than its
+    group. Outside the limit they fall with the cost C, as d/C: far from the teacher the limit leads, and the student is
+    not made a copy first.
 
     Args:
         success (`torch.Tensor`):
@@ -117,4 +123,5 @@ def unrewarded_weights(
     cost = rollout_cost(costs, mask, scope)  # (B,)
     limit = torch.as_tensor(cost_limit, dtype=cost.dtype, device=cost.device).expand_as(cost)
     silence = (1 - mean).expand_as(group).flatten().masked_fill(better.flatten() & (cost <= limit), 0.0)  # (B,)
-    return (silence * limit / torch.maximum(cost, limit)).unsqueeze(-1) * (mask != 0)
+    weights = silence.clamp(min=LEAST_WEIGHT) * limit / torch.maximum(cost, limit)
+    return weights.unsqueeze(-1) * (mask != 0)

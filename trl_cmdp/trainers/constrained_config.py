@@ -43,10 +43,11 @@ class ConstrainedDistillConfig(DistillConfig):
         violation_distill_coef (`float`, *optional*, defaults to `0.1`):
             Coefficient of the differentiated part on violating rollouts. 0 turns it off.
         unrewarded_distill_coef (`float`, *optional*, defaults to `1.0`):
-            Coefficient of the differentiated divergence where the reward is silent: times 1 less the mean success of
-            the rollout's group, on every rollout but a feasible one that did better than its group, and times d/C
-            where its cost C exceeds the limit d. At 0 the student is trained by its reward alone inside the limit, as
-            in arXiv 2509.22921, and with a limit that nothing exceeds it is GRPO, bit for bit.
+            Coefficient of the differentiated divergence for what the reward does not say: times 1 less the mean
+            success of the rollout's group, but at least 0.3, which is also the factor of a feasible rollout that did
+            better than its group; and times d/C where the cost C exceeds the limit d. At 0 the student is trained by
+            its reward alone inside the limit, as in arXiv 2509.22921, and with a limit that nothing exceeds it is
+            GRPO, bit for bit.
         violation_distill_loss (`str`, *optional*, defaults to `"divergence"`):
             What is differentiated there: `"divergence"`, or `"teacher_nll"`, the expectation of −log μ under the
             student over the full vocabulary (the single-step gradient of 2610.00332).
