@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from trl_cmdp.evaluation.judges import valid_steps  # noqa: E402
 
 
 TINY = SCALES["tiny"]
+EXPERIMENTS = {"": 1, "-long": 1, "-half": 0.5}  # share of the bed's limit
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +83,12 @@ def test_each_bed_has_an_experiment_that_compare_accepts(build, tmp_path):
     experiments.mkdir(parents=True)
     outputs.parent.mkdir()
     outputs.symlink_to(build.folder)
-    for bed, (student, teacher, cost_limit) in BEDS.items():
-        name = f"word-problems-{bed}.yaml"
+    for (bed, (student, teacher, cost_limit)), (length, share) in product(BEDS.items(), EXPERIMENTS.items()):
+        name = f"word-problems-{bed}{length}.yaml"
         text = (ROOT / "benchmarks" / "experiments" / name).read_text()
         (experiments / name).write_text(text.replace("held_out: 1000", f"held_out: {TINY.test}"))
         experiment = load_experiment(str(experiments / name))
-        assert experiment.cost_limit == cost_limit
+        assert experiment.cost_limit == share * cost_limit
         named = yaml.safe_load(text)
         assert named["student"] == f"../../outputs/word-problems/{student}"
         assert named["teacher"] == f"../../outputs/word-problems/{teacher}"

@@ -14,6 +14,7 @@ from .remote import RemoteTeacher
 
 _SENTENCE = "Two odd numbers add up to an even one: 3 + 5 = 8."
 # Share of the spread of log-probabilities by which two implementations differ, in float32 and in half precision.
+# Narrower than for a model that is read (`readable.py`): another fine-tuning of the same model is to be seen.
 _ROUNDING, _HALF_ROUNDING = 0.01, 0.1
 
 
