@@ -1,6 +1,7 @@
 """benchmarks/claims.py: what is said of made-up comparisons, and that the committed tables follow from the records."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,26 @@ def test_preferred_are_valid_steps_where_the_others_are_not():
     records = [cell("constrained", 400, 300, 400), cell("grpo", 400, 100, 50), cell("student", 9, 9, 9)]
     assert claims.preferences(records, "constrained", "grpo") == (200, 0, 400)
     assert claims.preferences(records, "grpo", "constrained") == (0, 200, 400)
+
+
+def test_under_half_the_limit_are_those_that_do_not_read_it(monkeypatch):
+    """Their own rollouts, judged by the tighter limit; whoever was trained under the other limit is not among them."""
+
+    def trained(method, trainer, inside, **config):
+        return replace(cell(method, 380, 380, inside), trainer=trainer, config=config)
+
+    long = [
+        trained("constrained", "constrained", 400),
+        trained("gkd", "gkd", 200),
+        trained("fixed", "lagrangian", 300, multiplier="fixed"),
+        trained("dual", "lagrangian", 390, multiplier="dual"),
+        trained("teacher", "none", 400),
+    ]
+    tight = replace(cell("constrained", 360, 360, 400), settings={"cost_limit": 0.1})
+    half = [tight, trained("student", "none", 0)]
+    monkeypatch.setattr(claims, "records_of", {"bed-long": long, "bed-half": half}.get)
+    rows = compare_methods(claims.under_half_the_limit("bed-long")).methods
+    assert {row.method: row.satisfaction.value for row in rows} == {"constrained": 1.0, "gkd": 0.5, "fixed": 0.75}
 
 
 @pytest.mark.slow  # a minute of bootstraps
