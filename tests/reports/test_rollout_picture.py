@@ -27,6 +27,17 @@ def test_a_picture_is_drawn_of_any_number_of_students(tmp_path, stacked):
     assert (sizes[0] > sizes[1]) != stacked
 
 
+@pytest.mark.parametrize("width", [5, 40, 60])
+def test_the_legend_is_inside_the_picture(tmp_path, width):
+    """Whatever the lines have room for: it has eight boxes, and was cut off beside one column of the default width."""
+    plot_rollouts(evaluations(1), tmp_path / "a.svg", problems=[0], width=width)
+    root = ElementTree.parse(tmp_path / "a.svg").getroot()
+    boxes = root.findall(".//{*}g[@id]/{*}path[@d]")
+    right = max(float(x) for box in boxes for x in re.findall(r"[ML] (\S+)", box.get("d")))
+    assert len(boxes) > 8
+    assert right <= float(root.get("width").removesuffix("pt"))
+
+
 def test_a_student_without_the_problem_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="'student 1' has no rollout with costs of problem 7"):
         plot_rollouts(evaluations(1), tmp_path / "a.svg", problems=[7])

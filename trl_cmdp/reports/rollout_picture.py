@@ -24,7 +24,7 @@ from .rollout_browser import SHADES, cost_through, prompt_text
 
 # Everything is measured in points, from the top left corner.
 _SIZE, _ADVANCE, _LINE = 9.0, 5.42, 15.0  # of a character, and of a line of them
-_MARGIN, _GAP = 14.0, 26.0
+_MARGIN, _GAP, _SHADE = 14.0, 26.0, 30.0  # the last: a box of the legend
 _MONO, _SANS = "DejaVu Sans Mono", "DejaVu Sans"
 
 
@@ -93,7 +93,8 @@ def plot_rollouts(
     ]
     column = width * _ADVANCE
     num_columns = 1 if stacked else len(evaluations)
-    total = 2 * _MARGIN + num_columns * column + (num_columns - 1) * _GAP
+    content = max(num_columns * column + (num_columns - 1) * _GAP, _SHADE * (len(SHADES) + 1))
+    total = 2 * _MARGIN + content
     figure = Figure()
     axes = figure.add_axes((0, 0, 1, 1))
     pen = _Pen(axes, theme)
@@ -103,7 +104,7 @@ def plot_rollouts(
             pen.heading(_MARGIN + place * (column + _GAP), y + 8, summarize(settings, records))
         y += 46
     for row in rollouts:
-        for line in textwrap.wrap(printable(prompt_text(row[0].prompt)), int((total - 2 * _MARGIN) / _ADVANCE)):
+        for line in textwrap.wrap(printable(prompt_text(row[0].prompt)), int(content / _ADVANCE)):
             pen.write(_MARGIN, y + _SIZE, line, family=_MONO, weight="bold")
             y += _LINE
         y, bottom = y + 3, y
@@ -192,8 +193,8 @@ class _Pen:
             box = (
                 {"facecolor": theme.shades[level - 1], "lw": 0} if level else {"facecolor": "none", "ec": theme.muted}
             )
-            corner = (x + 30 * level, y + 14)
-            self._axes.add_patch(Rectangle(corner, 30, 12, **{"lw": 0.5, **box}))
+            corner = (x + _SHADE * level, y + 14)
+            self._axes.add_patch(Rectangle(corner, _SHADE, 12, **{"lw": 0.5, **box}))
             colour = theme.on_shades[level - 1] if level else theme.ink
             self.write(corner[0] + 5, corner[1] + 8.8, word, size=7, colour=colour)
         return y + 26
