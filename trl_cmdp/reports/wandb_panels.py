@@ -16,7 +16,7 @@ PANELS: dict[str, list[tuple[str, str, list[str]]]] = {
         ("Tokens of infeasible steps", "share of tokens", ["constraint/violated_token_frac"]),
         ("Divergence from the teacher", "nats per token", ["teacher/divergence"]),
         ("Distillation loss", "loss", ["distill_loss"]),
-        ("Teacher asked where the reward is silent", "mean weight of a token", ["constraint/unrewarded_weight"]),
+        ("Teacher asked beside the reward", "mean weight of a token", ["constraint/unrewarded_weight"]),
         ("Multiplier", "λ", ["lagrange_multiplier"]),
     ],
     "Evaluation": [
