@@ -172,13 +172,13 @@ plt.show()
 #
 # - **0.003** is below what imitation reaches. Every rollout violates, so every rollout is trained to imitate, and the
 #   reward is hardly heard: the fewest correct answers of the five.
-# - **0.03** is where most rollouts come to lie after imitation. The student stays close to a copy of its teacher.
-# - **0.25 and 1** leave room: more correct answers, through steps that are about as valid. What is still outside is mostly
-#   what 40 steps were too few for. Between these two the intervals overlap; the choice is not delicate here.
-# - **8** is above where all but the shortest answers start. It is nearly satisfied by doing nothing, and the steps stay
-#   what they were: reward alone, with a limit on paper.
+# - **0.03, 0.25 and 1** can be reached. What is still outside is mostly what 40 steps were too few for. Their intervals
+#   overlap; the choice is not delicate here.
+# - **8** is above where all but the shortest answers start: it is nearly satisfied by doing nothing. What puts the steps in
+#   order is the teacher that is heard beside the reward (`unrewarded_distill_coef`), as under a fixed weight. With that at
+#   0 it would be reward alone, with a limit on paper.
 #
-# So satisfaction by itself chooses the worst limit. Read it beside what the limit is for.
+# So satisfaction by itself chooses the loosest limit. Read it beside what the limit is for.
 #
 # For your own model and data, `trl-cmdp calibrate` does the first half of this from the command line: the costs at the
 # start, what a short run of imitation reaches, and the range between. The limit is in the unit of `cost_scope`, and

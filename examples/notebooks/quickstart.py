@@ -162,7 +162,7 @@ print(f"{STEPS} steps, {STEPS * 128} rollouts")
 
 # %% [markdown]
 # The answers were mostly right from the start, so the reward has little room. The cost has: most rollouts begin outside
-# the limit, and there the student is taught to imitate. Once a rollout is inside, the reward alone leads.
+# the limit, and there the student is taught to imitate. Once a rollout is inside, the reward leads.
 #
 # ## Measure again
 
@@ -199,7 +199,7 @@ for axes in (left, right):
 plt.show()
 
 # %% [markdown]
-# In this run satisfaction goes from about 0.3 to about 0.96, and the steps become valid as often as the teacher's. What
+# In this run satisfaction goes from about 0.3 to about 0.98, and the steps become valid as often as the teacher's. What
 # is left outside the limit, on the right of the dashed line, is what 60 steps were not enough for: with 200 steps
 # `trl-cmdp demo` ends at 0.99 ([benchmarks](../../benchmarks/README.md#the-demo)).
 #
