@@ -82,12 +82,14 @@ def preferences(records: list[CellRecord], method: str, other: str) -> tuple[int
 def under_half_the_limit(bed: str) -> list[CellRecord]:
     """Records of the constrained method under half a bed's limit, and of those that would be the same under any."""
     tight = [record for record in records_of(bed.removesuffix("-long") + "-half") if record.trainer == "constrained"]
-    others = [
-        replace(record, task=tight[0].task, settings=record.settings | {"cost_limit": tight[0].cost_limit})
+    if not tight:
+        return []
+    limit, task = tight[0].cost_limit, tight[0].task
+    return tight + [
+        replace(record, task=task, settings=record.settings | {"cost_limit": limit})
         for record in records_of(bed)
-        if tight and (record.trainer in ("gkd", "grpo") or record.config.get("multiplier") == "fixed")
+        if record.trainer in ("gkd", "grpo") or record.config.get("multiplier") == "fixed"
     ]
-    return tight + others
 
 
 def half_limit_table() -> list[str]:

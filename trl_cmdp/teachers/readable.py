@@ -67,9 +67,7 @@ def check_reading(role: str, module: torch.nn.Module, teacher: LocalTeacher | Ad
     read = chunked_log_probs(hidden, head.first(vocab_size), tokens.expand(len(hidden), -1))  # (4, 16)
     outliers = keeps_outliers_apart(module)
     if differ(read, own[:, :vocab_size].float().log_softmax(-1)[:, tokens], rounding):
-        remedy = "Use another model or adapter, or merge the adapter (`merge_and_unload`)."
-        if outliers:
-            remedy = _OUTLIERS
+        remedy = _OUTLIERS if outliers else "Use another model or adapter, or merge the adapter (`merge_and_unload`)."
         raise ValueError(
             f"The {role}, {name}, cannot be scored exactly: the log-probabilities read from its hidden states and head "
             f"are not those of the model itself, or change with what stands beside a rollout in a batch. {remedy}"
