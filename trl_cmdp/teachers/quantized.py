@@ -8,13 +8,9 @@ autograd, so from then on no gradient passes through the layer, in training mode
 
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any, Literal
 
 import torch
-
-
-if TYPE_CHECKING:
-    from bitsandbytes.nn import Linear4bit
 
 
 _PACKED_ROWS = 32  # of a weight in one block of the packed format
@@ -31,7 +27,7 @@ def keep_differentiable(model: torch.nn.Module) -> None:
         model (`torch.nn.Module`):
             Model, changed in place. Without 4-bit layers nothing happens.
     """
-    for layer in _layers_4bit(model):
+    for layer in _layers(model, bits=4):
         layer.support_avx512bf16_for_cpu = False
         state = layer.weight.quant_state
         if state is not None and _has_packed_scales(state):
@@ -49,7 +45,7 @@ def allow_fast_kernel(model: torch.nn.Module) -> None:
         model (`torch.nn.Module`):
             Model that will not train, changed in place. Without 4-bit layers nothing happens.
     """
-    for layer in _layers_4bit(model):
+    for layer in _layers(model, bits=4):
         if layer.out_features % _PACKED_ROWS or layer.in_features % layer.weight.blocksize:
             layer.support_avx512bf16_for_cpu = False
 
@@ -66,21 +62,16 @@ def keeps_outliers_apart(model: torch.nn.Module) -> bool:
     Returns:
         `bool`: Never true of a model whose `llm_int8_threshold` is 0.
     """
-    if "bitsandbytes" not in sys.modules:
-        return False
-    from bitsandbytes.nn import Linear8bitLt
-
-    return any(isinstance(module, Linear8bitLt) and module.state.threshold > 0 for module in model.modules())
+    return any(layer.state.threshold > 0 for layer in _layers(model, bits=8))
 
 
-def _layers_4bit(model: torch.nn.Module) -> Iterator["Linear4bit"]:
+def _layers(model: torch.nn.Module, bits: Literal[4, 8]) -> Iterator[Any]:
     if "bitsandbytes" not in sys.modules:  # it is optional, and a model with its layers has imported it
         return
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            yield module
+    kind = Linear4bit if bits == 4 else Linear8bitLt
+    yield from (module for module in model.modules() if isinstance(module, kind))
 
 
 def _has_packed_scales(state) -> bool:
