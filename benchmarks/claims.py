@@ -5,10 +5,12 @@ What the committed comparisons say of the claims in docs/comparison.md, from the
 
 First table: whether a method holds on a test bed. It does where at least 95% of its rollouts are within the limit, and
 no other such method is ahead of it by more than a point: the paired 95% interval of the difference in correct answers,
-or in valid ones, lies above +0.01. Of word problems it reads the long runs, whose curves level off. Second table: what
-reward alone does to the reasoning, by the process judge. An answer is preferred where its steps are valid and the
+or in valid ones, lies above +0.01. Two methods are compared on the seeds that both were run on; a method that was run on
+fewer than the bed has says on how many. Of word problems it reads the long runs, whose curves level off. Second table:
+what reward alone does to the reasoning, by the process judge. An answer is preferred where its steps are valid and the
 other's to the same problem are not. Third table: word problems under half the limit, for which the constrained method
-was trained again and the others need not be: a fixed weight, imitation and reward alone do not read the limit.
+was trained again and the others, on the same seeds, need not be: a fixed weight, imitation and reward alone do not read
+the limit.
 """
 
 from collections import Counter
@@ -55,9 +57,14 @@ def lead(records: list[CellRecord], ahead: MethodSummary, behind: MethodSummary)
     return None
 
 
+def number_of_seeds(n: int) -> str:
+    return f"{n} seed{'s' * (n > 1)}"
+
+
 def verdicts(records: list[CellRecord], comparison: Comparison) -> dict[str, str]:
-    """Of each trained method on one bed: "holds", or why it does not."""
+    """Of each trained method on one bed: "holds", or why it does not, and on how many seeds if the bed has more."""
     rows = [row for row in comparison.methods if row.trainer != "none"]
+    most = max(len(row.right.by_seed) for row in rows)
     said = {}
     for row in rows:
         if row.feasible:
@@ -65,6 +72,8 @@ def verdicts(records: list[CellRecord], comparison: Comparison) -> dict[str, str
             said[row.method] = next((found for found in leads if found), "holds")
         else:
             said[row.method] = f"{row.satisfaction.value:.3f} inside"
+        if len(row.right.by_seed) < most:
+            said[row.method] += f" ({number_of_seeds(len(row.right.by_seed))})"
     return said
 
 
@@ -84,11 +93,11 @@ def under_half_the_limit(bed: str) -> list[CellRecord]:
     tight = [record for record in records_of(bed.removesuffix("-long") + "-half") if record.trainer == "constrained"]
     if not tight:
         return []
-    limit, task = tight[0].cost_limit, tight[0].task
+    limit, task, seeds = tight[0].cost_limit, tight[0].task, {record.seed for record in tight}
     return tight + [
         replace(record, task=task, settings=record.settings | {"cost_limit": limit})
         for record in records_of(bed)
-        if record.trainer in ("gkd", "grpo") or record.config.get("multiplier") == "fixed"
+        if record.seed in seeds and (record.trainer in ("gkd", "grpo") or record.config.get("multiplier") == "fixed")
     ]
 
 
@@ -116,12 +125,10 @@ def tables() -> str:
     methods = dict.fromkeys(method for verdict in said.values() for method in verdict)
     seeds = {bed: len({record.seed for record in records}) for bed, records in beds.items()}
     lines = [
-        "| method | "
-        + " | ".join(f"{BEDS[bed]} ({seeds[bed]} seed{'s' * (seeds[bed] > 1)})" for bed in beds)
-        + " | holds on |",
+        f"| method | {' | '.join(f'{BEDS[bed]} ({number_of_seeds(seeds[bed])})' for bed in beds)} | holds on |",
         "| :--- |" + " :--- |" * (len(beds) + 1),
     ]
-    held = {method: sum(said[bed].get(method) == "holds" for bed in beds) for method in methods}
+    held = {method: sum(said[bed].get(method, "").startswith("holds") for bed in beds) for method in methods}
     for method in sorted(methods, key=lambda name: -held[name]):
         run = sum(method in verdict for verdict in said.values())
         cells = [said[bed].get(method, "not run") for bed in beds]

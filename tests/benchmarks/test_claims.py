@@ -56,9 +56,25 @@ def test_under_half_the_limit_are_those_that_do_not_read_it(monkeypatch):
     ]
     tight = replace(cell("constrained", 360, 360, 400), settings={"cost_limit": 0.1})
     half = [tight, trained("student", "none", 0)]
+    long.append(replace(trained("gkd", "gkd", 400), seed=1))  # on no seed of the others
     monkeypatch.setattr(claims, "records_of", {"bed-long": long, "bed-half": half}.get)
     rows = compare_methods(claims.under_half_the_limit("bed-long")).methods
     assert {row.method: row.satisfaction.value for row in rows} == {"constrained": 1.0, "gkd": 0.5, "fixed": 0.75}
+
+
+def test_a_method_says_on_how_many_seeds_where_the_bed_has_more(monkeypatch):
+    monkeypatch.setattr(claims, "BEDS", {"bed": "the bed"})
+    records = [cell("constrained", 380, 380, 400), cell("gkd", 380, 380, 400), cell("grpo", 380, 10, 20)]
+    records.append(replace(records[0], seed=1))
+    monkeypatch.setattr(claims, "records_of", {"bed": records}.get)
+    monkeypatch.setattr(claims, "half_limit_table", list)
+    assert claims.tables().splitlines()[:5] == [
+        "| method | the bed (2 seeds) | holds on |",
+        "| :--- | :--- | :--- |",
+        "| constrained | holds | 1 of 1 |",
+        "| gkd | holds (1 seed) | 1 of 1 |",
+        "| grpo | 0.050 inside (1 seed) | 0 of 1 |",
+    ]
 
 
 @pytest.mark.slow  # a minute of bootstraps
