@@ -84,6 +84,13 @@ def test_curves_are_means_over_seeds_smoothed_over_five_steps(tmp_path, records)
     assert legend == reward.keys() | {"limit"}
 
 
+def test_a_curve_of_fewer_seeds_says_so(tmp_path, records):
+    fewer = [record for record in records if (record.method, record.seed) != ("grpo", 1)]
+    figure = plot_comparison_curves(fewer, tmp_path / "curves.png", "title")
+    legend = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert {"grpo (1 of 2 seeds)", "constrained", "near-9"} <= legend
+
+
 def test_only_references_still_draw(tmp_path):
     records = [record("student", 0, 15, 1.5, trainer="none"), record("teacher", 0, 17, 0.0, trainer="none")]
     plot_comparison_curves(records, tmp_path / "curves.png", "title")

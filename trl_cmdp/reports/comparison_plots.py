@@ -69,7 +69,7 @@ def draw_comparison_pareto(
 def plot_comparison_curves(records: Sequence[CellRecord], path: str | Path, title: str) -> Figure:
     """
     Draw reward, cost against the limit and satisfaction over the steps: a line for each method, the mean over its
-    seeds, smoothed over 5 steps.
+    seeds, smoothed over 5 steps. A method that has fewer seeds than another, and a rougher line, says how many.
     """
     figure = new_figure(13, 4.8)
     panels = dict(zip(CURVES, figure.subplots(1, 3), strict=True))
@@ -89,12 +89,14 @@ def draw_comparison_curve(axes: Axes, records: Sequence[CellRecord], key: str) -
         if record.history:
             histories.setdefault(record.method, []).append(record.history)
     colours, lines = colours_by_name(list(histories)), lines_by_name(list(histories))
+    most = max(map(len, histories.values()), default=0)
     drawn: list[float] = []
     for method, runs in histories.items():
         steps, values = _mean_curve(runs, key)
+        few = f" ({len(runs)} of {most} seeds)" if len(runs) < most else ""
         # Empty where it is not logged (GRPO has no cost), so that the legend holds every method once.
         style = {"color": colours[method], "linestyle": lines[method]}
-        axes.plot(steps, values, linewidth=1.6, label=plain(method), **style)
+        axes.plot(steps, values, linewidth=1.6, label=plain(method) + few, **style)
         drawn += values
     if key == "cost":
         logarithmic_if_wide(axes, "y", drawn)
