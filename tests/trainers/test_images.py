@@ -45,7 +45,7 @@ from trl_cmdp import (
     MiniLLMDistillTrainer,
 )
 from trl_cmdp.core import token_divergence
-from trl_cmdp.teachers import ServerTeacher, check_images
+from trl_cmdp.teachers import LocalTeacher, ServerTeacher, check_images
 
 
 NUM_IMAGES = (2, 0, 2, 0)  # of four prompts: as many images as rows, so that no number tells which are whose
@@ -298,6 +298,18 @@ class TestWhatCannotBeRead:
             make_vision_trainer(tmp_path, kwargs.pop("family", "idefics"), **kwargs)
 
     def test_by_a_teacher_of_text(self, tmp_path):
+        vocab_size = len(make_processor("idefics").tokenizer)
+        self.refused(tmp_path, "does not look at images", teacher_model=make_teacher(vocab_size=vocab_size))
+
+    def test_by_a_teacher_of_text_that_rounds_each_row_its_own_way(self, tmp_path, monkeypatch):
+        """As a product of matrices may: equal rows are not equal to the bit wherever they lie in memory."""
+        read = LocalTeacher.hidden_states
+
+        def rounded(self, *args, **kwargs):
+            hidden = read(self, *args, **kwargs)
+            return hidden * (1 + 1e-6 * torch.arange(len(hidden)).unsqueeze(1))
+
+        monkeypatch.setattr(LocalTeacher, "hidden_states", rounded)
         vocab_size = len(make_processor("idefics").tokenizer)
         self.refused(tmp_path, "does not look at images", teacher_model=make_teacher(vocab_size=vocab_size))
 
