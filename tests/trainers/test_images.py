@@ -313,6 +313,14 @@ class TestWhatCannotBeRead:
         vocab_size = len(make_processor("idefics").tokenizer)
         self.refused(tmp_path, "does not look at images", teacher_model=make_teacher(vocab_size=vocab_size))
 
+    def test_a_teacher_of_nan_is_not_called_blind(self, tmp_path, monkeypatch):
+        read = LocalTeacher.hidden_states
+        monkeypatch.setattr(
+            LocalTeacher, "hidden_states", lambda self, *args, **kwargs: read(self, *args, **kwargs) * torch.nan
+        )
+        with pytest.raises(ValueError, match="returned NaN"):
+            make_vision_trainer(tmp_path, "idefics").train()
+
     def test_by_a_teacher_with_another_image_token(self, tmp_path):
         teacher = make_seeing_teacher("idefics")
         teacher.config.image_token_id -= 1
