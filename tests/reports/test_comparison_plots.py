@@ -84,11 +84,12 @@ def test_curves_are_means_over_seeds_smoothed_over_five_steps(tmp_path, records)
     assert legend == reward.keys() | {"limit"}
 
 
-def test_a_curve_of_fewer_seeds_says_so(tmp_path, records):
+def test_a_method_of_fewer_seeds_says_so(tmp_path, records):
     fewer = [record for record in records if (record.method, record.seed) != ("grpo", 1)]
     figure = plot_comparison_curves(fewer, tmp_path / "curves.png", "title")
     legend = {text.get_text() for text in figure.legends[0].get_texts()}
-    assert {"grpo (1 of 2 seeds)", "constrained", "near-9"} <= legend
+    points = {text.get_text() for text in plot_pareto(compare_methods(fewer), tmp_path / "p.png", "").axes[0].texts}
+    assert {"grpo (1 of 2 seeds)", "constrained", "near-9"} <= legend & points
 
 
 def test_only_references_still_draw(tmp_path):

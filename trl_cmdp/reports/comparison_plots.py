@@ -37,7 +37,8 @@ CURVES = {
 def plot_pareto(comparison: Comparison, path: str | Path, title: str) -> Figure:
     """
     Draw correct answers against mean cost: a labelled point for each method with its 95% intervals, its seeds behind
-    it. Methods that satisfy the limit are filled, the others hollow.
+    it. Methods that satisfy the limit are filled, the others hollow. A method that has fewer seeds than another says
+    how many.
     """
     return save(draw_comparison_pareto(comparison, title=title), path)
 
@@ -47,9 +48,11 @@ def draw_comparison_pareto(
 ) -> Figure:
     """The figure of [`plot_pareto`], in any size in inches."""
     teachers = [row for row in comparison.methods if row.trainer == "none" and row.method == "teacher"]
+    most = max((len(row.right.by_seed) for row in comparison.methods), default=0)
     points = [
         ParetoPoint(
             name=method_label(row),
+            note=_few_seeds(len(row.right.by_seed), most),
             cost=row.cost,
             correct=row.right,
             feasible=row.feasible,
@@ -93,10 +96,9 @@ def draw_comparison_curve(axes: Axes, records: Sequence[CellRecord], key: str) -
     drawn: list[float] = []
     for method, runs in histories.items():
         steps, values = _mean_curve(runs, key)
-        few = f" ({len(runs)} of {most} seeds)" if len(runs) < most else ""
         # Empty where it is not logged (GRPO has no cost), so that the legend holds every method once.
         style = {"color": colours[method], "linestyle": lines[method]}
-        axes.plot(steps, values, linewidth=1.6, label=plain(method) + few, **style)
+        axes.plot(steps, values, linewidth=1.6, label=plain(method) + _few_seeds(len(runs), most), **style)
         drawn += values
     if key == "cost":
         logarithmic_if_wide(axes, "y", drawn)
@@ -108,6 +110,11 @@ def draw_comparison_curve(axes: Axes, records: Sequence[CellRecord], key: str) -
     axes.set(xlabel="optimizer step", ylabel=unit)
     whole_numbers(axes.xaxis)
     style_axes(axes)
+
+
+def _few_seeds(num_seeds: int, most: int) -> str:
+    """What stands behind the name of a method that has fewer seeds than another."""
+    return f" ({num_seeds} of {most} seeds)" if num_seeds < most else ""
 
 
 def _mean_curve(runs: Sequence[Sequence[dict[str, float]]], key: str) -> tuple[list[float], list[float]]:

@@ -39,6 +39,7 @@ class ParetoPoint:
     feasible: bool  # its mark is filled, else hollow
     trained: bool = True  # a method, with a colour, or a reference
     seeds: list[tuple[float, float]] = field(default_factory=list)  # cost and correct answers of each
+    note: str = ""  # behind its name
 
 
 def draw_pareto(
@@ -77,7 +78,7 @@ def draw_pareto(
             fmt="o" if point.trained else "X",
             color=colour,
             markerfacecolor=colour if point.feasible else "white",
-            label=plain(point.name),
+            label=plain(point.name) + point.note,
             **_MARK,
         )
     logarithmic_if_wide(axes, "x", [cost for one in points for cost in (one.cost.low, cost_limit, one.cost.high)])
@@ -115,7 +116,7 @@ def _place_labels(
         occupied += _drawn(axes, point, 8 * pixels_per_point)
     for point in points:
         text = axes.annotate(
-            plain(point.name),
+            plain(point.name) + point.note,
             (point.cost.value, point.correct.value),
             _LABEL_OFFSETS[0],
             textcoords="offset points",
