@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import re
 import shlex
 import shutil
@@ -335,7 +334,7 @@ def test_cells_are_shared_out_among_the_gpus_that_are_visible(monkeypatch):
 
 
 def test_scope_and_unit_of_the_limit_are_the_experiments(own, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     change(own, "cost_limit: 0.25", "cost_limit: 0.25\ncost_scope: sum")
     cells = [replace(cell, settings={**cell.settings, "held_out": 6}) for cell in cells_of(own)[:3]]
     assert all(cell.settings["cost_scope"] == "sum" for cell in cells)
