@@ -7,7 +7,9 @@ from helpers import make_cell
 from matplotlib.text import Text
 
 from trl_cmdp.evaluation import compare_methods
+from trl_cmdp.evaluation.rates import ValueWithInterval
 from trl_cmdp.reports import comparison_table, plot_comparison_curves, plot_pareto
+from trl_cmdp.reports.pareto import ParetoPoint, draw_pareto
 
 
 def record(method, seed, right, cost, history=(), trainer="constrained"):
@@ -61,6 +63,17 @@ def test_pareto_labels_every_point_without_overlap(tmp_path, records):
     for one, other in itertools.combinations(texts, 2):
         boxes = [Text.get_window_extent(text) for text in (one, other)]
         assert not boxes[0].overlaps(boxes[1]), f"{one.get_text()} covers {other.get_text()}"
+
+
+def test_no_label_lies_on_the_teachers_line():
+    """Nor that of a method just below it, whose nearest place is there."""
+    cost, *shares = (ValueWithInterval(value, value, value) for value in (0.05, 0.5, 0.0, 1.0))
+    points = [ParetoPoint(f"method {index}", cost, share, True) for index, share in enumerate(shares)]
+    axes = draw_pareto(points, 0.25, cost_label="cost", teacher_correct=0.51).axes[0]
+    line = axes.transData.transform((0.25, 0.51))[1]
+    for text in axes.texts:
+        box = Text.get_window_extent(text)
+        assert not box.y0 < line < box.y1, text.get_text()
 
 
 def test_a_narrow_range_of_costs_is_drawn_on_a_linear_axis(tmp_path):

@@ -98,12 +98,18 @@ def draw_pareto(
         Line2D([], [], label="below", mfc="white", mew=1.8, **mark),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    _place_labels(axes, points, colours, cost_limit, [text for text in axes.texts if text is not limit_label])
+    taken = [text for text in axes.texts if text is not limit_label]
+    _place_labels(axes, points, colours, cost_limit, teacher_correct, taken)
     return figure
 
 
 def _place_labels(
-    axes: Axes, points: Sequence[ParetoPoint], colours: dict[str, str], limit: float, taken: Sequence[Text]
+    axes: Axes,
+    points: Sequence[ParetoPoint],
+    colours: dict[str, str],
+    limit: float,
+    teacher: float | None,
+    taken: Sequence[Text],
 ) -> None:
     """Write each method's name beside its point, at the nearest position where it covers neither lines nor names."""
     figure = axes.figure
@@ -112,6 +118,9 @@ def _place_labels(
     line = axes.transData.transform((limit, 0))[0]
     occupied = [text.get_window_extent().extents for text in taken]
     occupied.append((line - 1, axes.bbox.y0, line + 1, axes.bbox.y1))
+    if teacher is not None:
+        line = axes.transData.transform((limit, teacher))[1]
+        occupied.append((axes.bbox.x0, line - 1, axes.bbox.x1, line + 1))
     for point in points:
         occupied += _drawn(axes, point, 8 * pixels_per_point)
     for point in points:
