@@ -68,7 +68,9 @@ def verdicts(records: list[CellRecord], comparison: Comparison) -> dict[str, str
     said = {}
     for row in rows:
         if row.feasible:
-            leads = (lead(records, other, row) for other in rows if other.feasible and other is not row)
+            others = [other for other in rows if other.feasible and other is not row]
+            others.sort(key=lambda other: -len(other.right.by_seed))  # names the lead on the most seeds
+            leads = (lead(records, other, row) for other in others)
             said[row.method] = next((found for found in leads if found), "holds")
         else:
             said[row.method] = f"{row.satisfaction.value:.3f} inside"
@@ -97,7 +99,8 @@ def under_half_the_limit(bed: str) -> list[CellRecord]:
     return tight + [
         replace(record, task=task, settings=record.settings | {"cost_limit": limit})
         for record in records_of(bed)
-        if record.seed in seeds and (record.trainer in ("gkd", "grpo") or record.config.get("multiplier") == "fixed")
+        if record.seed in seeds
+        and (record.trainer in ("gkd", "minillm", "grpo") or record.config.get("multiplier") == "fixed")
     ]
 
 

@@ -50,6 +50,7 @@ def test_under_half_the_limit_are_those_that_do_not_read_it(monkeypatch):
     long = [
         trained("constrained", "constrained", 400),
         trained("gkd", "gkd", 200),
+        trained("minillm", "minillm", 100),
         trained("fixed", "lagrangian", 300, multiplier="fixed"),
         trained("dual", "lagrangian", 390, multiplier="dual"),
         trained("teacher", "none", 400),
@@ -59,7 +60,12 @@ def test_under_half_the_limit_are_those_that_do_not_read_it(monkeypatch):
     long.append(replace(trained("gkd", "gkd", 400), seed=1))  # on no seed of the others
     monkeypatch.setattr(claims, "records_of", {"bed-long": long, "bed-half": half}.get)
     rows = compare_methods(claims.under_half_the_limit("bed-long")).methods
-    assert {row.method: row.satisfaction.value for row in rows} == {"constrained": 1.0, "gkd": 0.5, "fixed": 0.75}
+    assert {row.method: row.satisfaction.value for row in rows} == {
+        "constrained": 1.0,
+        "gkd": 0.5,
+        "minillm": 0.25,
+        "fixed": 0.75,
+    }
 
 
 def test_a_method_says_on_how_many_seeds_where_the_bed_has_more(monkeypatch):
