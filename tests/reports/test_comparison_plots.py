@@ -1,6 +1,7 @@
 """The comparison's plots and table, from records alone, looked at through the figures' artists."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from helpers import make_cell
@@ -103,6 +104,14 @@ def test_a_method_of_fewer_seeds_says_so(tmp_path, records):
     legend = {text.get_text() for text in figure.legends[0].get_texts()}
     points = {text.get_text() for text in plot_pareto(compare_methods(fewer), tmp_path / "p.png", "").axes[0].texts}
     assert {"grpo (1 of 2 seeds)", "constrained", "near-9"} <= legend & points
+
+
+def test_a_legend_of_long_names_stays_within_the_figure(tmp_path, records):
+    named = [replace(one, method=f"a method with a name of its own, {one.method}") for one in records]
+    figure = plot_comparison_curves(named, tmp_path / "curves.png", "title")
+    box = figure.legends[0].get_window_extent(figure.canvas.get_renderer())
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+    assert len(figure.legends) == 1
 
 
 def test_only_references_still_draw(tmp_path):

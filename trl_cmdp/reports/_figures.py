@@ -60,9 +60,13 @@ def style_axes(axes: Axes) -> None:
 
 
 def legend_below(figure: Figure, axes: Axes, num_columns: int, **style: Any) -> None:
-    """The legend of some axes, below all axes of their figure."""
+    """The legend of some axes, below all axes of their figure: of so many columns, or as many as it is wide enough for."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, frameon=False, **style)
+    for columns in range(num_columns, 0, -1):
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, **style)
+        if columns == 1 or legend.get_window_extent(figure.canvas.get_renderer()).width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def colours_by_name(names: Sequence[str]) -> dict[str, str]:
