@@ -11,13 +11,14 @@ import json
 import re
 from pathlib import Path
 
+from claims import RESULTS, number_of_seeds
+
 from trl_cmdp._files import write_whole
 from trl_cmdp.evaluation.comparison import Estimate
 from trl_cmdp.reports.tables import markdown_table
 
 
-ROOT = Path(__file__).parents[1]
-RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "comparison.md"
+PAGE = Path(__file__).parents[1] / "docs" / "comparison.md"
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n\n)((?:\|.*\n)*)")
 COLUMNS = (
     *("method", "correct", "all steps valid", "satisfaction", "mean cost", "correct minus constrained's"),
@@ -57,7 +58,7 @@ def summary_table(rows: list[dict]) -> str:
         num_seeds = len(row["right"]["by_seed"])
         label = LABELS.get(row["method"], row["method"].replace("lagrangian-", "λ = "))
         if num_seeds < most:
-            label += f" ({num_seeds} seed{'s' * (num_seeds > 1)})"
+            label += f" ({number_of_seeds(num_seeds)})"
         figures = [f"{row[name]['value']:.3f}" for name in ("right", "valid", "satisfaction", "cost")]
         training = ["", "", ""]  # of a student or a teacher that was not trained
         if row["trainer"] != "none":

@@ -119,8 +119,8 @@ def _place_labels(
     occupied = [text.get_window_extent().extents for text in taken]
     occupied.append((line - 1, axes.bbox.y0, line + 1, axes.bbox.y1))
     if teacher is not None:
-        line = axes.transData.transform((limit, teacher))[1]
-        occupied.append((axes.bbox.x0, line - 1, axes.bbox.x1, line + 1))
+        level = axes.transData.transform((limit, teacher))[1]
+        occupied.append((axes.bbox.x0, level - 1, axes.bbox.x1, level + 1))
     for point in points:
         occupied += _drawn(axes, point, 8 * pixels_per_point)
     for point in points:
