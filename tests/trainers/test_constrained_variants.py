@@ -150,19 +150,23 @@ class TestAutoLimit:
 
 class TestSchedule:
     @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-    def test_limits_of_the_steps(self, tmp_path, schedule):
+    @pytest.mark.parametrize("steps", [4, 0.5])
+    def test_limits_of_the_steps(self, tmp_path, schedule, steps):
+        """Below 1 they are a share of the run. What is logged as the limit is the one that is meant."""
         trainer = run(
             tmp_path,
             teacher_model=make_teacher(),
-            max_steps=6,
+            max_steps=6 if steps == 4 else 8,
             cost_limit=1.0,
             cost_limit_start=3.0,
             cost_limit_schedule=schedule,
-            cost_limit_schedule_steps=4,
+            cost_limit_schedule_steps=steps,
         )
         half = 0.5 if schedule == "linear" else 0.5**0.5
-        expected = [3.0, 2 + half, 2.0, 2 - half, 1.0, 1.0]
-        assert history(trainer, "constraint/limit") == pytest.approx(expected)
+        expected = [3.0, 2 + half, 2.0, 2 - half]
+        scheduled = history(trainer, "constraint/scheduled_limit")
+        assert scheduled == pytest.approx(expected + [1.0] * (len(scheduled) - 4))
+        assert set(history(trainer, "constraint/limit")) == {1.0}
 
     def test_whole_run_by_default_and_evaluation_at_the_end_of_it(self, tmp_path):
         trainer = run(
@@ -177,8 +181,33 @@ class TestSchedule:
             eval_steps=2,
             per_device_eval_batch_size=4,
         )
-        assert history(trainer, "constraint/limit") == pytest.approx([3.0, 2.5, 2.0, 1.5])
+        assert history(trainer, "constraint/scheduled_limit") == pytest.approx([3.0, 2.5, 2.0, 1.5])
         assert history(trainer, "eval_constraint/limit") == [1.0, 1.0]
+        assert history(trainer, "eval_constraint/scheduled_limit") == []
+
+    def test_it_starts_where_the_student_is(self, tmp_path, monkeypatch):
+        """At the 0.9-quantile of what the first rollouts cost, and never below the limit."""
+        settings = {"max_steps": 4, "cost_limit_schedule": "linear", "cost_limit_schedule_steps": 0.5}
+        trainer = make_trainer(tmp_path / "far", teacher_model=make_teacher(), cost_limit=0.01, **settings)
+        captured = capture_rollouts(trainer, monkeypatch)
+        trainer.train()
+        start = rollout_cost(captured[0].costs, captured[0].mask).quantile(0.9).item()
+        assert start > 0.01
+        limits = history(trainer, "constraint/scheduled_limit")
+        assert limits == pytest.approx([start, (start + 0.01) / 2, 0.01, 0.01])
+        near = run(tmp_path / "near", teacher_model=make_teacher(), cost_limit=1e3, **settings)
+        assert set(history(near, "constraint/scheduled_limit")) == {1e3}
+
+    def test_the_third_place_goes_by_the_limit_that_is_meant(self, tmp_path):
+        """Under a limit that is still wide its weights are those of the run without a schedule."""
+        weights = []
+        for schedule in ({"cost_limit_schedule": "constant"}, {"cost_limit_schedule": "linear"}):
+            trainer = make_scripted_trainer(
+                tmp_path, unrewarded_distill_coef=1.0, violation_distill_coef=0.0, **schedule
+            )
+            trainer._generate_and_score_completions(make_rows(8))
+            weights.append(metrics(trainer)["constraint/unrewarded_weight"])
+        assert 0 < weights[0] == weights[1]
 
     def test_it_starts_after_the_imitation_phase(self, tmp_path):
         """And ends at the automatic limit, with which the run without a schedule goes on."""
@@ -191,6 +220,6 @@ class TestSchedule:
             cost_limit_schedule="linear",
             **settings,
         )
-        assert history(trainer, "constraint/limit") == pytest.approx(
+        assert history(trainer, "constraint/scheduled_limit") == pytest.approx(
             [9 + share * (limit - 9) for share in (0, 0.25, 0.5, 0.75)]
         )

@@ -111,6 +111,7 @@ COMPLETIONS = make_dataset().add_column("completion", ["3#3", "7", "1+1,11", "5#
         (2, {"gradient_accumulation_steps": 2, "cost_limit": 1.7}),
         (2, {"steps_per_generation": 2, "num_iterations": 1, "credit_assignment": "token", "cost_limit": 1.7}),
         (2, {"lora": True, "cost_limit": 1.7}),
+        (2, {"cost_limit": 0.5, "cost_limit_schedule": "linear"}),  # from where the student was at first
         (2, AUTO_LIMIT),  # in the imitation phase, at its end, and after it
         (3, AUTO_LIMIT),
         (4, AUTO_LIMIT),

@@ -30,9 +30,10 @@ class ConstrainedDistillConfig(DistillConfig):
         cost_limit_schedule (`str`, *optional*, defaults to `"constant"`):
             `"constant"`, or `"linear"` or `"cosine"` from `cost_limit_start` to `cost_limit`.
         cost_limit_start (`float`, *optional*):
-            Limit that a schedule starts from.
-        cost_limit_schedule_steps (`int`, *optional*):
-            Optimizer steps until `cost_limit` is reached, the whole run if `None`.
+            Limit that a schedule starts from. `None`: the 0.9-quantile of the costs of the run's first rollouts, or
+            `cost_limit` if that is larger.
+        cost_limit_schedule_steps (`float`, *optional*):
+            Optimizer steps until `cost_limit` is reached; below 1 a share of the run's; the whole run if `None`.
         cost (`str`, *optional*, defaults to `"divergence"`):
             Cost of a token: `"divergence"` from the teacher over the full vocabulary; `"log_ratio"`, log π − log μ of
             the sampled token, a one-sample estimate of reverse KL that can be negative; or `"teacher_nll"`, −log μ of
@@ -69,7 +70,7 @@ class ConstrainedDistillConfig(DistillConfig):
     auto_limit_margin: float = 2.0
     cost_limit_schedule: Literal["constant", "linear", "cosine"] = "constant"
     cost_limit_start: float | None = None
-    cost_limit_schedule_steps: int | None = None
+    cost_limit_schedule_steps: float | None = None
     cost: Literal["divergence", "log_ratio", "teacher_nll"] = "divergence"
     violation_penalty: float = VIOLATION_PENALTY
     violation_distill_coef: float = 0.1

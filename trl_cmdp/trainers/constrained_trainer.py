@@ -101,8 +101,12 @@ class ConstrainedDistillTrainer(DistillTrainer):
                 self._reward_range.update(rollouts.rewards)
         if not self._cost_limit.known:
             return self._imitation_signal(rollouts, training)
-        limit = self._cost_limit.of(rollouts, step, self.state.max_steps, training)
-        columns = self._log_constraint(rollouts, limit, args.cost_scope)
+        target = self._cost_limit.target_of(rollouts)  # what is logged is judged by it, whatever the schedule says
+        columns = self._log_constraint(rollouts, target, args.cost_scope)
+        limit = target
+        if training and args.cost_limit_schedule != "constant":
+            limit = self._cost_limit.scheduled(rollouts, args.cost_scope, step, self.state.max_steps)
+            self._count("constraint/scheduled_limit", torch.as_tensor(limit).double().mean(), 1)
         costs, mask = rollouts.costs, rollouts.mask
         rewards, reward_weights = rollouts.rewards, None
         if args.multi_objective_aggregation == "normalize_then_sum":
@@ -127,7 +131,8 @@ class ConstrainedDistillTrainer(DistillTrainer):
             weights = args.violation_distill_coef * violating
         if args.unrewarded_distill_coef > 0:
             success = self._reward_range.success(rollouts.rewards)
-            unrewarded = unrewarded_weights(success, costs, mask, rollouts.num_generations, limit, args.cost_scope)
+            # By the limit that is meant: under one that is still wide the student would be made a copy first.
+            unrewarded = unrewarded_weights(success, costs, mask, rollouts.num_generations, target, args.cost_scope)
             unrewarded = args.unrewarded_distill_coef * unrewarded
             self._count("constraint/unrewarded_weight", unrewarded.sum(), mask.sum())
             weights = unrewarded if weights is None else weights + unrewarded

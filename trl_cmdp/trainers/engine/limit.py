@@ -15,6 +15,9 @@ from .guards import RefusedRun
 
 _logger = logging.getLogger(__name__)
 
+# Where a schedule starts if nobody says so: at the limit that nine in ten of the untrained student's rollouts keep.
+_START_QUANTILE = 0.9
+
 
 @dataclass(frozen=True)
 class LimitPlan:
@@ -26,8 +29,8 @@ class LimitPlan:
     quantile: float  # quantile of the costs at its end
     margin: float  # factor on that quantile
     schedule: str  # `"constant"`, or `"linear"` or `"cosine"` from `start` to the target
-    start: float | None  # limit that a schedule starts from
-    schedule_steps: int | None  # optimizer steps of the schedule, those of the run if `None`
+    start: float | None  # limit that a schedule starts from; `None`: from the costs of the first rollouts
+    schedule_steps: float | None  # optimizer steps of the schedule, below 1 a share of the run; `None`: all of it
 
     def __post_init__(self):
         if not 0 < self.quantile <= 1:
@@ -38,8 +41,11 @@ class LimitPlan:
                     "`cost_limit_start` and `cost_limit_schedule_steps` belong to a schedule: set "
                     "`cost_limit_schedule` to 'linear' or 'cosine'."
                 )
-        elif self.start is None:
-            raise ValueError(f"`cost_limit_schedule={self.schedule!r}` needs `cost_limit_start`.")
+        elif self.schedule_steps is not None and self.schedule_steps > 1 and self.schedule_steps % 1:
+            raise ValueError(
+                "`cost_limit_schedule_steps` must be a whole number of steps, or a share of the run below 1, got "
+                f"{self.schedule_steps}."
+            )
 
 
 class CostLimit:
@@ -56,6 +62,7 @@ class CostLimit:
                 "name each of them once."
             )
         self._teachers = teachers
+        self._start = plan.start  # limit that the schedule starts from; `None` until the first rollouts
 
     @property
     def known(self) -> bool:
@@ -76,25 +83,51 @@ class CostLimit:
         if not self.known and step >= self._plan.imitation_steps:
             _logger.warning(f"`cost_limit='auto'` set the limit to {self._auto.settle():.4g} nats at step {step}.")
 
-    def of(self, rollouts: Rollouts, step: int, max_steps: int, training: bool) -> float | torch.Tensor:
-        """Limit of the rollouts, one number or (B,). Evaluation is against the limit that is meant, without schedule."""
-        plan, first, target = self._plan, 0, self._plan.target
-        if self._auto is not None:
-            first, target = plan.imitation_steps, self._auto.limit
-        targets = [target[name] for name in self._teachers] if isinstance(target, Mapping) else [target]
-        if training and plan.schedule != "constant":
-            progress = (step - first) / (plan.schedule_steps or max(1, max_steps - first))
-            targets = [scheduled_limit(plan.start, target, progress, plan.schedule) for target in targets]
-        if len(set(targets)) == 1:
-            return targets[0]
-        return torch.tensor(targets, device=rollouts.costs.device)[rollouts.teacher_index]
+    def target_of(self, rollouts: Rollouts) -> float | torch.Tensor:
+        """Limit that is meant, one number for all rollouts or (B,)."""
+        return self._each(self._targets, rollouts)
+
+    def scheduled(self, rollouts: Rollouts, cost_scope: str, step: int, max_steps: int) -> float | torch.Tensor:
+        """Limit of the schedule at a step, one number for all rollouts or (B,)."""
+        plan, targets = self._plan, self._targets
+        if self._start is None:
+            costs = rollout_cost(rollouts.costs, rollouts.mask, cost_scope)[rollouts.mask.any(1)]
+            if len(costs) == 0:  # nothing to start from yet
+                return self._each(targets, rollouts)
+            self._start = costs.quantile(_START_QUANTILE).item()
+        first = 0 if self._auto is None else plan.imitation_steps
+        steps = max_steps - first
+        if plan.schedule_steps is not None:
+            steps = plan.schedule_steps * (steps if plan.schedule_steps < 1 else 1)
+        progress = (step - first) / max(1, steps)
+        # A start that was measured may lie below the limit: of a student that is within it already.
+        starts = [self._start if plan.start is not None else max(self._start, target) for target in targets]
+        limits = [
+            scheduled_limit(start, target, progress, plan.schedule)
+            for start, target in zip(starts, targets, strict=True)
+        ]
+        return self._each(limits, rollouts)
+
+    @property
+    def _targets(self) -> list[float]:
+        target = self._plan.target if self._auto is None else self._auto.limit
+        return [target[name] for name in self._teachers] if isinstance(target, Mapping) else [target]
+
+    def _each(self, limits: list[float], rollouts: Rollouts) -> float | torch.Tensor:
+        if len(set(limits)) == 1:
+            return limits[0]
+        return torch.tensor(limits, device=rollouts.costs.device)[rollouts.teacher_index]
 
     def state(self) -> dict[str, Any]:
         """What a resumed run must find again."""
-        return {} if self._auto is None else asdict(self._auto)
+        measured = self._plan.schedule != "constant" and self._plan.start is None
+        start = {"schedule_start": self._start} if measured else {}
+        return start if self._auto is None else start | asdict(self._auto)
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take what was learnt from a checkpoint; what was chosen comes from the arguments."""
+        if self._plan.start is None:
+            self._start = state.get("schedule_start")
         if self._auto is not None:
             for name in ("limit", "costs", "last_step"):
                 setattr(self._auto, name, state[name])
