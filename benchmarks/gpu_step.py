@@ -137,7 +137,8 @@ def measure_step(tiny: bool) -> dict:
     for name, make in (("teacher forward", teacher), ("student forward", student)):
         forwards[name] = scoring_seconds(make(), size)
         free_memory()
-    alone = {"unrewarded_distill_coef": 0.0}  # inside the limit nothing is then differentiated but the reward
+    # Inside the limit nothing is then differentiated but the reward, and outside it is everything that shall be.
+    alone = {"cost_limit_schedule": "constant", "unrewarded_distill_coef": 0.0}
     trainings = {
         "grpo": (GRPOTrainer, GRPOConfig, None, {}),
         "violating": (ConstrainedDistillTrainer, ConstrainedDistillConfig, teacher, {"cost_limit": 1e-9, **alone}),

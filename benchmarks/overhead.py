@@ -226,6 +226,7 @@ def measure(name, rounds, steps):
                 steps,
                 teacher,
                 cost_limit=limit,
+                cost_limit_schedule="constant",
                 unrewarded_distill_coef=0.0,  # inside the limit only the reward is then differentiated
             )
             step = statistics.median(constrained)

@@ -54,7 +54,11 @@ SETTINGS = {
     "minillm, no mixture": ("minillm", {"teacher_mixed_alpha": 0.0, "temperature": 0.7}, "local"),
 }
 # Of the constrained method: given, as their defaults may change, where a commit has them.
-COEFFICIENTS = {"violation_distill_coef": 0.5, "unrewarded_distill_coef": 0.0}
+COEFFICIENTS = {
+    "violation_distill_coef": 0.5,
+    "unrewarded_distill_coef": 0.0,
+    "cost_limit_schedule": "constant",
+}
 
 
 def train(name: str) -> str:

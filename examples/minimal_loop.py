@@ -17,6 +17,7 @@ from trl_cmdp.tasks.arithmetic import demo_model_path, final_answer_reward, load
 
 
 COST_LIMIT = 0.25  # d, in nats per token
+NARROWING = 0.3  # share of the steps in which the limit comes down to d from where the student is
 PENALTY = 20.0  # n
 VIOLATION_COEF = 0.1  # of the differentiated divergence, on rollouts outside the limit
 UNREWARDED_COEF = 1.0  # and where the reward is silent; 0 leaves the student alone with its reward inside the limit
@@ -40,10 +41,9 @@ def completion_logps(model, input_ids, attention_mask, length):
     return F.log_softmax(logits.float(), dim=-1)
 
 
-def advantages_and_weights(rewards, costs, mask):
-    """Feasibility first, then reward, then the teacher. (B,), (B, T), (B, T) to advantages (B,) and weights (B, T)."""
-    cost = (costs * mask).sum(1) / mask.sum(1)  # C(y), the mean over the rollout
-    feasible = (cost <= COST_LIMIT).view(-1, GROUP)
+def advantages_and_weights(rewards, cost, mask, limit):
+    """Feasibility first, then reward, then the teacher. (B,), (B,), (B, T) to advantages (B,) and weights (B, T)."""
+    feasible = (cost <= limit).view(-1, GROUP)
     grouped_rewards, grouped_cost = rewards.view(-1, GROUP), cost.view(-1, GROUP)
     utility = torch.empty_like(grouped_cost)
     for group in range(len(utility)):
@@ -55,10 +55,10 @@ def advantages_and_weights(rewards, costs, mask):
         worst = z.min().clamp(max=0)
         utility[group] = torch.where(inside, z, worst - 1 - grouped_cost[group].clamp(max=PENALTY) / PENALTY)
     advantages = (utility - utility.mean(1, keepdim=True)).flatten()
-    # Imitate outside the budget, and as much as the group fails: what did better than it, inside the budget, the least,
-    # and less the further outside.
+    # Imitate outside the budget, and as much as the group fails: what did better than it, inside d, the least, and less
+    # the further outside.
     success = grouped_rewards.mean(1, keepdim=True)  # (B / G, 1), of rewards 0 and 1
-    silence = torch.where(feasible & (grouped_rewards > success), 0.0, 1 - success)
+    silence = torch.where((grouped_cost <= COST_LIMIT) & (grouped_rewards > success), 0.0, 1 - success)
     silence = silence.clamp(min=LEAST_WEIGHT) * COST_LIMIT / grouped_cost.clamp(min=COST_LIMIT)
     weights = (VIOLATION_COEF * ~feasible + UNREWARDED_COEF * silence).flatten().unsqueeze(1) * mask
     return advantages, weights
@@ -80,7 +80,11 @@ def train(student, teacher, tokenizer, steps, learning_rate=3e-4, prompts_per_st
         # One forward pass serves the costs, the policy loss and the divergence loss.
         student_logps = completion_logps(student, input_ids, attention_mask, length)
         costs = (student_logps.exp() * (student_logps - teacher_logps)).sum(-1)  # c_t = KL(π‖μ), (B, T), nats
-        advantages, weights = advantages_and_weights(rewards, costs.detach(), mask)
+        cost = (costs.detach() * mask).sum(1) / mask.sum(1)  # C(y), the mean over the rollout, (B,)
+        if step == 0:
+            start = max(cost.quantile(0.9).item(), COST_LIMIT)
+        limit = max(start + (COST_LIMIT - start) * step / (NARROWING * steps), COST_LIMIT)
+        advantages, weights = advantages_and_weights(rewards, cost, mask, limit)
 
         token_logps = student_logps.gather(-1, input_ids[:, -length:, None]).squeeze(-1)  # (B, T)
         # On-policy, so the importance ratio is 1 and its gradient is that of log π.
@@ -92,7 +96,6 @@ def train(student, teacher, tokenizer, steps, learning_rate=3e-4, prompts_per_st
         optimizer.step()
 
         if step % 10 == 0 or step == steps - 1:
-            cost = (costs.detach() * mask).sum(1) / mask.sum(1)
             print(
                 f"step {step:3d}  reward {rewards.mean():.3f}  cost {cost.mean():.3f}/{COST_LIMIT}  "
                 f"satisfied {(cost <= COST_LIMIT).float().mean():.3f}",

@@ -118,10 +118,12 @@ def make_args(
     output_dir: str | Path, config_class: type[GRPOConfig] = ConstrainedDistillConfig, **kwargs
 ) -> GRPOConfig:
     """
-    Arguments of a minute run. The constrained method's are without its third place, so that what is inside the limit
-    is GRPO: tests/trainers/test_unrewarded_distillation.py has it, at its default too.
+    Arguments of a minute run. The constrained method's are those of the paper: one limit from the first step on, and no
+    third place, so that what is inside the limit is GRPO. tests/trainers/test_constrained_variants.py has the schedule
+    of the limit and tests/trainers/test_unrewarded_distillation.py the third place, at their defaults too.
     """
-    defaults = {"unrewarded_distill_coef": 0.0} if config_class is ConstrainedDistillConfig else {}
+    of_paper = {"cost_limit_schedule": "constant", "unrewarded_distill_coef": 0.0}
+    defaults = of_paper if config_class is ConstrainedDistillConfig else {}
     return config_class(str(output_dir), **{**MINUTE_RUN, **defaults, **kwargs})
 
 

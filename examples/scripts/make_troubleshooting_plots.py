@@ -135,7 +135,9 @@ def run_case(changed: dict[str, Any], steps: int) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "output_dir": "outputs/troubleshooting",
         "cost_limit": 0.25,
-        "unrewarded_distill_coef": 0.0,  # the pictures are of the limit and the reward
+        # The pictures are of the limit and the reward alone.
+        "cost_limit_schedule": "constant",
+        "unrewarded_distill_coef": 0.0,
         "learning_rate": 3e-4,
         "max_steps": steps,
         "per_device_train_batch_size": PROMPTS_PER_STEP * NUM_GENERATIONS,

@@ -7,25 +7,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_cmdp.core import constrained_advantages, unrewarded_weights, violation_weights
+from trl_cmdp.core import constrained_advantages, rollout_cost, unrewarded_weights, violation_weights
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "minimal_loop.py"
 
 
 @pytest.mark.parametrize("unrewarded", [0.0, 1.0])
-def test_its_signal_is_the_librarys(unrewarded):
+@pytest.mark.parametrize("width", [1.0, 1.5])
+def test_its_signal_is_the_librarys(unrewarded, width):
     loop = runpy.run_path(str(SCRIPT))["advantages_and_weights"].__globals__
     loop["UNREWARDED_COEF"] = unrewarded
     torch.manual_seed(0)
-    costs = torch.rand(24, 6) * 2 * loop["COST_LIMIT"]
+    costs = torch.rand(24, 6) * 4 * loop["COST_LIMIT"]
     mask = torch.arange(6) < torch.randint(1, 7, (24, 1))
     rewards = torch.randint(0, 2, (24,)).float()
-    advantages, weights = loop["advantages_and_weights"](rewards, costs, mask)
-    expected = constrained_advantages(rewards, costs, mask, loop["GROUP"], loop["COST_LIMIT"], loop["PENALTY"])
+    limit = width * loop["COST_LIMIT"]
+    advantages, weights = loop["advantages_and_weights"](rewards, rollout_cost(costs, mask), mask, limit)
+    expected = constrained_advantages(rewards, costs, mask, loop["GROUP"], limit, loop["PENALTY"])
     assert 0 < weights.sum() < mask.sum()
     torch.testing.assert_close(advantages, expected)
-    expected = loop["VIOLATION_COEF"] * violation_weights(costs, mask, loop["COST_LIMIT"])
+    expected = loop["VIOLATION_COEF"] * violation_weights(costs, mask, limit)
     expected += unrewarded * unrewarded_weights(rewards, costs, mask, loop["GROUP"], loop["COST_LIMIT"])
     torch.testing.assert_close(weights, expected)
 

@@ -57,7 +57,8 @@ def test_the_intervals_of_several_runs_stand_beside_one_another():
     ("name", "runs", "said", "unsaid"),
     [
         ("satisfaction", [run("a", batch_size=None)], "over 10 logged values.", "interval"),
-        ("cost", [run("a")], "the limit dashed", "dotted"),
+        ("cost", [run("a")], "the limit dashed.", "dotted"),
+        ("cost", [run("a", **{"constraint/scheduled_limit": 0.5})], "dashed, with the schedule", "dotted"),
         ("cost", [run("a", **{"constraint/cost_max": 1.0, "constraint/limit": None})], "dotted", "dashed"),
         ("reward", [run("a")], "Logged values, and their means", "Diamonds"),
         ("reward", [run("a"), run("b", eval_reward=0.5)], "Diamonds: evaluations", "Logged values, and"),
@@ -70,6 +71,12 @@ def test_a_caption_is_true_of_what_is_drawn(name, runs, said, unsaid):
     labels = axes.get_legend_handles_labels()[1]
     assert ("limit" in labels) == ("dashed" in caption)
     assert ("largest of a rollout" in labels) == ("dotted" in caption)
+
+
+def test_a_schedule_is_drawn_as_the_limit_is():
+    axes, _ = drawn("cost", [run("a", **{"constraint/scheduled_limit": 0.5})])
+    dashed = [set(line.get_ydata()) for line in axes.lines if line.get_linestyle() == "--" and len(line.get_ydata())]
+    assert dashed == [{0.3}, {0.5}]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])

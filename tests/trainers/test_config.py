@@ -62,7 +62,7 @@ REFUSED = {
         ({"divergence_memory_mb": 0}, "`divergence_memory_mb`"),
         ({"auto_limit_steps": 0}, "`auto_limit_steps` must be positive"),
         ({"auto_limit_quantile": 0.0}, r"must lie in \(0, 1\]"),
-        ({"cost_limit_start": 1.0}, "belong to a schedule"),
+        ({"cost_limit_start": 1.0}, "belongs to a schedule"),
         ({"cost_limit_schedule": "linear", "cost_limit_schedule_steps": 2.5}, "a whole number of steps, or a share"),
         ({"cost_limit_schedule": "linear", "cost_limit_schedule_steps": 0}, "`cost_limit_schedule_steps` must be"),
         ({"cost_limit_schedule": "linear", "cost_limit_start": 0.0}, "`cost_limit_start` must be positive"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import (
+    MINUTE_RUN,
     VOCAB,
     assert_gradient_is_dense,
     capture_rollouts,
@@ -11,9 +12,11 @@ from helpers import (
     history,
     length_reward,
     make_dataset,
+    make_model,
     make_rows,
     make_scripted_trainer,
     make_teacher,
+    make_tokenizer,
     make_trainer,
     metrics,
     micro_batches,
@@ -21,7 +24,7 @@ from helpers import (
     run,
 )
 
-from trl_cmdp import GKDDistillTrainer
+from trl_cmdp import ConstrainedDistillConfig, ConstrainedDistillTrainer, GKDDistillTrainer
 from trl_cmdp.core import constrained_advantages, rollout_cost, violation_weights
 
 
@@ -168,7 +171,7 @@ class TestSchedule:
         assert scheduled == pytest.approx(expected + [1.0] * (len(scheduled) - 4))
         assert set(history(trainer, "constraint/limit")) == {1.0}
 
-    def test_whole_run_by_default_and_evaluation_at_the_end_of_it(self, tmp_path):
+    def test_whole_run_and_evaluation_at_the_end_of_it(self, tmp_path):
         trainer = run(
             tmp_path,
             teacher_model=make_teacher(),
@@ -177,6 +180,7 @@ class TestSchedule:
             cost_limit=1.0,
             cost_limit_start=3.0,
             cost_limit_schedule="linear",
+            cost_limit_schedule_steps=None,
             eval_strategy="steps",
             eval_steps=2,
             per_device_eval_batch_size=4,
@@ -184,6 +188,23 @@ class TestSchedule:
         assert history(trainer, "constraint/scheduled_limit") == pytest.approx([3.0, 2.5, 2.0, 1.5])
         assert history(trainer, "eval_constraint/limit") == [1.0, 1.0]
         assert history(trainer, "eval_constraint/scheduled_limit") == []
+
+    def test_the_default_comes_down_in_the_first_steps(self, tmp_path):
+        """As it stands, without a word in the arguments: in three tenths of the run, on a line."""
+        args = ConstrainedDistillConfig(tmp_path, cost_limit=0.5, **{**MINUTE_RUN, "max_steps": 10})
+        trainer = ConstrainedDistillTrainer(
+            make_model(),
+            length_reward,
+            args,
+            make_dataset(),
+            processing_class=make_tokenizer(),
+            teacher_model=make_teacher(),
+        )
+        trainer.train()
+        start, second, third, *rest = history(trainer, "constraint/scheduled_limit")
+        assert start > 0.5
+        assert [second, third] == pytest.approx([start + share * (0.5 - start) for share in (1 / 3, 2 / 3)])
+        assert set(rest) == {0.5}
 
     def test_it_starts_where_the_student_is(self, tmp_path, monkeypatch):
         """At the 0.9-quantile of what the first rollouts cost, and never below the limit."""
@@ -218,6 +239,7 @@ class TestSchedule:
             teacher_model=make_teacher(),
             cost_limit_start=9.0,
             cost_limit_schedule="linear",
+            cost_limit_schedule_steps=None,
             **settings,
         )
         assert history(trainer, "constraint/scheduled_limit") == pytest.approx(

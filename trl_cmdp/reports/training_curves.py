@@ -22,7 +22,8 @@ from .runs import TrainingRun
 
 
 BAND_STEPS = 10
-_COST, _LARGEST_COST, _LIMIT = "constraint/cost", "constraint/cost_max", "constraint/limit"
+_COST, _LARGEST_COST = "constraint/cost", "constraint/cost_max"
+_LIMIT, _SCHEDULED_LIMIT = "constraint/limit", "constraint/scheduled_limit"
 _SATISFACTION, _MULTIPLIER = "constraint/satisfaction_rate", "lagrange_multiplier"
 
 
@@ -69,10 +70,10 @@ def _draw_cost(axes: Axes, runs: Sequence[TrainingRun], colours: dict[str, str])
         steps, largest = logged(run.history, _LARGEST_COST)
         axes.plot(steps, largest, color=colours[run.name], linewidth=0.8, linestyle=":", alpha=0.8)
         drawn += [*largest, *logged(run.history, _COST)[1]]
-        # A schedule or an automatic limit moves it.
-        steps, limit = logged(run.history, _LIMIT)
-        axes.plot(steps, limit, **LIMIT_LINE)
-        drawn += limit
+        for metric in (_LIMIT, _SCHEDULED_LIMIT):  # the one that is meant, and a schedule on its way to it
+            steps, limit = logged(run.history, metric)
+            axes.plot(steps, limit, **LIMIT_LINE)
+            drawn += limit
     if not logarithmic_if_wide(axes, "y", drawn):
         axes.set_ylim(0, None)
     if _any_logged(runs, _LARGEST_COST):
@@ -144,6 +145,7 @@ def _cost_caption(runs: Sequence[TrainingRun]) -> str:
     parts = [f"Mean cost of a rollout, over {SMOOTHED_STEPS} logged values"]
     parts += ["the largest of a step dotted"] * _any_logged(runs, _LARGEST_COST)
     parts += ["the limit dashed"] * _any_logged(runs, _LIMIT)
+    parts += ["with the schedule that comes to it"] * _any_logged(runs, _SCHEDULED_LIMIT)
     return f"{', '.join(parts)}.{_evaluated(runs, _COST)}"
 
 

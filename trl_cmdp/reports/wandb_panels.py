@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 PANELS: dict[str, list[tuple[str, str, list[str]]]] = {
     "Constraint": [
         ("Task reward", "mean reward of a rollout", ["reward"]),
-        ("Cost against its limit", "nats", ["constraint/cost", "constraint/limit"]),
+        ("Cost against its limit", "nats", ["constraint/cost", "constraint/limit", "constraint/scheduled_limit"]),
         ("Satisfaction", "share of rollouts within the limit", ["constraint/satisfaction_rate"]),
         ("Largest cost", "nats", ["constraint/cost_max", "constraint/limit"]),
         ("Tokens of infeasible steps", "share of tokens", ["constraint/violated_token_frac"]),

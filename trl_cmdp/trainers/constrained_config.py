@@ -27,12 +27,13 @@ class ConstrainedDistillConfig(DistillConfig):
             Quantile of the costs of the rollouts in the last quarter of the imitation phase.
         auto_limit_margin (`float`, *optional*, defaults to `2.0`):
             Factor on that quantile.
-        cost_limit_schedule (`str`, *optional*, defaults to `"constant"`):
-            `"constant"`, or `"linear"` or `"cosine"` from `cost_limit_start` to `cost_limit`.
+        cost_limit_schedule (`str`, *optional*, defaults to `"linear"`):
+            `"linear"` or `"cosine"` from `cost_limit_start` to `cost_limit`, or `"constant"`: `cost_limit` from the
+            first step on, as in arXiv 2509.22921.
         cost_limit_start (`float`, *optional*):
             Limit that a schedule starts from. `None`: the 0.9-quantile of the costs of the run's first rollouts, or
             `cost_limit` if that is larger.
-        cost_limit_schedule_steps (`float`, *optional*):
+        cost_limit_schedule_steps (`float`, *optional*, defaults to `0.3`):
             Optimizer steps until `cost_limit` is reached; below 1 a share of the run's; the whole run if `None`.
         cost (`str`, *optional*, defaults to `"divergence"`):
             Cost of a token: `"divergence"` from the teacher over the full vocabulary; `"log_ratio"`, log π − log μ of
@@ -68,9 +69,9 @@ class ConstrainedDistillConfig(DistillConfig):
     auto_limit_steps: int = 50
     auto_limit_quantile: float = 0.9
     auto_limit_margin: float = 2.0
-    cost_limit_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    cost_limit_schedule: Literal["constant", "linear", "cosine"] = "linear"
     cost_limit_start: float | None = None
-    cost_limit_schedule_steps: float | None = None
+    cost_limit_schedule_steps: float | None = 0.3
     cost: Literal["divergence", "log_ratio", "teacher_nll"] = "divergence"
     violation_penalty: float = VIOLATION_PENALTY
     violation_distill_coef: float = 0.1

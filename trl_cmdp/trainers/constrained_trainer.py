@@ -21,8 +21,9 @@ class ConstrainedDistillTrainer(DistillTrainer):
 
     A drop-in replacement for [`~trl.GRPOTrainer`]. The only change is the signal: the reward of a rollout whose cost
     (its divergence from the teacher) exceeds `args.cost_limit` is replaced by a penalty, and on such rollouts the
-    divergence is also differentiated. Inside the limit the student is trained by its reward, and by the divergence,
-    most where the reward is silent, which `args.unrewarded_distill_coef=0` switches off: the method of the paper. With
+    divergence is also differentiated. Beyond the paper, inside the limit the student is trained by its reward and by
+    the divergence, most where the reward is silent (`args.unrewarded_distill_coef=0` switches that off), and early in a
+    run the limit comes down from where the student is (not with `args.cost_limit_schedule="constant"`). With
     `teacher_model=None` it is `GRPOTrainer`, bit for bit.
 
     Example:

@@ -36,10 +36,9 @@ class LimitPlan:
         if not 0 < self.quantile <= 1:
             raise ValueError(f"`auto_limit_quantile` must lie in (0, 1], got {self.quantile}.")
         if self.schedule == "constant":
-            if self.start is not None or self.schedule_steps is not None:
+            if self.start is not None:
                 raise ValueError(
-                    "`cost_limit_start` and `cost_limit_schedule_steps` belong to a schedule: set "
-                    "`cost_limit_schedule` to 'linear' or 'cosine'."
+                    "`cost_limit_start` belongs to a schedule: set `cost_limit_schedule` to 'linear' or 'cosine'."
                 )
         elif self.schedule_steps is not None and self.schedule_steps > 1 and self.schedule_steps % 1:
             raise ValueError(
