@@ -170,8 +170,8 @@ plt.show()
 # %% [markdown]
 # From left to right, in this run:
 #
-# - **0.003** is below what imitation reaches. Every rollout violates, so every rollout is trained to imitate, and the
-#   reward is hardly heard: the fewest correct answers of the five.
+# - **0.003** is below what imitation reaches. Once the limit has come down to it, after twelve steps, every rollout
+#   violates, so every rollout is trained to imitate, and the reward is hardly heard: the fewest valid steps of the five.
 # - **0.03, 0.25 and 1** can be reached. What is still outside is mostly what 40 steps were too few for. Their intervals
 #   overlap; the choice is not delicate here.
 # - **8** is above where all but the shortest answers start: it is nearly satisfied by doing nothing. What puts the steps in

@@ -233,8 +233,8 @@ plt.show()
 
 # %% [markdown]
 # Grey: the interval holds 0, and three seeds do not tell the two apart. Blue: more than the constrained method. Red:
-# less. In these records nothing is blue in one column without being red in another: λ = 0.1 has more correct answers, and
-# fewer valid steps and a lower satisfaction; MiniLLM satisfies the limit more often, and has fewer correct answers.
+# less. In these records nothing is blue in one column without being red in another: λ = 0.1 has as many correct answers,
+# and fewer valid steps and a lower satisfaction; MiniLLM satisfies the limit more often, and has fewer correct answers.
 # [The comparison](../../docs/comparison.md) goes through them, losses included.
 #
 # More: [how the figures are defined](../../docs/evaluation.md), [judges](../../docs/judges.md), and

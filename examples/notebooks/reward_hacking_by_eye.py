@@ -256,7 +256,7 @@ print("right answers through wrong or missing steps:", hacked)
 # %% [markdown]
 # Wrong steps stand on one side of the limit and valid ones, nearly all, on the other, though nobody checked a step: the
 # teacher does not write such steps, and that is enough. Of GRPO's correct answers two in three came through wrong or
-# missing steps in this run, of the constrained student's 1 of 381.
+# missing steps in this run, of the constrained student's 383 none.
 #
 # ## All of them
 #
