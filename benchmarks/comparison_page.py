@@ -19,16 +19,16 @@ from trl_cmdp.reports.tables import markdown_table
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "comparison.md"
-TABLE = re.compile(r"(<!-- table: (\S+) -->\n\n)((?:\|.*\n)*)")
+TABLE = re.compile(r"(<!-- table: (\S+) -->\n\n)(?:\|.*\n)*\n*")
 COLUMNS = (
-    *("method", "correct", "all steps valid", "satisfaction", "mean cost", "correct minus constrained's"),
+    *("method", "correct", "all steps valid", "satisfaction", "mean cost", "difference in correct"),
     *("steps to 0.95", "violations in the last quarter"),
 )
 TRAINING = ("right_difference", "steps_to_satisfaction", "late_violations")
 LABELS = {
-    "constrained": "**constrained**",
-    "unrewarded-0": "constrained, `unrewarded_distill_coef=0`",
-    "constrained-coef-1": "the same, `violation_distill_coef=1`",
+    "constant-limit": "constrained, constant limit",
+    "unrewarded-0": "constrained, constant limit, no third place",
+    "constrained-coef-1": "constrained, constant limit, no third place, `violation_distill_coef=1`",
     "dual": "dual λ",
     "pid": "PID λ",
     "gkd": "GKD",
@@ -40,7 +40,7 @@ LABELS = {
 
 def filled(page: str) -> str:
     """The page with each table as the results have it."""
-    return TABLE.sub(lambda found: found[1] + table(found[2]), page)
+    return TABLE.sub(lambda found: f"{found[1]}{table(found[2])}\n", page)
 
 
 def table(name: str) -> str:
@@ -57,6 +57,8 @@ def summary_table(rows: list[dict]) -> str:
     for row in rows:
         num_seeds = len(row["right"]["by_seed"])
         label = LABELS.get(row["method"], row["method"].replace("lagrangian-", "λ = "))
+        if row["trainer"] != "none" and not row["right_difference"]:  # the others' differences are to this one
+            label = f"**{label}**"
         if num_seeds < most:
             label += f" ({number_of_seeds(num_seeds)})"
         figures = [f"{row[name]['value']:.3f}" for name in ("right", "valid", "satisfaction", "cost")]

@@ -83,6 +83,18 @@ def test_a_method_says_on_how_many_seeds_where_the_bed_has_more(monkeypatch):
     ]
 
 
+def test_a_constant_limit_stands_for_the_method_where_it_alone_was_run(monkeypatch):
+    monkeypatch.setattr(claims, "BEDS", {"first": "both", "second": "one"})
+    reward_alone, constant = cell("grpo", 380, 10, 20), cell("constant-limit", 380, 300, 300)
+    beds = {"first": [constant, cell("constrained", 380, 380, 400), reward_alone], "second": [constant, reward_alone]}
+    monkeypatch.setattr(claims, "records_of", beds.get)
+    monkeypatch.setattr(claims, "half_limit_table", list)
+    assert claims.tables().split("\n\n")[1].splitlines()[2:] == [
+        "| both | 0.050 | 1.000 | 370 | 0 | 400 |",
+        "| one | 0.050 | 0.750 | 290 | 0 | 400 |",
+    ]
+
+
 @pytest.mark.slow  # a minute of bootstraps
 def test_the_committed_tables():
     assert (claims.RESULTS / "claims.md").read_text() == claims.tables()
