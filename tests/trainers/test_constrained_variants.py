@@ -26,6 +26,8 @@ from helpers import (
 
 from trl_cmdp import ConstrainedDistillConfig, ConstrainedDistillTrainer, GKDDistillTrainer
 from trl_cmdp.core import constrained_advantages, rollout_cost, violation_weights
+from trl_cmdp.core.signal import Rollouts
+from trl_cmdp.trainers.engine.limit import CostLimit
 
 
 def floored(log_probs: torch.Tensor, floor: float) -> torch.Tensor:
@@ -218,6 +220,16 @@ class TestSchedule:
         assert limits == pytest.approx([start, (start + 0.01) / 2, 0.01, 0.01])
         near = run(tmp_path / "near", teacher_model=make_teacher(), cost_limit=1e3, **settings)
         assert set(history(near, "constraint/scheduled_limit")) == {1e3}
+
+    def test_it_waits_for_the_first_rollouts_that_have_tokens(self):
+        """Until then it has no place to start from, and the limit is the one that is meant."""
+        limit = CostLimit(ConstrainedDistillConfig("unused", cost_limit=0.5, **MINUTE_RUN).limit_plan, [""])
+        costs, mask = torch.full((4, 2), 3.0), torch.ones(4, 2)
+        full, empty = (Rollouts(torch.zeros(4), costs * m, mask * m, 4, 2, torch.zeros(4).long()) for m in (1, 0))
+        assert limit.scheduled(empty, "mean", 0, 10) == 0.5
+        assert limit.state() == {"schedule_start": None}
+        assert limit.scheduled(full, "mean", 1, 10) == pytest.approx(3.0 + (0.5 - 3.0) / 3)
+        assert limit.state() == {"schedule_start": 3.0}
 
     def test_the_third_place_goes_by_the_limit_that_is_meant(self, tmp_path):
         """Under a limit that is still wide its weights are those of the run without a schedule."""

@@ -74,8 +74,7 @@ class CostLimit:
             check_auto_limit(max_steps, self._plan.imitation_steps)
         except ValueError as error:  # of a run whose steps come from its epochs
             raise RefusedRun(str(error)) from None
-        costs = rollout_cost(rollouts.costs, rollouts.mask, cost_scope)
-        self._auto.record(step, costs[rollouts.mask.any(1)].tolist())
+        self._auto.record(step, _costs_of(rollouts, cost_scope).tolist())
 
     def end_imitation(self, step: int) -> None:
         """Settle the limit if the imitation phase is over at this step."""
@@ -90,7 +89,7 @@ class CostLimit:
         """Limit of the schedule at a step, one number for all rollouts or (B,)."""
         plan, targets = self._plan, self._targets
         if self._start is None:
-            costs = rollout_cost(rollouts.costs, rollouts.mask, cost_scope)[rollouts.mask.any(1)]
+            costs = _costs_of(rollouts, cost_scope)
             if len(costs) == 0:  # nothing to start from yet
                 return self._each(targets, rollouts)
             self._start = costs.quantile(_START_QUANTILE).item()
@@ -130,3 +129,8 @@ class CostLimit:
         if self._auto is not None:
             for name in ("limit", "costs", "last_step"):
                 setattr(self._auto, name, state[name])
+
+
+def _costs_of(rollouts: Rollouts, cost_scope: str) -> torch.Tensor:
+    """Costs of the rollouts that have tokens, of shape at most (B,)."""
+    return rollout_cost(rollouts.costs, rollouts.mask, cost_scope)[rollouts.mask.any(1)]
