@@ -18,6 +18,11 @@ solution is written better than how to calculate. All that any model is shown is
 `benchmarks/experiments/word-problems-*.yaml` are the comparisons on them, for `trl-cmdp compare`. Each stage keeps what
 it made: the same command continues where it was stopped, and begins a model again that was not finished.
 
+Processors differ in how they round, and so one builds other models than the next. `--models` takes models that were
+built before instead of training them, such as those that the records of `word-problems-*-again` are of:
+
+    python examples/scripts/word_problems.py --models benchmarks/models/word-problems
+
 Needs `pip install "trl-cmdp[math]"`. On two idle cores the script takes about a quarter of an hour.
 """
 
@@ -155,11 +160,21 @@ SCALES = {"full": _FULL, "tiny": _TINY}
 
 @dataclass(frozen=True)
 class Build:
-    """One run of the script: where it writes, what, and the seed of everything drawn."""
+    """
+    One run of the script: where it writes, what, the seed of everything drawn, and the folder of the models that are
+    taken from there rather than trained.
+    """
 
     folder: Path
     scale: Scale
     seed: int
+    models: Path | None = None
+
+    @property
+    def settings(self) -> dict:
+        """What makes a folder another one, as JSON has it."""
+        taken = {"models": str(self.models.resolve())} if self.models else {}
+        return json.loads(json.dumps({"seed": self.seed, **asdict(self.scale), **taken}))
 
     def problems(self, name: str) -> Dataset:
         """One of the sets of problems that [`write_problems`] has made."""
@@ -354,6 +369,8 @@ def make_stage(name: str, build: Build) -> None:
         write_problems(unfinished, build)
     elif name == "tokenizer":
         make_tokenizer(unfinished, build)
+    elif build.models:
+        shutil.copytree(build.models / name, unfinished)
     elif name == "teacher":
         make_teacher(unfinished, build)
     else:
@@ -364,12 +381,19 @@ def make_stage(name: str, build: Build) -> None:
 
 def make_all(build: Build, jobs: int) -> dict[str, dict]:
     """Makes what is missing, and measures the models."""
-    settings = json.loads(json.dumps({"seed": build.seed, **asdict(build.scale)}))
     settings_file = build.folder / "settings.json"
-    if settings_file.exists() and json.loads(settings_file.read_text()) != settings:
+    if settings_file.exists() and json.loads(settings_file.read_text()) != build.settings:
         raise SystemExit(f"{build.folder} was made with other settings: choose another --output-dir, or delete it.")
+    if build.models:
+        absent = [
+            name for name in ("teacher", *build.scale.cuts) if not (build.models / name / "config.json").exists()
+        ]
+        if absent:
+            raise SystemExit(
+                f"--models {build.models} has no {', '.join(absent)}: name a folder that holds all models."
+            )
     build.folder.mkdir(parents=True, exist_ok=True)
-    settings_file.write_text(json.dumps(settings, indent=2) + "\n")
+    settings_file.write_text(json.dumps(build.settings, indent=2) + "\n")
     for stages in (["problems"], ["tokenizer"], ["teacher"], list(build.scale.cuts)):
         missing = [name for name in stages if not (build.folder / name).exists()]
         run_all({name: partial(make_stage, name, build) for name in missing}, jobs)
@@ -389,12 +413,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", choices=SCALES, default="full", help="`tiny` learns nothing (default full)")
     parser.add_argument("--output-dir", type=Path, help="where to write (default outputs/word-problems)")
     parser.add_argument("--seed", type=int, default=0, help="of problems, weights and order (default 0)")
+    parser.add_argument("--models", type=Path, help="folder of models to take, rather than train them")
     parser.add_argument("--jobs", type=int, default=2, help="how many models are trained side by side (default 2)")
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error("--jobs must be at least 1")
     output_dir = options.output_dir or Path("outputs/word-problems")
-    print(json.dumps(make_all(Build(output_dir, SCALES[options.scale], options.seed), options.jobs), indent=2))
+    build = Build(output_dir, SCALES[options.scale], options.seed, options.models)
+    print(json.dumps(make_all(build, options.jobs), indent=2))
 
 
 if __name__ == "__main__":

@@ -30,11 +30,14 @@ from word_problems import (  # noqa: E402
 )
 
 from trl_cmdp.cli._experiment import load_experiment  # noqa: E402
+from trl_cmdp.evaluation import read_records  # noqa: E402
 from trl_cmdp.evaluation.judges import valid_steps  # noqa: E402
 
 
 TINY = SCALES["tiny"]
-EXPERIMENTS = {"": 1, "-long": 1, "-half": 0.5}  # share of the bed's limit
+EXPERIMENTS = {"": 1, "-long": 1, "-again": 1, "-half": 0.5}  # share of the bed's limit
+KEPT = ROOT / "benchmarks" / "models" / "word-problems"
+SHARES = ("correct", "valid_steps", "correct_with_valid_steps", "truncated")
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,59 @@ def test_a_folder_of_other_settings_is_refused(build):
         main(["--scale", "tiny", "--output-dir", str(build.folder), "--seed", "1"])
 
 
+def test_models_can_be_taken_rather_than_trained(build, tmp_path, capsys):
+    arguments = ["--scale", "tiny", "--output-dir", str(tmp_path), "--jobs", "1"]
+    main([*arguments, "--models", str(build.folder)])
+    assert "loss" not in capsys.readouterr().out
+    for name in ("teacher", *TINY.cuts):
+        weights = [(folder / name / "model.safetensors").read_bytes() for folder in (tmp_path, build.folder)]
+        assert weights[0] == weights[1]
+    assert (tmp_path / "measured.json").read_bytes() == (build.folder / "measured.json").read_bytes()
+    with pytest.raises(SystemExit, match="other settings"):  # or it would go on with models that it had not made
+        main(arguments)
+
+
+def test_a_folder_without_all_models_is_refused(build, tmp_path):
+    shutil.copytree(build.folder / "teacher", tmp_path / "models" / "teacher")
+    with pytest.raises(SystemExit, match="has no student-rare, student-middling, teacher-mediocre: name"):
+        main(["--scale", "tiny", "--output-dir", str(tmp_path / "out"), "--models", str(tmp_path / "models")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bed", BEDS)
+def test_the_kept_models_are_those_of_the_records(build, tmp_path, bed):
+    """Their weights, tokenizer and config have the fingerprints that every record of the bed has."""
+    outputs, experiments = tmp_path / "outputs" / "word-problems", tmp_path / "benchmarks" / "experiments"
+    experiments.mkdir(parents=True)
+    outputs.mkdir(parents=True)
+    (outputs / "problems").symlink_to(build.folder / "problems")
+    for name in ("teacher", *TINY.cuts):
+        (outputs / name).symlink_to(KEPT / name)
+    experiment = f"word-problems-{bed}-again"
+    text = (ROOT / "benchmarks" / "experiments" / f"{experiment}.yaml").read_text()
+    (experiments / f"{experiment}.yaml").write_text(text.replace("held_out: 1000", f"held_out: {TINY.test}"))
+    sources = load_experiment(str(experiments / f"{experiment}.yaml")).checked().sources
+    records = read_records((ROOT / "benchmarks" / "results" / experiment / "records.jsonl").read_text())
+    for key in ("student_fingerprint", "teacher_fingerprint"):
+        assert {record.settings[key] for record in records} == {sources[key]}
+
+
+@pytest.mark.slow
+def test_the_kept_models_do_what_the_page_says(tmp_path):
+    """On a processor that rounds otherwise too: they are sampled, and a share of 1000 answers varies by this much."""
+    main(["--output-dir", str(tmp_path), "--models", str(KEPT)])
+    found, committed = (
+        json.loads(path.read_text())
+        for path in (tmp_path / "measured.json", ROOT / "benchmarks" / "results" / "word_problems.json")
+    )
+    for name, model in committed["models"].items():
+        shares = {key: pytest.approx(model[key], abs=0.06) for key in SHARES}
+        assert found["models"][name] == {**model, **shares, "mean_tokens": pytest.approx(model["mean_tokens"], abs=1)}
+    for name, bed in committed["beds"].items():
+        assert found["beds"][name]["mean_cost"] == pytest.approx(bed["mean_cost"], rel=0.1)
+        assert found["beds"][name]["satisfaction"] == pytest.approx(bed["satisfaction"], abs=0.06)
+
+
 def test_a_student_is_cut_out_of_its_teacher(build):
     teacher, student = (
         AutoModelForCausalLM.from_pretrained(build.folder / name) for name in ("teacher", "student-rare")
@@ -142,15 +198,16 @@ def test_the_loss_is_that_of_the_tokens_to_be_learned(build):
     torch.testing.assert_close(solutions_loss(model, batch), torch.cat(losses).mean())
 
 
-def test_the_page_has_the_figures_of_the_committed_record():
-    measured = json.loads((ROOT / "benchmarks" / "results" / "word_problems.json").read_text())
+@pytest.mark.parametrize("record", ["word_problems", "word_problems_first"])
+def test_the_page_has_the_figures_of_the_committed_record(record):
+    measured = json.loads((ROOT / "benchmarks" / "results" / f"{record}.json").read_text())
     page = (ROOT / "docs" / "test_beds.md").read_text()
     for name, model in measured["models"].items():
         cells = (
             f"{model['parameters'] / 1e6:.2f} M | {100 * model['correct']:.1f} | {100 * model['valid_steps']:.1f} |"
         )
         assert re.search(rf"^\| `{name}` \|.*\| {re.escape(cells)}$", page, re.MULTILINE)
-        assert model["truncated"] == 0
+        assert model["truncated"] <= 0.004
     for name, bed in measured["beds"].items():
         quantiles = ", ".join(f"{cost:.2f}" for cost in bed["cost_quantiles"].values())
         figures = f"{bed['cost_limit']} | {100 * bed['satisfaction']:.1f} | {bed['mean_cost']:.3f} | {quantiles}"
