@@ -35,7 +35,7 @@ from trl_cmdp.evaluation.judges import valid_steps  # noqa: E402
 
 
 TINY = SCALES["tiny"]
-EXPERIMENTS = {"": 1, "-long": 1, "-again": 1, "-half": 0.5}  # share of the bed's limit
+EXPERIMENTS = {"": 1, "-long": 1, "-again": 1, "-half": 0.5, "-again-half": 0.5}  # share of the bed's limit
 KEPT = ROOT / "benchmarks" / "models" / "word-problems"
 SHARES = ("correct", "valid_steps", "correct_with_valid_steps", "truncated")
 
