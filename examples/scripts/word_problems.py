@@ -131,6 +131,11 @@ class Scale:
     validation: int
     test: int
 
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Folders of the models."""
+        return "teacher", *self.cuts
+
 
 _FULL = Scale(
     teacher=Pretraining(hidden_size=128, num_layers=4, steps=1200),
@@ -330,7 +335,7 @@ def sample(name: str, build: Build) -> tuple[LlamaForCausalLM, list[Rollout]]:
 def measure(build: Build) -> dict[str, dict]:
     """What each model does on the problems to tune on, and what the students' rollouts cost."""
     problems = build.problems("validation")
-    sampled = {name: sample(name, build) for name in ("teacher", *build.scale.cuts)}
+    sampled = {name: sample(name, build) for name in build.scale.model_names}
     measured: dict[str, dict] = {"models": {}, "beds": {}}
     for name, (model, rollouts) in sampled.items():
         completions = [rollout.completion for rollout in rollouts]
@@ -385,9 +390,7 @@ def make_all(build: Build, jobs: int) -> dict[str, dict]:
     if settings_file.exists() and json.loads(settings_file.read_text()) != build.settings:
         raise SystemExit(f"{build.folder} was made with other settings: choose another --output-dir, or delete it.")
     if build.models:
-        absent = [
-            name for name in ("teacher", *build.scale.cuts) if not (build.models / name / "config.json").exists()
-        ]
+        absent = [name for name in build.scale.model_names if not (build.models / name / "config.json").exists()]
         if absent:
             raise SystemExit(
                 f"--models {build.models} has no {', '.join(absent)}: name a folder that holds all models."
