@@ -52,6 +52,41 @@ FROM_OTHERS = (
     "attention_hidden_size",
     "num_key_value_heads",
 )
+# Whose default config cannot be made small, or takes a library that is not installed.
+NOT_SMALL = {
+    "BltForCausalLM",
+    "CohereCompassForCausalLM",
+    "DbrxForCausalLM",
+    "DeepseekV2ForCausalLM",
+    "Dots1ForCausalLM",
+    "Gemma3nForCausalLM",
+    "Gemma3nForConditionalGeneration",
+    "Gemma4AssistantForCausalLM",
+    "Gemma4ForCausalLM",
+    "Gemma4ForConditionalGeneration",
+    "Gemma4UnifiedAssistantForCausalLM",
+    "Lfm2MoeForCausalLM",
+    "Mamba2ForCausalLM",
+    "MiMoV2FlashForCausalLM",
+    "MusicgenForCausalLM",
+    "MusicgenMelodyForCausalLM",
+    "Phi4MultimodalForCausalLM",
+    "Qwen4ExpForCausalLM",
+    "ReformerModelWithLMHead",
+    "RoCBertForCausalLM",
+    "XmodForCausalLM",
+    "Zamba2ForCausalLM",
+    "ZambaForCausalLM",
+    "xLSTMForCausalLM",
+}
+# That take several seconds to build at any size.
+SLOW = {
+    "AXK1ForCausalLM",
+    "AXK2ForCausalLM",
+    "BailingHybridForCausalLM",
+    "HrmTextForCausalLM",
+    "KimiLinearForCausalLM",
+}
 LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "attention_layers", "block_types")
 
 

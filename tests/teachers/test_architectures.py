@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import VOCAB, model_classes, small_model
+from small_models import NOT_SMALL, SLOW, VOCAB, model_classes, small_model
 from transformers import PreTrainedModel
 
 from trl_cmdp.core import token_divergence
@@ -29,41 +29,6 @@ FAMILIES = [
 ]
 # Their forward is of more than token ids and an attention mask.
 REFUSED = {"CpmAntForCausalLM", "ProphetNetForCausalLM"}
-# Whose default config cannot be made small, or takes a library that is not installed.
-NOT_SMALL = {
-    "BltForCausalLM",
-    "CohereCompassForCausalLM",
-    "DbrxForCausalLM",
-    "DeepseekV2ForCausalLM",
-    "Dots1ForCausalLM",
-    "Gemma3nForCausalLM",
-    "Gemma3nForConditionalGeneration",
-    "Gemma4AssistantForCausalLM",
-    "Gemma4ForCausalLM",
-    "Gemma4ForConditionalGeneration",
-    "Gemma4UnifiedAssistantForCausalLM",
-    "Lfm2MoeForCausalLM",
-    "Mamba2ForCausalLM",
-    "MiMoV2FlashForCausalLM",
-    "MusicgenForCausalLM",
-    "MusicgenMelodyForCausalLM",
-    "Phi4MultimodalForCausalLM",
-    "Qwen4ExpForCausalLM",
-    "ReformerModelWithLMHead",
-    "RoCBertForCausalLM",
-    "XmodForCausalLM",
-    "Zamba2ForCausalLM",
-    "ZambaForCausalLM",
-    "xLSTMForCausalLM",
-}
-# That take several seconds to build at any size.
-SLOW = {
-    "AXK1ForCausalLM",
-    "AXK2ForCausalLM",
-    "BailingHybridForCausalLM",
-    "HrmTextForCausalLM",
-    "KimiLinearForCausalLM",
-}
 PROMPT_LENGTHS, COMPLETION_LENGTHS = (2, 9, 5), (6, 3, 4)
 
 

@@ -2,35 +2,30 @@
 
 import functools
 import logging
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ... import core
 from ...core import Head, chunked_log_probs, default_memory_mb
 from ...teachers import (
-    OF_IMAGES,
-    OF_TOKENS,
     LeftAligned,
     ServerAnswer,
     backbone,
     predicting,
     read_head,
-    swapped,
     without_no_images,
 )
 from ...teachers.kernels import chunked_divergence, chunked_policy_divergence, chunked_scores
 from .config import DistillConfig
+from .mixture import TeacherMixture
 
 
-# What a teacher that completions are sampled from reads of the student's inputs.
-_READ_BY_TEACHER = ("input_ids", "attention_mask", "position_ids", *OF_IMAGES, *OF_TOKENS)
 _logger = logging.getLogger(__name__)
 
 
@@ -94,14 +89,21 @@ class StudentForward:
         self._comparison = args.comparison
         self._memory_mb = args.divergence_memory_mb  # less once the device's memory has run out
         self._request: DivergenceRequest | None = None
-        self._mixture: _TeacherMixture | None = None
-        self._fused_forward = student.forward
+        self._mixture: TeacherMixture | None = None
+        self._fused_forward, student_generate = student.forward, student.generate
 
         @functools.wraps(type(student).forward)  # PEFT and `generate` look at its signature
         def forward(_, *args, **kwargs):
             return self._forward(*args, **kwargs)
 
+        @functools.wraps(type(student).generate)
+        def generate(_, *args, **kwargs):
+            if self._mixture is not None:
+                self._mixture.begin(**kwargs)
+            return student_generate(*args, **kwargs)
+
         student.forward = forward.__get__(student)
+        student.generate = generate.__get__(student)
 
     @contextmanager
     def answering(self, request: DivergenceRequest):
@@ -126,7 +128,7 @@ class StudentForward:
         Generation inside samples from α·teacher + (1 − α)·student, both at the training temperature. `ends` are as in
         [`OneStopTeacher`]; `prompts` are the teacher's own, ids and mask (B, P), where it does not read the student's.
         """
-        self._mixture = _TeacherMixture(alpha, teacher, self._comparison.temperature, ends, prompts)
+        self._mixture = TeacherMixture(alpha, teacher, self._comparison.temperature, ends, prompts)
         try:
             yield
         finally:
@@ -137,7 +139,7 @@ class StudentForward:
         if request is None:
             outputs = self._fused_forward(*args, **kwargs)
             if self._mixture is not None:
-                outputs.logits = self._mixture(outputs.logits, **kwargs)
+                outputs.logits = self._mixture(outputs.logits, kwargs.get("input_ids"))
             return outputs
         if request.weights is None:
             kwargs.pop("labels", None)  # PEFT passes it on as None
@@ -305,53 +307,3 @@ def score_without_left_padding(model: PreTrainedModel) -> None:
         return fused_forward(*args, **kwargs)
 
     model.forward = forward.__get__(model)
-
-
-class _TeacherMixture:
-    """Mixes the teacher into each generation step's logits. It keeps the teacher's own cache of the same tokens."""
-
-    def __init__(
-        self,
-        alpha: float,
-        teacher: torch.nn.Module,
-        temperature: float,
-        ends: tuple[int, int] | None,
-        prompts: tuple[torch.Tensor, torch.Tensor] | None,
-    ):
-        self._alpha, self._teacher, self._temperature, self._ends = alpha, teacher, temperature, ends
-        self._prompts = prompts  # the teacher's own
-        self._cache = DynamicCache()
-
-    def __call__(self, logits: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Logits (B, 1, V) that, divided by the temperature, are the mixture's log-probabilities."""
-        inputs = {name: kwargs[name] for name in _READ_BY_TEACHER if kwargs.get(name) is not None}
-        if self._prompts is not None:
-            inputs = self._behind_own_prompts(**inputs)
-        teacher_logits = self._teacher(**inputs, past_key_values=self._cache, use_cache=True).logits
-        if self._ends is not None:
-            tokens = torch.arange(teacher_logits.size(-1), device=teacher_logits.device)
-            teacher_logits = teacher_logits[..., swapped(tokens, self._ends)]
-        shared = min(logits.size(-1), teacher_logits.size(-1))
-        last = slice(-logits.size(1), None)
-        student_logps = (logits[..., :shared].float() / self._temperature).log_softmax(-1)
-        teacher_logps = (teacher_logits[:, last, :shared].float() / self._temperature).log_softmax(-1)
-        mixture_logps = torch.logaddexp(
-            student_logps + math.log1p(-self._alpha), teacher_logps + math.log(self._alpha)
-        )
-        mixed = torch.full_like(logits, -torch.inf, dtype=torch.float32)
-        mixed[..., :shared] = self._temperature * mixture_logps
-        return mixed
-
-    def _behind_own_prompts(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **_: Any
-    ) -> dict[str, torch.Tensor]:
-        """The inputs of a generation step with the teacher's prompts in place of the student's."""
-        prompt_ids, mask = self._prompts
-        if (read := self._cache.get_seq_length()) == 0:
-            input_ids = prompt_ids
-        # What was generated is attended to, to the end of the batch's longest completion.
-        mask = torch.nn.functional.pad(mask, (0, read + input_ids.size(1) - mask.size(1)), value=1)
-        inputs = {"input_ids": input_ids, "attention_mask": mask}
-        if position_ids is not None:
-            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.size(1) :]
-        return inputs
