@@ -20,7 +20,14 @@ from helpers import (
     save_model,
     weights,
 )
-from peft import CPTConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    CPTConfig,
+    PeftModelForCausalLM,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
 from trl import GRPOTrainer
 
@@ -138,6 +145,26 @@ class TestPromptLearning:
         assert history(train(ConstrainedDistillTrainer, "ours", **teacher), "loss") == history(
             train(GRPOTrainer, "grpo"), "loss"
         )
+
+    @pytest.mark.parametrize("config", PROMPTS.values(), ids=PROMPTS)
+    def test_one_that_generates_without_its_prompt_is_refused(self, tmp_path, monkeypatch, config):
+        """As PEFT 0.21 lets it under transformers 5.24. A student, a teacher that samples, and what is evaluated."""
+        student, teacher = (get_peft_model(make_model(seed, spread=0.4), config) for seed in (0, 1))
+        mixed = make_trainer(tmp_path, MiniLLMDistillTrainer, teacher_model=teacher)
+        monkeypatch.setattr(
+            PeftModelForCausalLM,
+            "prepare_inputs_for_generation",
+            lambda model, *args, **kwargs: model.base_model_prepare_inputs_for_generation(*args, **kwargs),
+        )
+        message = (
+            "No completions can be sampled from the {}, LlamaForCausalLM with .*not generate from its own distribution"
+        )
+        with pytest.raises(ValueError, match=message.format("student")):
+            make_trainer(tmp_path, model=student, teacher_model=make_teacher())
+        with pytest.raises(ValueError, match=message.format("model")):
+            sample_rollouts(student, make_tokenizer(), ["1+2="], max_new_tokens=4)
+        with pytest.raises(ValueError, match=message.format("teacher")):
+            mixed.train()
 
     def test_what_trl_cannot_train_is_refused_by_name(self, tmp_path):
         config = CPTConfig(cpt_token_ids=[4, 5], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2], task_type="CAUSAL_LM")

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .._prompts import Prompt
-from ..teachers import base_model, keep_differentiable, stop_ids
+from ..teachers import base_model, check_sampling, keep_differentiable, stop_ids
 from .images import AnyProcessor, collate, encode, tokenizer_of
 
 
@@ -84,6 +84,9 @@ def sample_rollouts(
 
     Returns:
         `list[Rollout]`: Rollouts in the order of the prompts.
+
+    Raises:
+        ValueError: If the tokenizer has no padding token, or the model does not generate from its own distribution.
     """
     processing_class, tokenizer = tokenizer, tokenizer_of(tokenizer)
     end_ids = eos_ids(model, tokenizer)
@@ -107,6 +110,7 @@ def sample_rollouts(
     rollouts: list[Rollout] = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad(), _no_own_generation_config(model):
+        check_sampling("model", model)
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = list(prompts[start : start + batch_size])

@@ -19,7 +19,7 @@ from .offload import Offload
 from .one_stop import OneStopTeacher, swapped
 from .prompts import check_room, check_teacher_template, encode_teacher_prompts, max_length, template_tokenizer
 from .quantized import allow_fast_kernel, keep_differentiable
-from .readable import check_reading, differ, misfit, probe_rows
+from .readable import check_reading, check_sampling, differ, misfit, probe_rows
 from .remote import RemoteTeacher
 from .seeing import check_images
 from .server_check import SentenceScores, check_server, checkpoint_config, score_sentence
@@ -51,6 +51,7 @@ __all__ = [
     "check_images",
     "check_reading",
     "check_room",
+    "check_sampling",
     "check_server",
     "check_teacher_template",
     "check_vocabulary",

@@ -1,8 +1,11 @@
 """Whether a model can be scored: that what is read of it is what it says itself, and that it can read the rollouts."""
 
 import logging
+from importlib.metadata import version
 
 import torch
+from accelerate.utils import is_peft_model
+from transformers import GenerationConfig
 
 from ..core import chunked_log_probs
 from .adapter import AdapterTeacher
@@ -74,6 +77,40 @@ def check_reading(role: str, module: torch.nn.Module, teacher: LocalTeacher | Ad
         )
     if outliers:  # other rollouts may have more of them than the rows that were tried
         _logger.warning(f"The {role}, {name}, may say another thing of a rollout beside other rollouts. {_OUTLIERS}")
+
+
+@torch.no_grad()
+def check_sampling(role: str, module: torch.nn.Module) -> None:
+    """
+    Check that a PEFT model whose adapter brings a prompt generates from the distribution that it has. With releases of
+    PEFT and transformers that do not fit together the prompt is lost on the way, without a word.
+
+    Args:
+        role (`str`):
+            What the model is, for the message.
+        module (`torch.nn.Module`):
+            The model, in eval mode. One without such an adapter is not asked.
+
+    Raises:
+        ValueError: If it generates from another distribution.
+    """
+    if not (is_peft_model(module) and any(config.is_prompt_learning for config in module.peft_config.values())):
+        return
+    short = probe_rows(base_model(module).config.get_text_config().vocab_size, next(module.parameters()).device)[2]
+    length = short.size(1)
+    options = {"min_new_tokens": length, "max_new_tokens": length, "do_sample": False, "pad_token_id": 0}
+    config = GenerationConfig(**options, output_logits=True, return_dict_in_generate=True)
+    output = module.generate(input_ids=short, attention_mask=torch.ones_like(short), generation_config=config)  # type: ignore[operator]
+    generated = torch.cat(output.logits).float()  # (5, V)
+    logits = module(input_ids=output.sequences, attention_mask=torch.ones_like(output.sequences)).logits
+    own = logits[0, -length - 1 : -1]  # (5, V)
+    rounding = HALF_ROUNDING if computes_in_half(module, own) else _ROUNDING
+    if differ(generated.log_softmax(-1), own.float().log_softmax(-1), rounding):
+        raise ValueError(
+            f"No completions can be sampled from the {role}, {_name(module)}: with PEFT {version('peft')} and transformers "
+            f"{version('transformers')} it does not generate from its own distribution. Install releases that fit "
+            "together (PEFT 0.21 and transformers 5.23 do), or use an adapter that brings no prompt, as LoRA."
+        )
 
 
 def computes_in_half(module: torch.nn.Module, outputs: torch.Tensor) -> bool:

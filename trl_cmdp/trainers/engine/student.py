@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
-from ...teachers import LocalTeacher, base_model, check_reading, differ, is_plain_linear, probe_rows
+from ...teachers import LocalTeacher, base_model, check_reading, check_sampling, differ, is_plain_linear, probe_rows
 from ...teachers.readable import HALF_ROUNDING, computes_in_half
 from .forward import score_without_left_padding
 
@@ -38,6 +38,7 @@ def prepare_student(trainer: GRPOTrainer) -> None:
     try:
         with torch.no_grad(), accelerator.autocast(), _adapter_with_effect(model):
             check_reading("student", model, LocalTeacher(model, accelerator))
+            check_sampling("student", model)
             own, fused, padded, rounding = _probe(model, trainer.temperature)
     except (AttributeError, RuntimeError, TypeError) as error:
         raise ValueError(f"{_refusal(student)} ({type(error).__name__}: {error}).") from error
