@@ -75,7 +75,8 @@ class StudentForward:
     """
     Wraps the student's (already fused) forward, once, so that it answers requests: the divergence is computed from the
     hidden states of the one forward pass, inside it, where FSDP and DeepSpeed have the head gathered. While
-    [`~StudentForward.mixing`], the logits that generation samples from are those of the mixture with the teacher.
+    [`~StudentForward.mixing`], the logits that generation samples from are those of the mixture with the teacher, which is
+    told what `generate`, wrapped too, is called with.
     """
 
     def __init__(
