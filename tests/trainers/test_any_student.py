@@ -150,7 +150,6 @@ class TestPromptLearning:
     def test_one_that_generates_without_its_prompt_is_refused(self, tmp_path, monkeypatch, config):
         """As PEFT 0.21 lets it under transformers 5.24. A student, a teacher that samples, and what is evaluated."""
         student, teacher = (get_peft_model(make_model(seed, spread=0.4), config) for seed in (0, 1))
-        mixed = make_trainer(tmp_path, MiniLLMDistillTrainer, teacher_model=teacher)
         monkeypatch.setattr(
             PeftModelForCausalLM,
             "prepare_inputs_for_generation",
@@ -164,7 +163,7 @@ class TestPromptLearning:
         with pytest.raises(ValueError, match=message.format("model")):
             sample_rollouts(student, make_tokenizer(), ["1+2="], max_new_tokens=4)
         with pytest.raises(ValueError, match=message.format("teacher")):
-            mixed.train()
+            make_trainer(tmp_path, MiniLLMDistillTrainer, teacher_model=teacher)
 
     def test_what_trl_cannot_train_is_refused_by_name(self, tmp_path):
         config = CPTConfig(cpt_token_ids=[4, 5], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2], task_type="CAUSAL_LM")

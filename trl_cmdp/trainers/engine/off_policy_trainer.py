@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..._prompts import TEACHER_PROMPT_IMAGES, with_images
-from ...teachers import LocalTeacher, Offload, check_images, check_sampling
+from ...teachers import LocalTeacher, Offload, check_images
 from .forward import StudentForward
 from .processes import on_any_process
 from .teacher_prompts import TeacherPrompts
@@ -100,7 +100,6 @@ class OffPolicyGRPOTrainer(VisionGRPOTrainer):
                 "`teacher_model` in this process. Turn that off (MiniLLM: `teacher_mixed_alpha=0`, GKD: "
                 "`seq_kd=False`), or pass one."
             )
-        check_sampling("teacher", self.teacher_model)
         return self.teacher_model
 
     def _teacher_completions(self, prompt_ids: list[list[int]]) -> list[list[int]]:
