@@ -15,7 +15,8 @@ The paper's experiment on GSM-Symbolic, end to end, with SmolLM2: a teacher, a s
 5. `evaluate`: all of them on new problems of the train templates (validation) and on held-out templates (test); then
    the table and the plots, from the records alone.
 
-Each stage keeps what it made: the same command continues where it was stopped. `--stages` runs some of them alone.
+Each stage keeps what it made: the same command continues where it was stopped. `--stages` runs some of them alone, and
+`--methods` compares some of the methods.
 With `--jobs` above 1, the default on a GPU, trainings and then evaluations run side by side in processes of their own,
 those of all seeds together: one small model leaves a large card idle.
 
@@ -30,7 +31,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -80,7 +81,10 @@ def is_made(stage: str, run: Run) -> bool:
     if not folder.exists():
         return False
     made = json.loads((folder / "run.json").read_text())
-    if {name: made.get(name) for name in asdict(run.scale)} != json.loads(json.dumps(asdict(run.scale))):
+    settings = json.loads(json.dumps(asdict(run.scale)))
+    if stage != "evaluate":  # a model is the same, whichever others it is compared with
+        del settings["methods"]
+    if {name: made.get(name) for name in settings} != settings:
         raise SystemExit(f"{folder} was made with other settings: choose another --output-dir, or delete it.")
     return True
 
@@ -117,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", choices=SCALES, default="cpu-smoke", help="size of the run (default cpu-smoke)")
     parser.add_argument("--output-dir", type=Path, help="where to write (default outputs/gsm-symbolic-SCALE)")
     parser.add_argument("--stages", nargs="+", choices=MAKERS, metavar="STAGE", help=", ".join(MAKERS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="methods of the scale to compare (default all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of problems, training and evaluation")
     parser.add_argument(
         "--jobs", type=int, default=8 if CUDA else 1, help="how many run side by side (8 on a GPU, else 1)"
@@ -126,8 +131,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scale = SCALES[options.scale]
     if options.jobs < 1:
         parser.error("--jobs must be at least 1")
+    if options.methods:
+        if set(options.methods) - set(scale.methods):
+            parser.error(f"the methods of scale {options.scale} are {', '.join(scale.methods)}")
+        scale = replace(scale, methods=tuple(name for name in scale.methods if name in options.methods))
     available = ("problems", "teacher", "student", *scale.methods, "evaluate")
     stages = options.stages or available
+    if "evaluate" in stages and "constrained" not in scale.methods:
+        parser.error("the stage evaluate compares with constrained: name it among the methods")
     if set(stages) - set(available):
         parser.error(f"the stages of scale {options.scale} are {', '.join(available)}")
     output_dir = options.output_dir or Path(f"outputs/gsm-symbolic-{options.scale}")

@@ -88,6 +88,27 @@ def test_a_stage_that_the_scale_has_not_is_refused(capsys):
     assert "the stages of scale cpu are" in capsys.readouterr().err
 
 
+def test_models_are_kept_when_fewer_methods_are_compared(folder, capsys):
+    command = ["--scale", "tiny", "--output-dir", str(folder), "--methods", "constrained", "grpo"]
+    main([*command, "--stages", "student", "grpo", "constrained"])
+    assert capsys.readouterr().out.count("is there already") == 3
+    with pytest.raises(SystemExit, match="evaluate was made with other settings"):
+        main([*command, "--stages", "evaluate"])
+
+
+@pytest.mark.parametrize(
+    ("scale", "methods", "message"),
+    [
+        ("cpu", ["pid"], "the methods of scale cpu are"),
+        ("tiny", ["grpo", "gkd"], "the stage evaluate compares with constrained"),
+    ],
+)
+def test_methods_that_cannot_be_compared_are_refused(capsys, scale, methods, message):
+    with pytest.raises(SystemExit):
+        main(["--scale", scale, "--methods", *methods])
+    assert message in capsys.readouterr().err
+
+
 def test_table_over_seeds(folder):
     run = Run(folder / "seed-0", TINY, 0)
     table = seeds_table([run, run])
