@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import requires
+from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,11 @@ def _with_extra(text: str) -> str:
     """What an error says, with the extra that installs the package which it is about, if that is missing."""
     if "trl-cmdp[" in text:
         return text
-    for requirement in map(Requirement, requires("trl-cmdp") or ()):
+    try:
+        requirements = requires("trl-cmdp") or ()
+    except PackageNotFoundError:  # run from a checkout that nobody installed
+        return text
+    for requirement in map(Requirement, requirements):
         extra = re.search(r"extra == \W([\w-]+)", str(requirement.marker))
         if extra is None or extra[1] in ("dev", "docs"):
             continue

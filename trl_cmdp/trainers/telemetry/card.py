@@ -18,6 +18,7 @@ from transformers import ProcessorMixin, is_wandb_available
 from trl import GRPOTrainer, is_conversational
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
+from ... import __version__
 from ..._defaults import COST_UNITS
 from ..._messages import shell_command
 from ...teachers import AdapterTeacher, LocalTeacher
@@ -30,7 +31,7 @@ CURVES_FILE = "training_curves.png"
 _logger = logging.getLogger(__name__)
 
 _TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
-_PACKAGES = ("trl-cmdp", "trl", "transformers", "torch", "accelerate", "datasets", "tokenizers", "huggingface_hub")
+_PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "tokenizers", "huggingface_hub")
 _SCOPES = {"mean": "mean over its tokens", "sum": "sum over its tokens", "worst_prefix": "largest running mean"}
 _COSTS = {"log_ratio": "log-ratio of the sampled token", "teacher_nll": "−log μ of the sampled token"}
 # docstyle-ignore
@@ -117,7 +118,7 @@ def write_model_card(
         curves=CURVES_FILE if Path(args.output_dir, CURVES_FILE).exists() else None,
         badges=_badges(),
         command=shell_command(command, known) if command else None,
-        versions={"Python": platform.python_version()}
+        versions={"Python": platform.python_version(), "trl-cmdp": __version__}
         | {package: version(package) for package in (*_PACKAGES, *(["peft"] if adapter else []))},
         citations=list(dict.fromkeys([CONSTRAINED_CITATION, trainer._paper["citation"], _TRL_CITATION])),
     )
