@@ -25,6 +25,7 @@ from gsm_symbolic_run.run import Run  # noqa: E402
 from gsm_symbolic_run.scales import METHODS, SCALES  # noqa: E402
 
 from trl_cmdp.evaluation import read_rollout_records  # noqa: E402
+from trl_cmdp.evaluation.provenance import weights_fingerprint  # noqa: E402
 
 
 TINY = SCALES["tiny"]
@@ -48,6 +49,8 @@ def test_every_model_is_in_records_and_tables(folder, split):
     for name in MODELS:
         settings, rollouts = read_rollout_records(seed / "records" / f"{name}-{split}.jsonl")
         assert (settings.name, settings.split, settings.seed) == (name, split, 0)
+        assert settings.student_fingerprint == weights_fingerprint(seed / name)
+        assert settings.teacher_fingerprint == weights_fingerprint(seed / "teacher")
         assert len(rollouts) == TINY.num_samples * settings.num_problems
     rows = (seed / "evaluate" / split / "table.md").read_text().splitlines()[2 : 2 + len(MODELS)]
     assert [row.split("|")[1].strip() for row in rows] == list(MODELS)

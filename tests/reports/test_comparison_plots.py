@@ -98,6 +98,22 @@ def test_curves_are_means_over_seeds_smoothed_over_five_steps(tmp_path, records)
     assert legend == reward.keys() | {"limit"}
 
 
+def test_curves_of_a_long_run_are_averaged_over_a_twentieth_of_it(tmp_path):
+    steps = [{"step": step, "reward": float(step)} for step in range(1, 201)]
+    figure = plot_comparison_curves([record("mine", 0, 18, 0.05, steps)], tmp_path / "curves.png", "title")
+    (line,) = figure.axes[0].lines
+    assert line.get_ydata()[-1] == pytest.approx(sum(range(191, 201)) / 10)
+
+
+def test_the_reference_is_drawn_thick_above_the_others(tmp_path, records):
+    figure = plot_comparison_curves(records, tmp_path / "curves.png", "title", "near-3")
+    for axes in figure.axes:
+        lines = {line.get_label(): line for line in axes.lines}
+        own = lines.pop("near-3")
+        assert all(own.get_linewidth() > line.get_linewidth() for line in lines.values())
+        assert all(own.get_zorder() > line.get_zorder() for line in lines.values())
+
+
 def test_a_method_of_fewer_seeds_says_so(tmp_path, records):
     fewer = [record for record in records if (record.method, record.seed) != ("grpo", 1)]
     figure = plot_comparison_curves(fewer, tmp_path / "curves.png", "title")

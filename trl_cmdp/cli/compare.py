@@ -155,6 +155,7 @@ def _report(experiment: "Experiment", records: "list[CellRecord]", output_dir: P
     write_whole(output_dir / "summary.json", text)
     write_whole(output_dir / "table.md", table)
     plot_pareto(comparison, output_dir / "pareto.png", f"{experiment.name}: correct answers against cost")
-    plot_comparison_curves(records, output_dir / "curves.png", f"{experiment.name}: training, mean over seeds")
+    title = f"{experiment.name}: training, mean over seeds"
+    plot_comparison_curves(records, output_dir / "curves.png", title, comparison.reference)
     show(f"\n{table}", summary)
     say(f"records.jsonl, summary.json, table.md, pareto.png and curves.png are in {output_dir}/.")

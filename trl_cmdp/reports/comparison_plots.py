@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .._defaults import COST_UNITS
 from ..evaluation import CellRecord, Comparison
-from ._curves import trailing_means
+from ._curves import SMOOTHED_STEPS, trailing_means
 from ._figures import (
     LIMIT_LINE,
     colours_by_name,
@@ -69,15 +70,18 @@ def draw_comparison_pareto(
     )
 
 
-def plot_comparison_curves(records: Sequence[CellRecord], path: str | Path, title: str) -> Figure:
+def plot_comparison_curves(
+    records: Sequence[CellRecord], path: str | Path, title: str, reference: str | None = None
+) -> Figure:
     """
     Draw reward, cost against the limit and satisfaction over the steps: a line for each method, the mean over its
-    seeds, smoothed over 5 steps. A method that has fewer seeds than another, and a rougher line, says how many.
+    seeds and over a twentieth of the steps, at least 5; that of the method that is the reference thick, above the others.
+    A method that has fewer seeds than another, and a rougher line, says how many.
     """
     figure = new_figure(13, 4.8)
     panels = dict(zip(CURVES, figure.subplots(1, 3), strict=True))
     for key, axes in panels.items():
-        draw_comparison_curve(axes, records, key)
+        draw_comparison_curve(axes, records, key, reference)
         axes.set_title(CURVES[key][0])
     num_labels = len(panels["cost"].get_legend_handles_labels()[1])
     legend_below(figure, panels["cost"], math.ceil(num_labels / max(1, math.ceil(num_labels / 7))) or 1)
@@ -85,20 +89,26 @@ def plot_comparison_curves(records: Sequence[CellRecord], path: str | Path, titl
     return save(figure, path, title)
 
 
-def draw_comparison_curve(axes: Axes, records: Sequence[CellRecord], key: str) -> None:
+def curve_window(records: Sequence[CellRecord]) -> int:
+    """Over how many logged values the curves of a comparison are averaged."""
+    return max(SMOOTHED_STEPS, max((len(record.history) for record in records), default=0) // 20)
+
+
+def draw_comparison_curve(axes: Axes, records: Sequence[CellRecord], key: str, reference: str | None = None) -> None:
     """Draw one of the [`CURVES`] of all methods. Cells without a history are left out."""
     histories: dict[str, list[list[dict[str, float]]]] = {}
     for record in records:
         if record.history:
             histories.setdefault(record.method, []).append(record.history)
     colours, lines = colours_by_name(list(histories)), lines_by_name(list(histories))
-    most = max(map(len, histories.values()), default=0)
+    most, window = max(map(len, histories.values()), default=0), curve_window(records)
     drawn: list[float] = []
     for method, runs in histories.items():
-        steps, values = _mean_curve(runs, key)
+        steps, values = _mean_curve(runs, key, window)
         # Empty where it is not logged (GRPO has no cost), so that the legend holds every method once.
-        style = {"color": colours[method], "linestyle": lines[method]}
-        axes.plot(steps, values, linewidth=1.6, label=plain(method) + _few_seeds(len(runs), most), **style)
+        style: dict[str, Any] = {"color": colours[method], "linestyle": lines[method]}
+        style |= {"linewidth": 2.8, "zorder": 3} if method == reference else {"linewidth": 1.3}
+        axes.plot(steps, values, label=plain(method) + _few_seeds(len(runs), most), **style)
         drawn += values
     if key == "cost":
         logarithmic_if_wide(axes, "y", drawn)
@@ -117,12 +127,12 @@ def _few_seeds(num_seeds: int, most: int) -> str:
     return f" ({num_seeds} of {most} seeds)" if num_seeds < most else ""
 
 
-def _mean_curve(runs: Sequence[Sequence[dict[str, float]]], key: str) -> tuple[list[float], list[float]]:
-    """Steps, and the mean over the runs that logged each, averaged over it and the 4 before."""
+def _mean_curve(runs: Sequence[Sequence[dict[str, float]]], key: str, window: int) -> tuple[list[float], list[float]]:
+    """Steps, and the mean over the runs that logged each, averaged over it and those before."""
     by_step: dict[float, list[float]] = {}
     for history in runs:
         for entry in history:
             if key in entry:
                 by_step.setdefault(entry["step"], []).append(entry[key])
     steps = sorted(by_step)
-    return steps, trailing_means([sum(by_step[step]) / len(by_step[step]) for step in steps])
+    return steps, trailing_means([sum(by_step[step]) / len(by_step[step]) for step in steps], window)

@@ -18,10 +18,9 @@ from .._defaults import COST_UNITS, FEASIBLE_SATISFACTION
 from .._files import write_whole
 from ..evaluation import RolloutSummary, compare_methods
 from ..evaluation.summary import compare_evaluations, summarize
-from ._curves import SMOOTHED_STEPS
 from ._figures import COLOURS, colours_by_name, legend_below, new_figure, png
 from ._inline_svg import inline_svg
-from .comparison_plots import CURVES, draw_comparison_curve, draw_comparison_pareto
+from .comparison_plots import CURVES, curve_window, draw_comparison_curve, draw_comparison_pareto
 from .evaluation_plots import (
     FEWEST_ROLLOUTS,
     draw_cost_distribution,
@@ -240,10 +239,11 @@ def _comparison_part(run: ComparisonRun, number: int, gallery: _Gallery) -> dict
         if any(key in entry for record in run.records for entry in record.history):
             figure = new_figure(_PANEL[0], _PANEL[1] + 0.9 * (key == "reward"))
             axes = figure.subplots()
-            draw_comparison_curve(axes, run.records, key)
+            draw_comparison_curve(axes, run.records, key, comparison.reference)
             if key == "reward":
                 legend_below(figure, axes, 3, fontsize=8)
-            caption = f"{'Means over the seeds, over' if several else 'Means over'} {SMOOTHED_STEPS} logged values."
+            window = curve_window(run.records)
+            caption = f"{'Means over the seeds, over' if several else 'Means over'} {window} logged values."
             plots.append(gallery.add(figure, f"comparison-{number}-{key}", title, caption))
     return {
         "id": f"comparison-{number}",

@@ -32,6 +32,7 @@ def record_model(name: str, run: Run) -> None:
             student=name,
             student_fingerprint=weights_fingerprint(run.folder / name),
             teacher="teacher",
+            teacher_fingerprint=weights_fingerprint(teacher_folder),
             task="gsm_symbolic",
             split=split,
             num_problems=len(problems),
