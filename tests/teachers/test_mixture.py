@@ -13,6 +13,7 @@ from transformers import GenerationMixin
 from trl_cmdp import MiniLLMDistillConfig
 from trl_cmdp.teachers.models import base_model
 from trl_cmdp.trainers.engine.forward import StudentForward
+from trl_cmdp.trainers.engine.mixture import check_mixing
 
 
 STUDENT = "LlamaForCausalLM"
@@ -82,6 +83,7 @@ def check(folder, student, teacher, **options):
     with forward.mixing(ALPHA, teacher):
         completions, mixed = generated(student, **options)
     own = forced(student, completions, **options), forced(teacher, completions)
+    check_mixing(teacher)
     expected = (1 - ALPHA) * own[0].exp() + ALPHA * own[1].exp()
     torch.testing.assert_close(mixed.exp(), expected, rtol=1e-3, atol=1e-5)
     assert (own[0].exp() - own[1].exp()).abs().amax((0, 2)).min() > 1e-3  # the two differ at every token
@@ -116,7 +118,7 @@ def test_a_student_with_another_cache(tmp_path, options):
 @pytest.mark.parametrize("name", sorted(WITHOUT_CACHE))
 def test_a_teacher_without_a_cache_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match=r"no cache of what it has read. Turn that off: `teacher_mixed_alpha=0`"):
-        check(tmp_path, small_model(STUDENT), small_model(name, seed=1))
+        check_mixing(small_model(name, seed=1))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import (
+    VOCAB,
     dense_costs,
     dense_logps,
     gradients_of,
@@ -16,6 +17,7 @@ from helpers import (
     relative_error,
     scripted,
 )
+from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 from trl import GRPOTrainer
 
 from trl_cmdp import MiniLLMDistillTrainer
@@ -141,3 +143,10 @@ def test_evaluation_is_not_mixed(tmp_path):
 def test_rollout_func_cannot_be_mixed(tmp_path):
     with pytest.raises(ValueError, match="`teacher_mixed_alpha=0`"):
         build(tmp_path, rollout_func=scripted(random_completions(4)))
+
+
+def test_a_teacher_that_cannot_be_mixed_in_is_refused_before_training(tmp_path):
+    teacher = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=VOCAB, n_embd=12, n_layer=1, n_head=2, n_positions=64))
+    with pytest.raises(ValueError, match="no cache of what it has read"):
+        make_trainer(tmp_path, MiniLLMDistillTrainer, teacher_model=teacher)
+    make_trainer(tmp_path, MiniLLMDistillTrainer, teacher_model=teacher, teacher_mixed_alpha=0.0)

@@ -5,6 +5,7 @@ import textwrap
 from ..core import minillm_advantages
 from ..core.signal import Rollouts, Signal
 from .engine.distill_trainer import DistillTrainer
+from .engine.mixture import check_mixing
 from .minillm_config import MiniLLMDistillConfig
 
 
@@ -52,8 +53,10 @@ class MiniLLMDistillTrainer(DistillTrainer):
         return self._teacher_mixed_alpha > 0
 
     def _set_up_method(self) -> None:
-        if self._teacher_mixed_alpha > 0 and self.rollout_func is not None:
-            raise ValueError("With `rollout_func` the teacher cannot be mixed in: set `teacher_mixed_alpha=0`.")
+        if self._samples_from_teacher:
+            if self.rollout_func is not None:
+                raise ValueError("With `rollout_func` the teacher cannot be mixed in: set `teacher_mixed_alpha=0`.")
+            check_mixing(self._sampling_teacher())
 
     def _signal(self, rollouts: Rollouts) -> Signal:
         args = self.args
