@@ -12,7 +12,10 @@ from trl_cmdp.evaluation import compare_evaluations, read_rollout_records
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = (ROOT / "docs" / "gsm_symbolic.md").read_text(encoding="utf-8").replace("−", "-")
+PAGE, COMPARISON = (
+    (ROOT / "docs" / page).read_text(encoding="utf-8").replace("−", "-")
+    for page in ("gsm_symbolic.md", "comparison.md")
+)
 # The page's name of a model, and what records call it.
 ROWS = {
     "teacher": "teacher",
@@ -82,6 +85,8 @@ def test_differences_on_a_gpu():
         "PID {} {}".format(*fewer("pid", "satisfaction")),
     ):
         assert text in PAGE
+    assert "{} points more correct answers {}".format(*fewer("gkd", "right")) in COMPARISON
+    assert "{} more than without the third place {}".format(*fewer("unrewarded-0", "right")) in COMPARISON
     for name in ("dual", "pid"):
         assert differences[name]["right"]["low"] < 0 < differences[name]["right"]["high"]
 
@@ -95,10 +100,12 @@ def test_a_fixed_coefficient_over_both_seeds():
         return settings, rollouts
 
     difference = compare_evaluations(of_both("lambda"), of_both("constrained"))
-    assert f"over both seeds {interval(vars(difference.right), 100, 1).replace(' [', ' more correct ones [')}" in PAGE
-    inside = difference.satisfaction
-    fewer = f"{-100 * inside.value:.1f} fewer rollouts within the limit [{-100 * inside.high:.1f}, {-100 * inside.low:.1f}]"
-    assert fewer in PAGE
+    right, inside = difference.right, difference.satisfaction
+    assert f"over both seeds {interval(vars(right), 100, 1).replace(' [', ' more correct ones [')}" in PAGE
+    assert f"λ = 0.1 has {interval(vars(right), 100, 1).replace(' [', ' more correct answers [')}" in COMPARISON
+    bounds = f"[{-100 * inside.high:.1f}, {-100 * inside.low:.1f}]"
+    assert f"{-100 * inside.value:.1f} fewer rollouts within the limit {bounds}" in PAGE
+    assert f"{-100 * inside.value:.1f} fewer rollouts inside {bounds}" in COMPARISON
     further = interval(vars(difference.cost), 1, 3).replace(" [", " nats further from the teacher [")
     assert further in PAGE
 
