@@ -51,7 +51,7 @@ def check_reading(role: str, module: torch.nn.Module, teacher: LocalTeacher | Ad
             f"The {role}, {name}, cannot be scored: what its adapter says of a rollout depends on the others in its batch. "
             "Use another adapter."
         )
-    input_ids, attention_mask, short = probe_rows(teacher.vocab_size, next(module.parameters()).device)
+    input_ids, attention_mask, short = probe_rows(module)
     mask = torch.zeros(2, _LENGTHS[0] - 1, dtype=torch.bool, device=input_ids.device)
     mask[0] = True
     try:
@@ -96,7 +96,7 @@ def check_sampling(role: str, module: torch.nn.Module) -> None:
     """
     if not (is_peft_model(module) and any(config.is_prompt_learning for config in module.peft_config.values())):
         return
-    short = probe_rows(base_model(module).config.get_text_config().vocab_size, next(module.parameters()).device)[2]
+    _, _, short = probe_rows(module)
     length = short.size(1)
     options = {"min_new_tokens": length, "max_new_tokens": length, "do_sample": False, "pad_token_id": 0}
     config = GenerationConfig(**options, output_logits=True, return_dict_in_generate=True)
@@ -122,9 +122,14 @@ def computes_in_half(module: torch.nn.Module, outputs: torch.Tensor) -> bool:
     return torch.is_autocast_enabled(outputs.device.type) or not dtypes <= {torch.float32, torch.float64}
 
 
-def probe_rows(vocab_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids and attention mask (2, 8) of a row of five tokens, padded on the left, beside one of eight; and the five alone."""
+def probe_rows(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    For a model, ids and attention mask (2, 8) of a row of five tokens, padded on the left, beside one of eight; and the
+    five alone.
+    """
     short, long = _LENGTHS
+    # Of the head: some embeddings (Mllama) have tokens beyond it.
+    device, vocab_size = next(module.parameters()).device, base_model(module).config.get_text_config().vocab_size
     input_ids = (torch.arange(2 * long, device=device) * 7 + 3).view(2, long) % vocab_size
     attention_mask = torch.ones_like(input_ids)
     attention_mask[0, : long - short] = 0

@@ -5,7 +5,6 @@ import textwrap
 from ..core import minillm_advantages
 from ..core.signal import Rollouts, Signal
 from .engine.distill_trainer import DistillTrainer
-from .engine.mixture import check_mixing
 from .minillm_config import MiniLLMDistillConfig
 
 
@@ -53,10 +52,8 @@ class MiniLLMDistillTrainer(DistillTrainer):
         return self._teacher_mixed_alpha > 0
 
     def _set_up_method(self) -> None:
-        if self._samples_from_teacher:
-            if self.rollout_func is not None:
-                raise ValueError("With `rollout_func` the teacher cannot be mixed in: set `teacher_mixed_alpha=0`.")
-            check_mixing(self._sampling_teacher())
+        if self._samples_from_teacher and self.rollout_func is not None:
+            raise ValueError("With `rollout_func` the teacher cannot be mixed in: set `teacher_mixed_alpha=0`.")
 
     def _signal(self, rollouts: Rollouts) -> Signal:
         args = self.args

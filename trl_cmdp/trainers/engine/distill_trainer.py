@@ -15,7 +15,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
 from ...core.signal import Rollouts, Signal
-from ...teachers import base_model, check_sampling, offloaded
+from ...teachers import base_model, offloaded
 from ..telemetry.card import distillation_facts, write_model_card
 from ..telemetry.metrics import DistillMetrics
 from ..telemetry.run_settings import of_limit, of_teachers
@@ -141,7 +141,7 @@ class DistillTrainer(OffPolicyGRPOTrainer):
         if find_images(train_dataset, eval_dataset) is not None:
             self._check_images()
         if self._samples_from_teacher:
-            check_sampling("teacher", self._sampling_teacher())  # refuse before training what cannot sample
+            self._check_sampling_teacher()
         prepare_student(self)
         student = base_model(self.accelerator.unwrap_model(self.model))
         # DeepSpeed may have the head partitioned again by the time of a backward that reads it.

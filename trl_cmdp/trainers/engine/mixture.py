@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers.generation.utils import ALL_CACHE_NAMES
 
-from ...teachers import OF_IMAGES, OF_TOKENS, base_model, probe_rows, swapped
+from ...teachers import OF_IMAGES, OF_TOKENS, probe_rows, swapped
 from .guards import RefusedRun
 
 
@@ -23,11 +23,10 @@ def check_mixing(teacher: torch.nn.Module) -> None:
     Raises:
         ValueError: If it returns no cache of what it has read.
     """
-    vocab_size = base_model(teacher).config.get_text_config().vocab_size
-    input_ids, attention_mask, _ = probe_rows(vocab_size, next(teacher.parameters()).device)
+    input_ids, attention_mask, _ = probe_rows(teacher)
     mixture = TeacherMixture(0.5, teacher, 1.0, None, None)
     mixture.begin(input_ids, attention_mask)
-    mixture(torch.zeros(2, 1, vocab_size, device=input_ids.device), None)
+    mixture._teacher_logits(None)
 
 
 class TeacherMixture:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from ..._prompts import TEACHER_PROMPT_IMAGES, with_images
-from ...teachers import LocalTeacher, Offload, check_images
+from ...teachers import LocalTeacher, Offload, check_images, check_sampling
 from .forward import StudentForward
+from .mixture import check_mixing
 from .processes import on_any_process
 from .teacher_prompts import TeacherPrompts
 from .teachers import Teacher
@@ -101,6 +102,13 @@ class OffPolicyGRPOTrainer(VisionGRPOTrainer):
                 "`seq_kd=False`), or pass one."
             )
         return self.teacher_model
+
+    def _check_sampling_teacher(self) -> None:
+        """Before training, refuse a teacher that completions cannot be sampled from."""
+        teacher = self._sampling_teacher()
+        check_sampling("teacher", teacher)
+        if self._teacher_mixed_alpha > 0:
+            check_mixing(teacher)
 
     def _teacher_completions(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """Completions sampled from the teacher: TRL's own generation, with the teacher in the student's place."""

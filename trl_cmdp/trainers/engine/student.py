@@ -97,8 +97,7 @@ def _check_head(head: torch.nn.Module) -> None:
 
 def _probe(model: torch.nn.Module, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """Log-probabilities (1, 4) of a row by the model's own logits, by TRL, and by TRL beside a longer row; rounding."""
-    vocab_size = base_model(model).config.get_text_config().vocab_size
-    input_ids, attention_mask, row = probe_rows(vocab_size, base_model(model).device)
+    input_ids, attention_mask, row = probe_rows(model)
     labels = input_ids.masked_fill(attention_mask == 0, -100)
     logits = model(input_ids=row, attention_mask=torch.ones_like(row)).logits[:, -row.size(1) : -1]
     own = (logits.float() / temperature).log_softmax(-1).gather(-1, row[:, 1:, None])[..., 0]
